@@ -1,0 +1,14 @@
+"""The two kinds of failure that BiRoute reports on purpose."""
+
+EXIT_OK = 0
+EXIT_OUR_FAULT = 1
+EXIT_USER_FAULT = 2
+EXIT_STOPPED = 75  # stopped on a signal with state saved: run me again (EX_TEMPFAIL of sysexits.h)
+
+
+class UserError(Exception):
+    """Bad input: one line that names the field or file, its value and the remedy. Exit status 2."""
+
+
+class StoppedError(Exception):
+    """Training stopped on a signal after saving its state. Exit status 75."""

@@ -1,0 +1,99 @@
+"""Layout: sizes of the four mesh axes, and the check that a configuration fits it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the mesh axes; ranks count tensor fastest, then region, data, pipe (Megatron-core's tp-cp-dp-pp)."""
+
+    tensor: int
+    region: int
+    data: int
+    pipe: int
+    zero_stage: int
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.region * self.data * self.pipe
+
+    def __str__(self) -> str:
+        return f"tensor={self.tensor} region={self.region} data={self.data} pipe={self.pipe} zero={self.zero_stage}"
+
+
+def default_world_size(config: RunConfig) -> int:
+    """Processes that the configuration asks for when nobody says how many: data counts as 1 if left out."""
+    parallel = config.parallel
+    return parallel.tensor * parallel.region * parallel.pipeline * (parallel.data or 1)
+
+
+def resolve_layout(config: RunConfig, world_size: int) -> Layout:
+    """The layout of `config` on `world_size` processes.
+
+    Raises:
+        UserError: an axis does not divide what it shares, or the axes do not multiply to `world_size`.
+    """
+    parallel = config.parallel
+    model_size = parallel.tensor * parallel.region * parallel.pipeline
+    if parallel.data is None and world_size % model_size:
+        raise UserError(
+            f"parallel.tensor x region x pipeline = {parallel.tensor} x {parallel.region} x {parallel.pipeline} "
+            f"= {model_size} does not divide the {world_size} processes; start a multiple of {model_size}"
+        )
+    data = parallel.data or world_size // model_size
+    if data * model_size != world_size:
+        raise UserError(
+            f"the layout tensor x region x pipeline x data = {parallel.tensor} x {parallel.region} x "
+            f"{parallel.pipeline} x {data} needs {data * model_size} processes, but {world_size} were started; "
+            f"start {data * model_size}, or leave parallel.data out"
+        )
+    if parallel.region > 1:
+        raise UserError(
+            f"parallel.region={parallel.region}: sharding one sequence over ranks is not in this version; "
+            "use parallel.region=1"
+        )
+    layout = Layout(parallel.tensor, parallel.region, data, parallel.pipeline, parallel.zero_stage)
+    _check_model(config, layout)
+    _check_batch(config, layout)
+    return layout
+
+
+def microbatches_per_step(config: RunConfig, layout: Layout) -> int:
+    """Forward passes of one data rank in one optimizer step (gradient accumulation)."""
+    return config.train.global_batch_size // (config.train.microbatch_size * layout.data)
+
+
+def _check_model(config: RunConfig, layout: Layout) -> None:
+    model = config.model
+    shared = [
+        ("parallel.tensor", layout.tensor, "model.num_heads", model.num_heads),
+        ("parallel.tensor", layout.tensor, "model.num_kv_groups", model.num_kv_groups),
+        ("parallel.tensor", layout.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
+        ("parallel.tensor", layout.tensor, "the padded vocabulary", config.padded_vocab_size),
+        ("parallel.pipeline", layout.pipe, "model.num_layers", model.num_layers),
+        ("parallel.region", layout.region, "the regions of a sequence", model.num_regions),
+    ]
+    for axis, size, what, amount in shared:
+        if amount % size:
+            divisors = [n for n in range(1, min(amount, 64) + 1) if amount % n == 0]
+            raise UserError(
+                f"{axis}={size} does not divide {what} ({amount}); use one of {', '.join(map(str, divisors))}"
+            )
+
+
+def _check_batch(config: RunConfig, layout: Layout) -> None:
+    per_pass = config.train.microbatch_size * layout.data
+    for field, sequences in (
+        ("train.global_batch_size", config.train.global_batch_size),
+        ("train.evaluate_sequences", config.train.evaluate_sequences),
+    ):
+        if sequences % per_pass:
+            raise UserError(
+                f"{field}={sequences} is not a multiple of train.microbatch_size x data ranks = "
+                f"{config.train.microbatch_size} x {layout.data} = {per_pass}; use a multiple of {per_pass}"
+            )

@@ -1,0 +1,126 @@
+"""Read a configuration: YAML file, then `section.field=value` overrides, then the typed tree."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import RunConfig
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply `section.field=value` overrides, check everything.
+
+    Raises:
+        UserError: file missing or not YAML, unknown key, wrong type or range; all in one line.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree, str(path))
+
+
+def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Check a tree of plain values; `origin` is the file that messages name."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        # default_factory_not_called: a size that follows from a field which is itself reported.
+        found = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        problems = "; ".join(_explain(problem) for problem in found)
+        raise UserError(f"{origin}: {problems}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: RunConfig) -> dict[str, str]:
+    """Dotted field name -> value as text, for MLflow's parameters."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = str(value)
+
+    walk("", config.model_dump(mode="json"))
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        shipped = resources.files("biroute.configs").joinpath(path.name)
+        hint = f"; biroute ships one of that name: {shipped}" if shipped.is_file() else ""
+        raise UserError(f"{path}: no such configuration file{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as 'model:' and 'train:', found {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    branch = tree
+    for depth, key in enumerate(keys[:-1]):
+        inner = branch.setdefault(key, {})
+        if inner is None:
+            inner = branch[key] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+        branch = inner
+    branch[keys[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as `field=value: what is wrong`, with a suggestion for an unknown key."""
+    location = problem["loc"]
+    name = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        return f"unknown key {name}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict | BaseModel):
+        return f"{name}: {message}" if name else message
+    return f"{name}={problem['input']!r}: {message}"
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, str):
+            model = section_of(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def section_of(annotation: Any) -> Any:
+    """The Section inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return next(section_of(inner) for inner in typing.get_args(annotation) if inner not in (type(None), ...))
+    return annotation

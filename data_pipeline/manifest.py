@@ -1,0 +1,151 @@
+"""`manifest.json`: what a dataset holds, so that nothing can be missing without being missed.
+
+A shard's index is two numbers: samples lie at equal distances in the tar, so the data of sample i begins at
+`first_data_offset + i * sample_stride`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from biroute.configs.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+WORK_NAME = ".work"  # no source can have this name
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardEntry(_Entry):
+    """One tar file."""
+
+    # Relative to the dataset's folder, and never outside of it: builds delete listed files that are stale.
+    file: str = Field(pattern=r"^[A-Za-z0-9_-]+/(train|heldout)-[0-9]+\.tar$")
+    size_bytes: PositiveInt
+    sha256: str
+    samples: PositiveInt
+    tokens: PositiveInt
+    documents: NonNegativeInt  # that begin in this shard
+    text_bytes: NonNegativeInt  # UTF-8 bytes of its tokens
+    first_data_offset: PositiveInt  # bytes from the start of the file to the first token
+    sample_stride: PositiveInt  # bytes from one sample's first token to the next one's
+
+
+class SplitEntry(_Entry):
+    """The training or held-out part of one source: a stream of tokens, documents ended by eos, cut into samples."""
+
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    text_bytes: NonNegativeInt
+    shards: tuple[ShardEntry, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> SplitEntry:
+        for field in ("documents", "tokens", "text_bytes"):
+            if sum(getattr(shard, field) for shard in self.shards) != getattr(self, field):
+                raise ValueError(f"{field} of the shards do not add up")
+        return self
+
+
+class SourceEntry(_Entry):
+    """One source. `key` changes when anything changes that its shards depend on."""
+
+    name: str
+    key: str
+    counts: dict[str, int]  # sources.SourceCounts
+    splits: dict[Split, SplitEntry]
+
+
+class Manifest(_Entry):
+    """A whole dataset. `settings` is what of the configuration decided its content."""
+
+    format: Literal["biroute-dataset-1"] = "biroute-dataset-1"
+    tokenizer_fingerprint: str
+    tokenizer_key: str
+    vocab_size: PositiveInt
+    eos_id: NonNegativeInt
+    dtype: Literal["uint16", "uint32"]
+    tokens_per_sample: PositiveInt
+    samples_per_shard: PositiveInt
+    settings: dict[str, str]
+    sources: tuple[SourceEntry, ...]
+
+    def tokens(self, split: Split) -> int:
+        """Tokens of a split over all sources."""
+        return sum(source.splits[split].tokens for source in self.sources)
+
+    def shards(self) -> Iterator[ShardEntry]:
+        """Every shard, training before held-out, source by source."""
+        for source in self.sources:
+            for split in SPLITS:
+                yield from source.splits[split].shards
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of the dataset in `folder`.
+
+    Raises:
+        UserError: no dataset, an unfinished one, or a damaged manifest.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        state = "is not finished" if (folder / WORK_NAME).exists() else "holds no dataset"
+        raise UserError(f"data.dir={folder} {state}; run `biroute data build` with this configuration") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise UserError(
+            f"{path}: damaged or of another version ({where}: {first['msg']}); remove it and run `biroute data build`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_json(entry: BaseModel) -> bytes:
+    """A model as indented JSON, the same bytes for the same content."""
+    return (json.dumps(entry.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+@contextmanager
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk or a folder that cannot be written into a UserError that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"data.dir={folder}: the disk is full ({error.strerror}); free some space and run the same command "
+                "again, it continues, or set data.dir to another disk"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"data.dir={folder}: cannot write {error.filename or 'there'} ({error.strerror}); "
+                "set data.dir to a folder of your own"
+            ) from None
+        raise

@@ -1,0 +1,306 @@
+"""Documents from text files: `.txt` (one document a file) and `.jsonl`, plain, gzip or zstd.
+
+Real text is never clean, so nothing in a document's content is an error by itself: bad bytes, bad lines, empty and
+over-long documents are counted and reported. What cannot be read at all (a missing or truncated file) is the user's
+to repair, and is named.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig, SourceConfig
+
+_SUFFIXES = (".txt", ".jsonl")
+_COMPRESSIONS = (".gz", ".zst")
+_BLOCK_BYTES = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Fixed, not the user's seed: a document that was held out once stays held out, whatever the order of training.
+_SPLIT_KEY = b"biroute held-out split 1"
+
+
+class SourceFile(NamedTuple):
+    """A file of a source; `path` as the configuration spells it, so that a moved tree keeps its identity."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class Document(NamedTuple):
+    """A text to tokenise."""
+
+    text: str
+    size_bytes: int  # of the text as UTF-8
+    heldout: bool
+    sample_rank: int  # 64 bits, a hash of the text: the tokenizer trains on the lowest
+
+
+@dataclass
+class SourceCounts:
+    """What was met while reading a source. Documents count after cutting, everything else as it lay in the files."""
+
+    documents: int = 0
+    empty_documents: int = 0
+    short_documents: int = 0
+    cut_documents: int = 0
+    invalid_utf8_documents: int = 0
+    malformed_lines: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def resolve_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a source: patterns in their given order, matches of a pattern sorted, each file once.
+
+    Raises:
+        UserError: a pattern that matches nothing, a folder, a file of an unknown kind.
+    """
+    field = f"data.sources[{source.name}].paths"
+    found: dict[str, SourceFile] = {}
+    for pattern in source.paths:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        files = [match for match in matches if not Path(match).is_dir()]
+        if not files:
+            what = "is a folder; name its files, such as" if matches else "matches no file; correct it, such as"
+            raise UserError(f"{field}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
+        for name in files:
+            _kind_of(name)
+            try:
+                stat = Path(name).stat()
+            except OSError as error:  # a dangling link
+                raise UserError(f"{field}: {name} cannot be read ({error.strerror})") from None
+            found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
+    return list(found.values())
+
+
+def read_documents(
+    source: SourceConfig,
+    data: DataConfig,
+    counts: SourceCounts,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[Document]:
+    """Documents of `source` in the order of its files; `counts` grows along.
+
+    A document longer than `data.max_document_bytes` comes in parts, cut after a newline where there is one in the
+    second half of a part, between characters otherwise. `on_bytes(n)` is called as `n` more bytes of the files
+    are done.
+
+    Raises:
+        UserError: a file missing, unreadable or truncated; no document at all in the source.
+    """
+    for file in resolve_files(source):
+        kind = _kind_of(file.path)
+        with _open_bytes(file.path, on_bytes) as stream:
+            if kind == ".txt":
+                parts = _txt_documents(stream, data.max_document_bytes, counts)
+            else:
+                parts = _jsonl_documents(stream, source.text_field, data.max_document_bytes, counts)
+            for text in parts:
+                document = _accept(text, data, counts)
+                if document is not None:
+                    yield document
+    if counts.documents == 0:
+        raise UserError(_why_nothing(source, counts))
+
+
+def _why_nothing(source: SourceConfig, counts: SourceCounts) -> str:
+    if counts.malformed_lines:
+        return (
+            f"data.sources[{source.name}]: none of the {counts.malformed_lines} lines of {source.paths[0]} is a JSON "
+            f"object with a text field {source.text_field!r}; correct its text_field or the file"
+        )
+    return (
+        f"data.sources[{source.name}]: {source.paths[0]} holds no document "
+        f"({counts.empty_documents} empty, {counts.short_documents} below data.min_document_bytes); name other files"
+    )
+
+
+def _accept(text: str, data: DataConfig, counts: SourceCounts) -> Document | None:
+    if not text or text.isspace():
+        counts.empty_documents += 1
+        return None
+    encoded = text.encode("utf-8")
+    if len(encoded) < data.min_document_bytes:
+        counts.short_documents += 1
+        return None
+    counts.documents += 1
+    digest = hashlib.blake2b(encoded, digest_size=16, key=_SPLIT_KEY).digest()
+    # By content, not by place: two copies of a text can never lie on both sides.
+    heldout = int.from_bytes(digest[:8], "little") < data.heldout_fraction * 2.0**64
+    return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
+
+
+def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCounts) -> Iterator[str]:
+    for number, line in enumerate(stream):
+        if number == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        text = _decode(line, counts)
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            counts.malformed_lines += 1
+            continue
+        value = record.get(field) if isinstance(record, dict) else None
+        if not isinstance(value, str):
+            counts.malformed_lines += 1
+            continue
+        if _SURROGATE.search(value):  # "\ud800" is legal JSON and no Unicode text
+            counts.invalid_utf8_documents += 1
+            value = _SURROGATE.sub("\ufffd", value)
+        yield from _cut(value, limit, counts)
+
+
+def _cut(text: str, limit: int, counts: SourceCounts) -> Iterator[str]:
+    if len(text) * 4 <= limit:  # cannot be longer, whatever the characters
+        yield text
+        return
+    encoded = text.encode("utf-8")
+    counts.cut_documents += len(encoded) > limit
+    start = 0
+    while start < len(encoded):
+        end = _cut_position(encoded, start, limit)
+        yield encoded[start:end].decode("utf-8")
+        start = end
+
+
+def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterator[str]:
+    """The file in parts of at most `limit` bytes, with little more than that in memory."""
+    rest = stream.read(max(_BLOCK_BYTES, 2 * limit)).removeprefix(codecs.BOM_UTF8)
+    if not rest:
+        yield ""
+    counts.cut_documents += len(rest) > limit
+    file_counts = SourceCounts()  # a file is one document here, however many parts of it are at fault
+    while rest:
+        start = 0
+        block = stream.read(max(_BLOCK_BYTES, 2 * limit))
+        while len(rest) - start > limit or (not block and start < len(rest)):
+            end = _cut_position(rest, start, limit)
+            yield from _cut(_decode(rest[start:end], file_counts), limit, SourceCounts())  # U+FFFD is longer
+            start = end
+        rest = rest[start:] + block
+    counts.invalid_utf8_documents += file_counts.invalid_utf8_documents > 0
+
+
+def _cut_position(data: bytes, start: int, limit: int) -> int:
+    """End of a part of at most `limit` bytes that begins at `start`: after a newline, or between characters."""
+    end = start + limit
+    if end >= len(data):
+        return len(data)
+    newline = data.rfind(b"\n", start + limit // 2, end)
+    if newline >= 0:
+        return newline + 1
+    for character in range(end, end - 4, -1):
+        if data[character] & 0xC0 != 0x80:  # not a continuation byte
+            return character
+    return end  # no UTF-8 here
+
+
+def _decode(data: bytes, counts: SourceCounts) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        counts.invalid_utf8_documents += 1
+        return data.decode("utf-8", errors="replace")
+
+
+def _kind_of(path: str) -> str:
+    stem = Path(path).name.lower()
+    for compression in _COMPRESSIONS:
+        stem = stem.removesuffix(compression)
+    for suffix in _SUFFIXES:
+        if stem.endswith(suffix):
+            return suffix
+    raise UserError(f"{path}: unknown kind of file; data.sources reads .txt and .jsonl, each also .gz or .zst")
+
+
+class _CountingFile(io.RawIOBase):
+    """Passes reads through and reports how many bytes of the file they took."""
+
+    def __init__(self, raw: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
+        self._raw = raw
+        self._on_bytes = on_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._raw.read(len(buffer))
+        buffer[: len(data)] = data
+        if self._on_bytes is not None and data:
+            self._on_bytes(len(data))
+        return len(data)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses frame after frame. The library's own stream reader takes a truncated frame for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            if not self._input:
+                self._input = self._raw.read(1 << 17)
+                if not self._input:
+                    if self._frame is not None:
+                        raise EOFError("the last zstd frame is not complete")
+                    return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+@contextmanager
+def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file; what goes wrong while they are read becomes a UserError that names it."""
+    import zstandard
+
+    try:
+        with Path(path).open("rb", buffering=0) as raw:
+            counted: Any = io.BufferedReader(_CountingFile(raw, on_bytes), _BLOCK_BYTES)  # type: ignore[arg-type]
+            if path.lower().endswith(".gz"):
+                counted = gzip.GzipFile(fileobj=counted, mode="rb")
+            elif path.lower().endswith(".zst"):
+                counted = _ZstdFile(counted)
+            yield io.BufferedReader(counted, _BLOCK_BYTES)  # type: ignore[return-value]
+    except EOFError:
+        raise UserError(f"{path}: the compressed file is truncated; fetch or write it again") from None
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(
+            f"{path}: not a sound compressed file ({' '.join(str(error).split())}); write it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -1,0 +1,242 @@
+"""`biroute bench attention`: time and memory of routed attention beside dense attention, forward and backward.
+
+Dense and routed runs alternate, so that both see the same machine; each figure is the median of its repeats. Routing
+is part of the routed time. With one thread the clock is this process's CPU time: other processes stretch it little.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from biroute.launcher.bench_report import circumstances, say
+from biroute.model.attention import bi_level_attention, dense_attention
+from biroute.model.partial import Path
+from biroute.model.routing import route_regions
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+# Beyond this a path that does not suit the setting takes longer than dense attention.
+LONGEST_FOR_EVERY_PATH = 4096
+# The profiler that counts memory records every operation, gigabytes of records beyond this length.
+LONGEST_FOR_MEMORY = 16_384
+SLOPE_FROM = 2048
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One shape of attention; `region_size` 0 is chosen from the length."""
+
+    name: str
+    num_tokens: int
+    region_size: int
+    topk: int
+    query_block_size: int
+    num_kv_groups: int = 2
+    num_heads: int = 8
+    head_size: int = 64
+    target: float | None = None  # the ratio to reach
+
+    @property
+    def ideal(self) -> float:
+        """Dense causal attention's operations over the routed ones."""
+        return self.num_tokens / (2 * min(self.topk * self.region_size, self.num_tokens))
+
+
+TARGETS = (
+    Setting("one route per region", 16_384, 64, 8, 64, target=13.0),
+    Setting("one route per region, 8 KV groups", 16_384, 64, 8, 64, num_kv_groups=8, target=9.0),
+    Setting("one route per 8 tokens", 16_384, 64, 8, 8, target=8.0),
+    Setting("one route per token", 16_384, 64, 8, 1, target=6.0),
+    Setting("one route per token, small regions", 16_384, 16, 32, 1, target=3.0),
+    Setting("one route per region, short", 2048, 64, 8, 64, target=1.6),
+)
+
+
+def automatic_region_size(num_tokens: int) -> int:
+    """The power of two next to 2.5 S^(1/3): with Lq = L and a fixed topk, routing and attention grow as S^(4/3)."""
+    return 2 ** round(math.log2(2.5 * num_tokens ** (1 / 3)))
+
+
+def sweep_settings(num_tokens: int) -> list[Setting]:
+    """What is measured at every length."""
+    automatic = automatic_region_size(num_tokens)
+    return [
+        Setting("per region, automatic L", num_tokens, automatic, 8, automatic),
+        Setting("per token", num_tokens, 64, 8, 1),
+        Setting("per token, small regions", num_tokens, 16, 32, 1),
+    ]
+
+
+def run_bench(
+    lengths: Sequence[int] = LENGTHS,
+    repeats: int = 3,
+    targets: Sequence[Setting] = TARGETS,
+    layout: str = "heads_first",
+) -> dict[str, Any]:
+    """Measure the settings with a target and the sweep over lengths; the answer as plain values.
+
+    `layout`: "heads_first" gives contiguous [B, H, S, D], "tokens_first" the [B, S, H, D] that a projection leaves.
+    """
+    ordered = sorted(targets, key=_shape)
+    target_rows = [
+        row for _, same in groupby(ordered, key=_shape) for row in _measure(list(same), repeats, layout, ("auto",))
+    ]
+    sweep_rows = []
+    for num_tokens in lengths:
+        every: tuple[Path, ...] = ("auto", "query_major", "region_major")
+        paths = every if num_tokens <= LONGEST_FOR_EVERY_PATH else ("auto",)
+        sweep_rows += _measure(sweep_settings(num_tokens), repeats, layout, paths)
+    return {
+        "benchmark": "attention",
+        "circumstances": circumstances(),
+        "settings": {"repeats": repeats, "layout": layout, "precision": "fp32", "clock": _clock()[0]},
+        "targets": target_rows,
+        "sweep": sweep_rows,
+        "slope": slope(sweep_rows, sweep_settings(SLOPE_FROM)[0].name),
+        "break_even": {s.name: break_even(sweep_rows, s.name) for s in sweep_settings(SLOPE_FROM)},
+    }
+
+
+def _shape(setting: Setting) -> tuple[int, ...]:
+    """Settings of one shape are measured beside the same dense attention."""
+    return setting.num_tokens, setting.num_kv_groups, setting.num_heads, setting.head_size
+
+
+def slope(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    """Least-squares slope of log time in log length from SLOPE_FROM tokens on."""
+    points = [
+        (math.log(row["num_tokens"]), math.log(row["seconds"]))
+        for row in rows
+        if row["name"] == name and row["path"] == "auto" and row["num_tokens"] >= SLOPE_FROM
+    ]
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def break_even(rows: Sequence[dict[str, Any]], name: str) -> int | None:
+    """The shortest measured length from which on routed attention is always at least as fast as dense."""
+    mine = sorted(
+        (row for row in rows if row["name"] == name and row["path"] == "auto"), key=lambda row: row["num_tokens"]
+    )
+    length = None
+    for row in reversed(mine):
+        if row["ratio"] < 1.0:
+            break
+        length = row["num_tokens"]
+    return length
+
+
+def _measure(settings: Sequence[Setting], repeats: int, layout: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows of settings that share one length and head shape, dense attention among them once."""
+    first = settings[0]
+    inputs = _inputs(first, layout)
+    calls: dict[tuple[int, str], Callable[[], list[float]]] = {(-1, "dense"): partial(_dense, inputs)}
+    for number, setting in enumerate(settings):
+        for path in paths:
+            calls[number, path] = partial(_routed, inputs, setting, path)
+    peaks: dict[tuple[int, str], int | None] = {}
+    for key, call in calls.items():  # the warm-up as well
+        peaks[key] = peak_bytes(call) if first.num_tokens <= LONGEST_FOR_MEMORY else None
+    times: dict[tuple[int, str], list[list[float]]] = {key: [] for key in calls}
+    for _ in range(repeats):
+        for key, call in calls.items():
+            times[key].append(call())
+    dense = _row(first, "dense", times[-1, "dense"], peaks[-1, "dense"])
+    rows = []
+    for (number, name), measured in times.items():
+        row = dense if number < 0 else _row(settings[number], name, measured, peaks[number, name])
+        ratio = dense["seconds"] / row["seconds"]
+        row |= {"ratio": ratio, "of_ideal": None if number < 0 else ratio / settings[number].ideal}
+        rows.append(row)
+    dense |= {"name": "dense", "target": None, "ideal": None}
+    say("; ".join(f"{r['num_tokens']} {r['name']} {r['path']} {r['seconds']:.3f} s {r['ratio']:.2f}x" for r in rows))
+    return rows
+
+
+def _row(setting: Setting, path: str, measured: Sequence[Sequence[float]], peak: int | None) -> dict[str, Any]:
+    route, forward, backward = (statistics.median(column) for column in zip(*measured, strict=True))
+    total = statistics.median(sum(parts) for parts in measured)
+    seconds = {"seconds": total, "route_seconds": route, "forward_seconds": forward, "backward_seconds": backward}
+    peak_mib = None if peak is None else peak / (1 << 20)
+    return {**asdict(setting), "ideal": setting.ideal, "path": path, **seconds, "peak_mib": peak_mib}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+
+
+def _inputs(setting: Setting, layout: str) -> _Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        if layout == "tokens_first":
+            return torch.randn(1, setting.num_tokens, heads, setting.head_size, generator=generator).transpose(1, 2)
+        return torch.randn(1, heads, setting.num_tokens, setting.head_size, generator=generator)
+
+    groups = setting.num_kv_groups
+    q, k, v, dout = draw(setting.num_heads), draw(groups), draw(groups), draw(setting.num_heads)
+    return _Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
+
+
+def _clock() -> tuple[str, Callable[[], float]]:
+    if torch.get_num_threads() == 1:
+        return "CPU time of the process", time.process_time
+    return "wall time", time.perf_counter
+
+
+def _dense(x: _Inputs) -> list[float]:
+    return _timed(lambda: None, lambda _: dense_attention(x.q, x.k, x.v, causal=True), x)
+
+
+def _routed(x: _Inputs, setting: Setting, path: Path) -> list[float]:
+    sizes: dict[str, Any] = {
+        "region_size": setting.region_size,
+        "query_block_size": setting.query_block_size,
+        "causal": True,
+    }
+    return _timed(
+        lambda: route_regions(x.q, x.k, topk=setting.topk, **sizes),
+        lambda index: bi_level_attention(x.q, x.k, x.v, index, path=path, **sizes),
+        x,
+    )
+
+
+def _timed(route: Callable[[], Any], forward: Callable[[Any], Tensor], x: _Inputs) -> list[float]:
+    """Seconds of routing, forward and backward."""
+    now = _clock()[1]
+    marks = [now()]
+    index = route()
+    marks.append(now())
+    out = forward(index)
+    marks.append(now())
+    torch.autograd.grad(out, (x.q, x.k, x.v), x.dout)
+    marks.append(now())
+    return [later - earlier for earlier, later in pairwise(marks)]
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most memory that a call holds at once beside what was there before, as PyTorch's allocator counts it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    # Reading single allocations has no public form; the public tables sum them up per operator.
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,134 @@
+"""`biroute bench ...`: benchmarks. Each prints a table (or JSON) and may write a page and a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from biroute.launcher.worker import ignore_library_warnings
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure what BiRoute claims, on this machine.")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Out = Annotated[Path | None, typer.Option("--out", help="folder for a Markdown page and a PNG")]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variants", help="names of variants, repeatable, * allowed; left out: all usual ones"),
+]
+
+
+@bench_app.command()
+def attention(
+    lengths: Annotated[
+        list[int] | None, typer.Option("--length", min=512, help="tokens, repeatable; left out: 512 to 32768")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each setting; the median counts")] = 3,
+    tokens_first: Annotated[
+        bool, typer.Option("--tokens-first", help="tensors as a projection leaves them, not head by head")
+    ] = False,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Time and memory of routed attention beside dense attention, forward and backward.
+
+    Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
+    """
+    from biroute.launcher.bench_attention import LENGTHS, run_bench
+    from biroute.launcher.bench_attention_report import print_attention, write_attention
+
+    answer = run_bench(lengths or LENGTHS, repeats, layout="tokens_first" if tokens_first else "heads_first")
+    _report(answer, as_json, out, print_attention, write_attention)
+
+
+@bench_app.command()
+def recall(
+    steps: Annotated[int, typer.Option(help="optimizer steps of each variant and seed")] = 400,
+    seeds: Annotated[int, typer.Option(help="number of seeds")] = 1,
+    variants: Variants = None,
+    evaluation_sequences: Annotated[
+        int, typer.Option(min=1, help="sequences to score on, with a question for every 8 of their 256 tokens")
+    ] = 256,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="file that keeps finished rows, so that a stopped run can go on")
+    ] = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Associative recall by distance: what each kind of route finds, beside dense and a random route.
+
+    Example: biroute bench recall --seeds 2 --out docs/benchmarks
+    """
+    from biroute.launcher.bench_recall import RecallSettings, run_bench
+    from biroute.launcher.bench_recall_report import print_recall, write_recall
+
+    settings = RecallSettings(steps=steps, evaluation_sequences=evaluation_sequences)
+    answer = run_bench(settings, seeds, variants or [], rows)
+    _report(answer, as_json, out, print_recall, write_recall)
+
+
+@bench_app.command()
+def quality(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps of each variant and seed")] = 300,
+    seeds: Annotated[int, typer.Option(help="number of seeds")] = 2,
+    variants: Variants = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Held-out bits per byte of a configuration's model on its dataset under each kind of attention.
+
+    Example: biroute bench quality configs/demo.yaml model.num_layers=2 --steps 300 --out docs/benchmarks
+    """
+    from biroute.configs.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
+    ignore_library_warnings()
+    from biroute.launcher.bench_quality import run_bench
+    from biroute.launcher.bench_quality_report import print_quality, write_quality
+
+    answer = run_bench(loaded, steps, seeds, variants or [])
+    _report(answer, as_json, out, print_quality, write_quality)
+
+
+@bench_app.command()
+def pictures(
+    steps: Annotated[int, typer.Option(help="optimizer steps of the small model whose routes are drawn")] = 400,
+    as_json: AsJson = False,
+    out: Annotated[Path, typer.Option("--out", help="folder for the PNGs")] = Path("docs/images"),
+) -> None:
+    """Draw what routing does: a route map, the leak of a mean query, and the cost of region sizes.
+
+    Example: biroute bench pictures --out docs/images
+    """
+    from biroute.launcher.draw_routing import draw_pictures
+
+    answer = draw_pictures(out, steps)
+    typer.echo(json.dumps(answer) if as_json else "\n".join(f"{name}: {value}" for name, value in answer.items()))
+
+
+def _report(
+    answer: Mapping[str, Any],
+    as_json: bool,
+    out: Path | None,
+    show: Callable[[Mapping[str, Any]], None],
+    write: Callable[[Mapping[str, Any], Path], list[Path]],
+) -> None:
+    """Print the answer, and write its page and picture if asked."""
+    written = write(answer, out) if out is not None else []
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    show(answer)
+    for path in written:
+        typer.echo(f"wrote {path}")

@@ -1,0 +1,145 @@
+"""`biroute bench quality`: held-out bits per byte of one model on real text under every kind of attention.
+
+The real model, engine and loader. Equal data, steps and initial weights for every variant; each is scored as trained
+and, where it routes, with the same weights under a random route.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from biroute.configs.errors import UserError
+from biroute.configs.layout import resolve_layout
+from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.loader import Batch, open_dataset
+from biroute.launcher.bench_quality_variants import VARIANTS, variant_config
+from biroute.launcher.bench_report import circumstances, each, mean, say, select
+from biroute.launcher.processes import RENDEZVOUS_FILE, join_processes
+from biroute.launcher.schedule import learning_rate
+from biroute.model.layers import CoreAttention
+from biroute.model.routing import Router
+from biroute.parallel.engine import Engine, Microbatch, build_engine
+from biroute.parallel.megatron import prepare_megatron
+from biroute.parallel.mesh import build_mesh
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts the held-out sequences."""
+
+    nats_per_token: float
+    bits_per_byte: float
+
+
+def set_router(module: nn.Module, router: Router) -> None:
+    """How all layers that route choose from now on."""
+    for core in module.modules():
+        if isinstance(core, CoreAttention):
+            attention = core.model.attention.model_copy(update={"router": router})
+            core.model = core.model.model_copy(update={"attention": attention})
+
+
+def score(engine: Engine, batches: Sequence[Batch]) -> Score:
+    """Mean loss over the batches."""
+    nats = engine.evaluate([_microbatch(batch) for batch in batches])
+    tokens_per_byte = sum(b.target_tokens for b in batches) / sum(b.target_bytes for b in batches)
+    return Score(nats, nats * tokens_per_byte / math.log(2))
+
+
+def _microbatch(batch: Batch) -> Microbatch:
+    return Microbatch(torch.from_numpy(batch.inputs), torch.from_numpy(batch.labels))
+
+
+def train_variant(config: RunConfig) -> tuple[Score, Score | None]:
+    """Train as `config` says; the score as trained, and under a random route if some layer routes by affinity."""
+    dataset = open_dataset(config)
+    heldout = list(dataset.heldout_batches(data_rank=0, data_size=1))
+    engine = build_engine(config, build_mesh(resolve_layout(config, 1)), CPU)
+    with dataset.train_loader(data_rank=0, data_size=1) as loader:
+        for step in range(1, config.train.steps + 1):
+            rate = learning_rate(config.optim, step, config.train.steps)
+            engine.train_step([_microbatch(batch) for batch in loader.step()], rate)
+    trained = score(engine, heldout)
+    if config.model.attention.kind != "bi_level":
+        return trained, None
+    set_router(engine.deepspeed, "random")
+    return trained, score(engine, heldout)
+
+
+def join_alone(config: RunConfig) -> None:
+    """Make this process a group of one, unless it belongs to a group already."""
+    prepare_megatron(CPU)
+    if not dist.is_initialized():
+        rendezvous = Path(tempfile.mkdtemp(prefix="biroute-bench-")) / "rendezvous"
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
+        join_processes(config.train)
+
+
+def run_bench(config: RunConfig, steps: int, seeds: int, patterns: Sequence[str] = ()) -> dict[str, Any]:
+    """Train and score the chosen variants of `config`; the answer as plain values. `patterns`: names, `*` allowed.
+
+    Raises:
+        UserError: no such variant, no seed, a masked objective, no dataset.
+    """
+    if seeds < 1 or steps < 1:
+        raise UserError(f"--seeds {seeds} --steps {steps}: use at least 1 of each")
+    if not config.model.causal:
+        raise UserError(f"model.objective={config.model.objective}: this benchmark trains causal models")
+    names = select(VARIANTS, patterns, VARIANTS)
+    about_run = circumstances()  # now: the code may change while this runs
+    open_dataset(config)  # complains before anything is trained
+    plans = {name: [variant_config(config, name, seed, steps) for seed in range(seeds)] for name in names}
+    join_alone(plans[names[0]][0])
+    rows = [_run_variant(name, configs) for name, configs in plans.items()]
+    model = config.model
+    return {
+        "benchmark": "quality",
+        "circumstances": about_run,
+        "settings": {
+            "steps": steps,
+            "tokens_per_step": config.tokens_per_step,
+            "model": model.model_dump(mode="json"),
+            "vocab_size": config.data.tokenizer.vocab_size,
+            "learning_rate": config.optim.learning_rate,
+            "heldout_sequences": config.train.evaluate_sequences,
+            "tokens_seen": model.attention.region_size * model.attention.topk,
+        },
+        "seeds": list(range(seeds)),
+        "rows": rows,
+    }
+
+
+def _run_variant(name: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """One row: the variant with every seed."""
+    started = time.perf_counter()
+    scores = [train_variant(config) for config in configs]
+    attention = configs[0].model.attention
+    routes = attention.kind == "bi_level"
+    bits = [trained.bits_per_byte for trained, _ in scores]
+    seconds = time.perf_counter() - started
+    say(f"{name}: {mean(bits):.4f} bits per byte ({each(bits)}), {seconds:.0f} s")
+    return {
+        "name": name,
+        "kind": attention.kind,
+        "region_size": attention.region_size,
+        "query_block_size": attention.query_block_size,
+        "topk": attention.topk,
+        "dense_layers": list(configs[0].model.dense_layers),
+        "bits_per_byte": bits,
+        "nats_per_token": [trained.nats_per_token for trained, _ in scores],
+        "random_route": [random.bits_per_byte for _, random in scores if random is not None] if routes else None,
+        "seconds": seconds,
+    }

@@ -1,0 +1,40 @@
+"""What a run is, in a line for people and as the facts that its checkpoints are checked against. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from biroute.configs.layout import Layout
+from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.loader import Dataset
+from biroute.model.flops import parameter_count
+
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_groups",
+    "head_size",
+    "ffn_hidden_size",
+    "qk_norm",
+    "tied_embeddings",
+    "objective",
+)
+
+
+def model_identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What two runs must share for one to load the other's weights."""
+    model = config.model.model_dump(mode="json")
+    return {
+        **{f"model.{name}": model[name] for name in _SHAPE_FIELDS},
+        "vocabulary": config.padded_vocab_size,
+        "tokenizer fingerprint": dataset.manifest.tokenizer_fingerprint[:12],
+    }
+
+
+def describe(config: RunConfig, layout: Layout) -> str:
+    """Size, layout and length of a run, for the first line that it prints."""
+    return (
+        f"{parameter_count(config) / 1e6:.2f} M parameters, {layout}, {config.train.precision}, "
+        f"{config.tokens_per_step:,} tokens per step, {config.train.steps:,} steps"
+    )

@@ -1,0 +1,113 @@
+"""Start the ranks of one machine as processes, watch them, pass signals on. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_STOPPED, EXIT_USER_FAULT
+from biroute.launcher.preemption import STOP_SIGNALS
+
+GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
+POLL_SECONDS = 0.1
+LINES_OF_LOG_SHOWN = 25
+
+
+def run_local_ranks(arguments: Sequence[str], processes: int, log_dir: Path) -> int:
+    """Run `processes` ranks of `python -m biroute.launcher.worker <arguments>`; the exit status of the whole.
+
+    Rank 0 writes to this terminal, the others to `log_dir/rank-<n>.log`. If a rank fails, the others are ended and
+    what the first failing one wrote last is shown.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
+        ranks = [_start(arguments, rank, processes, Path(folder), log_dir) for rank in range(processes)]
+        previous = {number: signal.signal(number, _forwarder(ranks)) for number in STOP_SIGNALS}
+        try:
+            return _watch(ranks, log_dir)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                rank.wait()
+
+
+def _start(
+    arguments: Sequence[str], rank: int, processes: int, folder: Path, log_dir: Path
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "BIROUTE_RENDEZVOUS_FILE": str(folder / "rendezvous"),  # a file: no port to guess, none to be taken
+        # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
+    }
+    command = [sys.executable, "-m", "biroute.launcher.worker", *arguments]
+    if rank == 0:
+        return subprocess.Popen(command, env=environment)
+    with open(_log_file(log_dir, rank), "ab") as log:
+        # A session of its own: Ctrl-C reaches the launcher and rank 0, which agree with the others on a step.
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _log_file(log_dir: Path, rank: int) -> Path:
+    return log_dir / f"rank-{rank:05d}.log"
+
+
+def _forwarder(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
+    def forward(number: int, _: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    return forward
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
+    """Wait for all ranks; after a failure, end those still running."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        if failed is None:
+            failed = next((n for n, rank in enumerate(ranks) if rank.poll() not in (None, EXIT_OK)), None)
+            if failed is not None:
+                deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(POLL_SECONDS)
+    codes = [rank.returncode for rank in ranks]
+    if all(code == EXIT_OK for code in codes):
+        return EXIT_OK
+    if failed is None:
+        failed = next(n for n, code in enumerate(codes) if code != EXIT_OK)
+    if codes[failed] in (EXIT_STOPPED, EXIT_USER_FAULT):
+        if failed != 0 and codes[0] != codes[failed]:
+            _show_log(failed, codes[failed], log_dir)
+        return codes[failed]
+    _show_log(failed, codes[failed], log_dir)
+    return EXIT_OUR_FAULT
+
+
+def _show_log(rank: int, code: int, log_dir: Path) -> None:
+    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    print(f"error: rank {rank} {ending}", file=sys.stderr)
+    if rank == 0:
+        return  # it wrote to this terminal
+    path = _log_file(log_dir, rank)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG_SHOWN:]
+    print(f"last lines of {path}:", *lines, sep="\n  ", file=sys.stderr)

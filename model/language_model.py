@@ -1,0 +1,120 @@
+"""The model as ONE list of layers: embedding, blocks, norm, head.
+
+The same list becomes a plain sequence of modules or the stages of a pipeline; nothing else knows the difference.
+
+Shapes: B sequences, S tokens, C hidden size, V padded vocabulary, T tensor ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from biroute.configs.schema import ModelConfig, RunConfig
+from biroute.model.layers import Block, megatron_config
+from biroute.model.norm import RMSNorm
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer, not yet built. Layers of the same name are one module used twice (tied embeddings)."""
+
+    name: str
+    module_class: type[nn.Module]
+    arguments: dict[str, Any] = field(repr=False)
+    seed: int
+
+    def build(self) -> nn.Module:
+        """The module, its weights drawn from its own seed: the same whatever stage it lands on."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.module_class(**self.arguments)
+
+
+def plan_layers(config: RunConfig, groups: ProcessGroupCollection) -> list[LayerPlan]:
+    """The layers of the model in order. `groups` are the process groups that weights are split over."""
+    model = config.model
+    vocabulary = {"model": model, "vocab_size": config.padded_vocab_size, "groups": groups}
+    block = {"model": model, "groups": groups, "recompute": config.train.recompute}
+    norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
+    plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]
+    plans += [(f"block.{layer}", Block, {**block, "layer": layer}) for layer in range(model.num_layers)]
+    plans += [("norm", RMSNorm, norm)]
+    plans += [("embedding", Embedding, vocabulary)] if model.tied_embeddings else [("head", Head, vocabulary)]
+    return [
+        # A wide stride keeps the seeds of neighbouring runs (seed, seed + 1, ...) apart.
+        LayerPlan(name, module_class, arguments, seed=config.train.seed * 100_003 + position)
+        for position, (name, module_class, arguments) in enumerate(plans)
+    ]
+
+
+class Embedding(VocabParallelEmbedding):
+    """Token embedding; given hidden states instead of tokens it is the tied head.
+
+    One forward for both uses, because ZeRO-3 gathers a module's weight when the module is called, and only then.
+    """
+
+    def __init__(self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
+        super().__init__(
+            vocab_size,
+            model.hidden_size,
+            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            config=megatron_config(model, groups.tp.size()),
+            tp_group=groups.tp,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, S] int64 -> [S, B, C]; or hidden states [S, B, C] -> logits [S, B, V / T]."""
+        if x.is_floating_point():
+            return F.linear(copy_to_tensor_model_parallel_region(x, group=self.tp_group), self.weight)
+        return super().forward(x.t().contiguous())
+
+
+class Head(nn.Module):
+    """Untied output projection, [S, B, C] -> logits [S, B, V / T]."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.projection = ColumnParallelLinear(
+            model.hidden_size,
+            vocab_size,
+            config=megatron_config(model, groups.tp.size()),
+            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            bias=False,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.projection(hidden)[0]
+
+
+def loss_function(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """loss(logits [S, B, V / T], labels [B, S] with -100 = no target) -> mean cross-entropy in nats, a scalar.
+
+    The mean is over the targets that every sequence has by construction, never over those counted, so that the
+    mean over microbatches and ranks is the exact global mean.
+    """
+    targets_per_sequence = config.sequence_length if config.causal else config.masked_tokens
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        targets = labels.t().contiguous()
+        is_target = targets != IGNORED_LABEL
+        losses = vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0))
+        return (losses * is_target).sum() / (targets_per_sequence * labels.shape[0])
+
+    return loss

@@ -1,0 +1,69 @@
+"""The mesh: which rank sits where on the axes pipe x data x region x tensor, and the process groups of each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from biroute.configs.layout import Layout
+from biroute.parallel.megatron import start_process_groups
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Position of a rank on each axis."""
+
+    tensor: int
+    region: int
+    data: int
+    pipe: int
+
+
+def coordinates_of(layout: Layout, rank: int) -> Coordinates:
+    """Position of `rank`: tensor counts fastest, then region, data, pipe."""
+    rest, tensor = divmod(rank, layout.tensor)
+    rest, region = divmod(rest, layout.region)
+    pipe, data = divmod(rest, layout.data)
+    return Coordinates(tensor=tensor, region=region, data=data, pipe=pipe)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place and groups. `groups.tp`, `.cp`, `.dp`, `.dp_cp`, `.pp`: tensor, region, data, both, pipe."""
+
+    layout: Layout
+    rank: int
+    at: Coordinates
+    groups: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and tracks."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.at.pipe == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.at.pipe == self.layout.pipe - 1
+
+
+def build_mesh(layout: Layout) -> Mesh:
+    """Place this rank and create all groups. Collective; torch.distributed must have the layout's size."""
+    assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
+    rank = dist.get_rank()
+    mesh = Mesh(layout, rank, coordinates_of(layout, rank), start_process_groups(layout))
+    _check_rank_order(mesh)
+    return mesh
+
+
+def _check_rank_order(mesh: Mesh) -> None:
+    """Our coordinates must be Megatron-core's; a silent difference would mix up gradients."""
+    groups, at = mesh.groups, mesh.at
+    theirs = (groups.tp.rank(), groups.cp.rank(), groups.dp.rank(), groups.pp.rank())
+    assert theirs == (at.tensor, at.region, at.data, at.pipe), (mesh.rank, theirs, at)
+    assert groups.dp_cp.rank() == at.data * mesh.layout.region + at.region, mesh

@@ -1,0 +1,90 @@
+"""Every layout trains as plain torch does in one process: losses, gradients, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from helpers.pool import WorkerPool
+from helpers.training import Shards, merge, plain_torch_run, shards_of, small_config, start_engine, train
+
+Ranks = Callable[[int], WorkerPool]
+STEPS = 3
+LAYOUTS = [
+    {"tensor": tensor, "pipeline": pipeline, "data": data, "zero_stage": stage}
+    for tensor, pipeline, data, stage in product((1, 2), (1, 2), (1, 2), (0, 1, 2, 3))
+    if tensor * pipeline * data <= 4 and not (pipeline > 1 and stage > 1)
+]
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied, normed": {"tied_embeddings": False, "qk_norm": True},
+    "masked": {"objective": "masked"},
+}
+
+
+def name_of(layout: dict[str, int]) -> str:
+    return " ".join(f"{axis}{size}" for axis, size in layout.items())
+
+
+def layout_job(layout: dict[str, int], model: dict[str, Any]) -> tuple[list[tuple[float, float]], Shards]:
+    """Train; reports of all steps, weights after the last and the gradients that it used."""
+    engine = start_engine(small_config(model=model, parallel=layout))
+    gradients: dict[str, torch.Tensor] = {}
+    take_step = engine.deepspeed._take_model_step
+
+    def record_then_step(*arguments: Any) -> Any:
+        gradients.update({name: engine.state.gradient(p) for name, p in engine.named_parameters()})
+        return take_step(*arguments)
+
+    engine.deepspeed._take_model_step = record_then_step
+    reports = train(engine, range(1, STEPS + 1))
+    values = {
+        name: {"weight": engine.state.read(p)["weight"], "gradient": gradients[name]}
+        for name, p in engine.named_parameters()
+    }
+    return reports, shards_of(engine, values)
+
+
+def reference_job(model: dict[str, Any]) -> Any:
+    return plain_torch_run(small_config(model=model), STEPS)
+
+
+@pytest.fixture(scope="module")
+def references(ranks: Ranks) -> dict[str, Any]:
+    return {name: ranks(1).run(reference_job, model)[0] for name, model in MODELS.items()}
+
+
+def check(layout: dict[str, int], model: str, ranks: Ranks, references: dict[str, Any]) -> None:
+    world_size = layout["tensor"] * layout["pipeline"] * layout["data"]
+    answers = ranks(world_size).run(layout_job, layout, MODELS[model])
+    expected_reports, expected = references[model]
+    for reports, _ in answers:
+        torch.testing.assert_close(torch.tensor(reports), torch.tensor(expected_reports), rtol=1e-5, atol=0)
+    found = merge([shards for _, shards in answers])
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for kind, want in values.items():
+            error = (found[name][kind] - want).norm() / want.norm()
+            assert error < 1e-5, f"{name} {kind}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_layout_equals_plain_torch(layout: dict[str, int], ranks: Ranks, references: dict[str, Any]) -> None:
+    check(layout, "tied", ranks, references)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name != "tied"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 1},
+        {"tensor": 2, "pipeline": 1, "data": 2, "zero_stage": 3},
+        {"tensor": 1, "pipeline": 2, "data": 2, "zero_stage": 0},
+    ],
+    ids=name_of,
+)
+def test_other_models(layout: dict[str, int], model: str, ranks: Ranks, references: dict[str, Any]) -> None:
+    check(layout, model, ranks, references)

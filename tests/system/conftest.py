@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.corpus import small_run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def biroute(*arguments: object, **environment: str) -> Answer:
+    """Run the command line as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "biroute.launcher.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Answer]:
+    return biroute
+
+
+@pytest.fixture
+def config_file(corpus: Path, tmp_path: Path) -> Path:
+    """A small run on the corpus, in a folder of its own, with MLflow."""
+    tree = small_run(corpus, tmp_path / "runs" / "small", steps=8, parallel={})
+    del tree["tracking"]
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path

@@ -1,0 +1,167 @@
+"""`biroute train` as a user runs it: real processes, a real MLflow store, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .conftest import Answer
+
+Command = Callable[..., Answer]
+METRICS = {
+    "train/loss",
+    "heldout/loss",
+    "heldout/bits_per_byte",
+    "heldout/perplexity",
+    "optim/learning_rate",
+    "optim/grad_norm",
+    "throughput/tokens_per_second",
+    "throughput/tokens_per_second_per_rank",
+    "throughput/tflops_per_rank",
+    "progress/tokens",
+    "time/step_seconds",
+    "memory/peak_gib",
+} | {f"time/{part}_seconds" for part in ("data", "forward", "backward", "exchange", "optimizer")}
+
+
+def points(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def training_steps(run_dir: Path) -> list[int]:
+    return [point["step"] for point in points(run_dir) if "train/loss" in point["metrics"]]
+
+
+def only_run(run_dir: Path) -> Any:
+    """The one MLflow run in the store of `run_dir`, and the client that read it."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "biroute"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run, client
+
+
+@pytest.fixture
+def run_dir(config_file: Path) -> Path:
+    return config_file.parent / "runs" / "small"
+
+
+@pytest.fixture
+def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start_training(*overrides: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start_training
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while step not in training_steps(run_dir):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.02)
+
+
+def test_a_whole_run_and_what_mlflow_shows(config_file: Path, run_dir: Path, command: Command) -> None:
+    answer = command("train", config_file, "parallel.data=2")
+    assert answer.status == 0, answer.err
+    assert "step 8/8" in answer.out
+    assert "bits per byte" in answer.out
+    assert answer.err == "", "nothing but our own lines"
+    run, client = only_run(run_dir)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics.keys() >= METRICS
+    assert run.data.params["model.attention.topk"] == "3"
+    assert {"layout", "world_size", "host"} <= run.data.tags.keys()
+    assert any("torch" in tag for tag in run.data.tags)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 9))
+    assert history[-1].value < history[0].value
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "tokenizer.model", "loss_curve.png"} <= artifacts
+
+    other = command("train", config_file, "model.hidden_size=64", "train.steps=9")
+    assert other.status == 2
+    (line,) = other.err.splitlines()
+    assert "checkpoint of another model" in line
+    assert "model.hidden_size: 32 there, 64 here" in line
+
+    again = command("train", config_file, "parallel.data=2")
+    assert again.status == 0
+    assert "nothing to do" in again.out
+    run_again, _ = only_run(run_dir)
+    assert run_again.info.run_id == run.info.run_id
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, config_file: Path, run_dir: Path, start: Any, command: Command
+) -> None:
+    overrides = ["parallel.data=2", "train.steps=400", "checkpoint.every_steps=0", "train.evaluate_every=0"]
+    process = start(*overrides)
+    wait_for_step(run_dir, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, (out, err)
+    assert "the state is saved" in err
+    stopped = training_steps(run_dir)[-1]
+    assert 3 <= stopped < 400
+    assert (run_dir / "checkpoints" / f"step-{stopped:08d}").is_dir()
+    assert only_run(run_dir)[0].info.status == "KILLED"
+
+    overrides[1] = f"train.steps={stopped + 2}"
+    answer = command("train", config_file, *overrides)
+    assert answer.status == 0, answer.err
+    assert f"resumed after step {stopped}" in answer.out
+    assert training_steps(run_dir) == list(range(1, stopped + 3))
+    run, client = only_run(run_dir)
+    assert run.info.status == "FINISHED"
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, stopped + 3))
+
+
+def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: Path, start: Any) -> None:
+    process = start("parallel.data=2", "train.steps=1000", "tracking.enabled=false", "train.evaluate_every=0")
+    wait_for_step(run_dir, 2, process)
+    ranks = psutil.Process(process.pid).children()
+    victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
+    victim.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 ended by SIGKILL" in err
+    assert not [rank for rank in ranks if rank.is_running()], "no rank is left behind"
+
+
+def test_an_unreachable_server_stops_nothing(config_file: Path, run_dir: Path, command: Command) -> None:
+    answer = command(
+        "train", config_file, "tracking.uri=http://127.0.0.1:9", "tracking.flush_seconds=1", "train.steps=4"
+    )
+    assert answer.status == 0, answer.err
+    assert "http://127.0.0.1:9" in answer.out
+    assert training_steps(run_dir) == [1, 2, 3, 4]

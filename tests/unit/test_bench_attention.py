@@ -1,0 +1,73 @@
+"""`biroute bench attention`: what it measures, and memory of routed attention beside dense attention's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from biroute.launcher import bench_attention, bench_attention_report
+from biroute.launcher.bench_attention import Setting, automatic_region_size, break_even, peak_bytes, slope
+
+
+def test_peak_bytes_counts_what_is_held_at_once() -> None:
+    def call() -> None:
+        first, second = torch.empty(1 << 18), torch.empty(1 << 18)  # 1 MiB each
+        del first
+        third = torch.empty(1 << 19)
+        del second, third
+
+    assert peak_bytes(call) == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("region_size", "topk", "block", "groups", "path"),
+    [
+        (64, 8, 64, 2, "query_major"),
+        (64, 8, 64, 8, "query_major"),
+        (64, 8, 64, 8, "region_major"),
+        (64, 8, 1, 2, "region_major"),
+        (16, 16, 1, 2, "region_major"),
+    ],
+)
+def test_routed_attention_holds_no_more_than_dense(region_size, topk, block, groups, path) -> None:
+    setting = Setting("", 1024, region_size, topk, block, num_kv_groups=groups)
+    inputs = bench_attention._inputs(setting, "heads_first")
+    dense = peak_bytes(lambda: bench_attention._dense(inputs))
+    assert peak_bytes(lambda: bench_attention._routed(inputs, setting, path)) <= dense
+
+
+def rows(times: dict[int, float], ratio: dict[int, float] | None = None) -> list[dict]:
+    return [
+        {"name": "x", "path": "auto", "num_tokens": n, "seconds": t, "ratio": (ratio or {}).get(n, 1.0)}
+        for n, t in times.items()
+    ]
+
+
+def test_slope_and_break_even() -> None:
+    assert slope(rows({512: 9.0, 2048: 1.0, 4096: 2.0**1.5, 8192: 2.0**3}), "x") == pytest.approx(1.5)
+    assert slope(rows({512: 1.0, 2048: 1.0}), "x") is None
+    times = dict.fromkeys((512, 1024, 2048, 4096), 1.0)
+    assert break_even(rows(times, {512: 1.2, 1024: 0.9, 2048: 1.0, 4096: 3.0}), "x") == 2048
+    assert break_even(rows(times, {512: 2.0, 1024: 2.0, 2048: 2.0, 4096: 0.5}), "x") is None
+
+
+def test_automatic_region_size_follows_the_cube_root() -> None:
+    sizes = [automatic_region_size(n) for n in bench_attention.LENGTHS]
+    assert sizes == sorted(sizes)
+    assert all(n % size == 0 for n, size in zip(bench_attention.LENGTHS, sizes, strict=True))
+    assert automatic_region_size(8 * 2048) == 2 * automatic_region_size(2048)
+
+
+def test_report_holds_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "sweep_settings", lambda n: [Setting("swept", n, 16, 4, 16, head_size=16)])
+    target = Setting("with a target", 256, 16, 4, 16, head_size=16, target=1.5)
+    answer = bench_attention.run_bench(lengths=(128, 256), repeats=1, targets=[target])
+    assert {row["path"] for row in answer["sweep"]} == {"dense", "auto", "query_major", "region_major"}
+    assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in answer["targets"] + answer["sweep"])
+    page, picture = bench_attention_report.write_attention(answer, tmp_path / "benchmarks")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n| ") == len(answer["targets"]) + len(answer["sweep"]) + 4
+    assert "with a target" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
