@@ -159,7 +159,9 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(bench_app, list(arguments), catch_exceptions=False)
 
 
-def test_the_command_reports_json_page_and_picture(tmp_path: Path) -> None:
+def test_the_command_reports_json_page_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The page names the command of this process: what a shell would have started.
+    monkeypatch.setattr("sys.argv", ["/usr/bin/biroute", "bench", "recall", "--steps", "2"])
     arguments = [
         "--steps",
         "2",
@@ -184,7 +186,7 @@ def test_the_command_reports_json_page_and_picture(tmp_path: Path) -> None:
         assert row["largest_difference_to_bi_level_attention"] < 1e-4
     page = (tmp_path / "recall.md").read_text(encoding="utf-8")
     assert_tables(page, columns=10, rows=2)
-    assert "- command: `biroute " in page and "- machine: " in page
+    assert "- command: `biroute bench recall --steps 2`" in page and "- machine: " in page
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
