@@ -52,11 +52,6 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
             f"{parallel.pipeline} x {data} needs {data * model_size} processes, but {world_size} were started; "
             f"start {data * model_size}, or leave parallel.data out"
         )
-    if parallel.region > 1:
-        raise UserError(
-            f"parallel.region={parallel.region}: sharding one sequence over ranks is not in this version; "
-            "use parallel.region=1"
-        )
     layout = Layout(parallel.tensor, parallel.region, data, parallel.pipeline, parallel.zero_stage)
     _check_model(config, layout)
     _check_batch(config, layout)
@@ -70,6 +65,12 @@ def microbatches_per_step(config: RunConfig, layout: Layout) -> int:
 
 def _check_model(config: RunConfig, layout: Layout) -> None:
     model = config.model
+    if layout.region > model.num_regions:
+        raise UserError(
+            f"parallel.region={layout.region}: a sequence has only {model.num_regions} regions "
+            f"(model.sequence_length={model.sequence_length}, model.attention.region_size="
+            f"{model.attention.region_size}); use at most {model.num_regions} region ranks"
+        )
     shared = [
         ("parallel.tensor", layout.tensor, "model.num_heads", model.num_heads),
         ("parallel.tensor", layout.tensor, "model.num_kv_groups", model.num_kv_groups),

@@ -143,6 +143,11 @@ class ParallelConfig(Section):
     tensor: PositiveInt = Field(1, description="ranks that share each weight matrix")
     pipeline: PositiveInt = Field(1, description="stages that share the layers")
     region: PositiveInt = Field(1, description="ranks that share the regions of a sequence")
+    region_exchange: Literal["auto", "fetch", "ship"] = Field(
+        "auto",
+        description="how region ranks get at each other's regions: fetch keys and values, ship queries, or auto: "
+        "whichever moves fewer bytes, pair by pair",
+    )
     data: PositiveInt | None = Field(None, description="replicas of the model; empty: what the processes leave")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters"

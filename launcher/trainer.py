@@ -161,9 +161,10 @@ class Trainer:
         return bool(asked.item() > 0)
 
     def _to_device(self, batches: Sequence[Batch]) -> list[Microbatch]:
-        device = self.engine.device
+        """This rank's tokens of the batches of its data rank."""
+        device, mesh = self.engine.device, self.engine.mesh
         return [
-            Microbatch(torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.labels).to(device))
+            Microbatch(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in (batch.inputs, batch.labels)))
             for batch in batches
         ]
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.layers import Block, megatron_config
 from biroute.model.norm import RMSNorm
+from biroute.model.sharding import SequenceShard
 
 IGNORED_LABEL = -100
 
@@ -46,11 +47,14 @@ class LayerPlan:
             return self.module_class(**self.arguments)
 
 
-def plan_layers(config: RunConfig, groups: ProcessGroupCollection) -> list[LayerPlan]:
-    """The layers of the model in order. `groups` are the process groups that weights are split over."""
+def plan_layers(
+    config: RunConfig, groups: ProcessGroupCollection, shard: SequenceShard | None = None
+) -> list[LayerPlan]:
+    """The layers of the model in order. `groups` are the process groups that weights are split over, `shard` is this
+    rank's part of the sequences where ranks share them."""
     model = config.model
     vocabulary = {"model": model, "vocab_size": config.padded_vocab_size, "groups": groups}
-    block = {"model": model, "groups": groups, "recompute": config.train.recompute}
+    block = {"model": model, "groups": groups, "recompute": config.train.recompute, "shard": shard}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
     plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]
     plans += [(f"block.{layer}", Block, {**block, "layer": layer}) for layer in range(model.num_layers)]
@@ -103,13 +107,14 @@ class Head(nn.Module):
         return self.projection(hidden)[0]
 
 
-def loss_function(config: ModelConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(config: ModelConfig, region_ranks: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
     """loss(logits [S, B, V / T], labels [B, S] with -100 = no target) -> mean cross-entropy in nats, a scalar.
 
     The mean is over the targets that every sequence has by construction, never over those counted, so that the
-    mean over microbatches and ranks is the exact global mean.
+    mean over microbatches and ranks is the exact global mean: also where `region_ranks` share a sequence, and with it
+    its targets, unevenly.
     """
-    targets_per_sequence = config.sequence_length if config.causal else config.masked_tokens
+    targets_per_sequence = (config.sequence_length if config.causal else config.masked_tokens) / region_ranks
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         targets = labels.t().contiguous()

@@ -24,8 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention import bi_level_attention, dense_attention
 from biroute.model.norm import RMSNorm
+from biroute.model.partial import RegionGrid
 from biroute.model.rope import apply_rotary, rotary_tables
-from biroute.model.routing import local_route, route_regions
+from biroute.model.routing import RouteRule, key_descriptors, local_route, route_query_blocks
+from biroute.model.sharding import SequenceShard
 
 
 def megatron_config(model: ModelConfig, tensor_parallel_size: int) -> TransformerConfig:
@@ -61,33 +63,50 @@ class CoreAttention(nn.Module):
     chosen from content alone.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, layer_number: int, **_: object) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        first_group: int,
+        shard: SequenceShard | None,
+        config: TransformerConfig,
+        layer_number: int,
+        **_: object,
+    ) -> None:
+        """`first_group`: number of this tensor rank's first KV group. `shard`: who has the rest of the sequences."""
         super().__init__()
         del config
         self.model = model
-        self.kind = model.attention_kind(layer_number - 1)
-        self.seed = layer_number  # of router=random: every layer draws its own routes
+        self.layer = layer_number - 1
+        self.kind = model.attention_kind(self.layer)
+        self.first_group, self.shard = first_group, shard
+        self.first_token = 0 if shard is None else shard.first_token
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]."""
+        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]; S: this rank's tokens."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        tables = rotary_tables(q.shape[2], 0, q.shape[3], self.model.rope_base, q.device)
+        tables = rotary_tables(q.shape[2], self.first_token, q.shape[3], self.model.rope_base, q.device)
         turned_q, turned_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if self.kind == "dense":
-            out = dense_attention(turned_q, turned_k, v, causal=self.model.causal)
+            out = self._dense(turned_q, turned_k, v)
         else:
             before = self.model.attention.descriptor == "pre_rope"
             index = self.route(q, k) if before else self.route(turned_q, turned_k)
-            out = bi_level_attention(
-                turned_q,
-                turned_k,
-                v,
-                index,
-                region_size=self.model.attention.region_size,
-                query_block_size=self.query_block_size,
-                causal=self.model.causal,
-            )
+            out = self._routed(turned_q, turned_k, v, index)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.shard is not None:
+            return self.shard.dense_attention(q, k, v, causal=self.model.causal, layer=self.layer)
+        return dense_attention(q, k, v, causal=self.model.causal)
+
+    def _routed(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        size = self.model.attention.region_size
+        if self.shard is not None:
+            grid = RegionGrid(size, self.query_block_size, self.model.causal, q.shape[3] ** -0.5)
+            return self.shard.routed_attention(q, k, v, index, grid, self.layer)
+        return bi_level_attention(
+            q, k, v, index, region_size=size, query_block_size=self.query_block_size, causal=self.model.causal
+        )
 
     @property
     def query_block_size(self) -> int:
@@ -96,7 +115,10 @@ class CoreAttention(nn.Module):
         return attention.region_size if self.kind == "local" else attention.query_block_size
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, S / Lq, topk], -1 = empty."""
+        """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, S / Lq, topk], -1 = empty.
+
+        The tokens are this rank's, the regions those of the whole sequence.
+        """
         attention = self.model.attention
         if self.kind == "local":
             batch, groups, num_tokens, _ = k.shape
@@ -108,34 +130,43 @@ class CoreAttention(nn.Module):
                 query_block_size=self.query_block_size,
                 topk=attention.topk,
                 causal=self.model.causal,
+                first_token=self.first_token,
+                sequence_length=num_tokens if self.shard is None else self.shard.sequence_length,
                 device=k.device,
             )
-        return route_regions(
-            q,
-            k,
-            region_size=attention.region_size,
-            query_block_size=attention.query_block_size,
-            topk=attention.topk,
-            causal=self.model.causal,
-            force_own=attention.force_own,
-            force_previous=attention.force_previous,
-            force_first=attention.force_first,
-            router=attention.router,
-            seed=self.seed,
+        rule = RouteRule(
+            attention.region_size,
+            attention.query_block_size,
+            attention.topk,
+            self.model.causal,
+            attention.force_own,
+            attention.force_previous,
+            attention.force_first,
+            attention.router,
+            seed=self.layer + 1,  # of router=random: every layer draws its own routes
         )
+        descriptors = key_descriptors(k, attention.region_size)
+        if self.shard is not None:
+            descriptors = self.shard.all_key_descriptors(descriptors, self.layer)
+        return route_query_blocks(q, descriptors, rule, first_token=self.first_token, first_group=self.first_group)
 
 
 class Block(nn.Module):
     """One transformer layer, [S, B, C] -> [S, B, C]; recomputed in backward if asked."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, groups: ProcessGroupCollection, recompute: bool = False
+        self,
+        model: ModelConfig,
+        layer: int,
+        groups: ProcessGroupCollection,
+        recompute: bool = False,
+        shard: SequenceShard | None = None,
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.layer = TransformerLayer(
             megatron_config(model, groups.tp.size()),
-            _submodules(model, groups),
+            _submodules(model, groups, shard),
             layer_number=layer + 1,
             pg_collection=groups,
         )
@@ -150,12 +181,15 @@ class Block(nn.Module):
         return self.layer(hidden)[0]
 
 
-def _submodules(model: ModelConfig, groups: ProcessGroupCollection) -> TransformerLayerSubmodules:
+def _submodules(
+    model: ModelConfig, groups: ProcessGroupCollection, shard: SequenceShard | None
+) -> TransformerLayerSubmodules:
     """Megatron-core's layer, all local modules, our norm and our core attention."""
     head_norm = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp}) if model.qk_norm else None
+    first_group = groups.tp.rank() * model.num_kv_groups // groups.tp.size()
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=partial(CoreAttention, model),
+        core_attention=partial(CoreAttention, model, first_group, shard),
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,

@@ -86,14 +86,16 @@ def merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def partial_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, *, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the regions in k and v.
 
     q [B, H, S, D], k, v [B, G, Sk, D], index [B, G, S // Lq, T] of regions in k, ascending, -1 = empty -> out
-    [B, H, S, D] in q's dtype and its log-sum-exp [B, H, S] (0 and -inf for a query without a route). If causal,
-    S = Sk and every block's own region is in its route; otherwise S and Sk need not be related.
+    [B, H, S, D] in `out_dtype` (left out: q's) and its log-sum-exp [B, H, S] (0 and -inf for a query without a
+    route). If causal, S = Sk and every block's own region is in its route; otherwise S and Sk need not be related.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, dtype=out_dtype, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=working_dtype(q))
     setting = _setting(grid, q, k, index, q)
     for b, g in product(range(k.shape[0]), range(k.shape[1])):
@@ -130,14 +132,23 @@ def _group_forward(
 
 @torch.no_grad()
 def partial_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, *, dout: Tensor, lse: Tensor, delta: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    grid: RegionGrid,
+    *,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The share of the regions in k and v in the gradients of attention over a whole route.
 
     `lse` [B, H, S] is the log-sum-exp over the whole route, `delta` [B, H, S] the sum over D of its output times its
-    gradient `dout` (see `attention_delta`) -> dq, dk, dv, shaped like q, k and v.
+    gradient `dout` (see `attention_delta`) -> dq, dk, dv, shaped like q, k and v, in `out_dtype` (left out: theirs).
     """
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     setting = _setting(grid, q, k, index, q, dout)
     for b, g in product(range(k.shape[0]), range(k.shape[1])):
         heads = _heads(q, k, g)

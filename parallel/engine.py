@@ -29,6 +29,7 @@ from biroute.parallel.deepspeed_setup import (
     start_engine,
 )
 from biroute.parallel.mesh import Mesh
+from biroute.parallel.region import RegionExchange, RegionLayout
 from biroute.parallel.zero_state import OptimizerState, decay_groups
 
 
@@ -36,8 +37,8 @@ from biroute.parallel.zero_state import OptimizerState, decay_groups
 class Microbatch:
     """Input of one forward pass on this data rank."""
 
-    inputs: Tensor  # [B, S] int64
-    labels: Tensor  # [B, S] int64, -100 = no target
+    inputs: Tensor  # [B, S / region ranks] int64: this rank's tokens
+    labels: Tensor  # the same shape, -100 = no target
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,37 @@ class StepReport:
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
     """The model of `config` on `mesh`, its weights initialised from the seed. Collective."""
     start()
-    plans = plan_layers(config, mesh.groups)
-    loss = loss_function(config.model)
+    clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
+    exchange = region_exchange(config, mesh, clock)
+    plans = plan_layers(config, mesh.groups, exchange)
+    loss = loss_function(config.model, mesh.layout.region)
     kind = StagedEngine if mesh.layout.pipe > 1 else WholeEngine
     with quietly():
-        return kind(config, mesh, device, plans, loss)
+        engine = kind(config, mesh, device, plans, loss, clock)
+    engine.exchange = exchange
+    return engine
+
+
+def region_exchange(config: RunConfig, mesh: Mesh, clock: PhaseClock) -> RegionExchange | None:
+    """This rank's part in sharing sequences; None where every rank has them whole."""
+    if mesh.layout.region == 1:
+        return None
+    layout = RegionLayout(config.model.num_regions, config.model.attention.region_size, mesh.layout.region)
+    return RegionExchange(layout, mesh.groups.cp, way=config.parallel.region_exchange, clock=clock)
 
 
 class Engine:
     """What the two engines share: optimizer, state by parameter name, reports."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device, module: nn.Module) -> None:
+    exchange: RegionExchange | None = None  # where region ranks share sequences
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, device: torch.device, module: nn.Module, clock: PhaseClock
+    ) -> None:
         self.config = config
         self.mesh = mesh
         self.device = device
-        self.clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
+        self.clock = clock
         self._adam = _adam(config, module, device)
         self._gradient_norm = 0.0
         if config.parallel.zero_stage == 0:
@@ -125,10 +142,11 @@ class WholeEngine(Engine):
         device: torch.device,
         plans: list[LayerPlan],
         loss: Callable[[Tensor, Tensor], Tensor],
+        clock: PhaseClock,
     ) -> None:
         with partitioned_construction(config, mesh):
             module = LayerSequence(plans)
-        super().__init__(config, mesh, device, module)
+        super().__init__(config, mesh, device, module, clock)
         self._loss = loss
         self._module = module
         # The reduction over data ranks runs inside backward; count it as exchange.
@@ -176,6 +194,7 @@ class StagedEngine(Engine):
         device: torch.device,
         plans: list[LayerPlan],
         loss: Callable[[Tensor, Tensor], Tensor],
+        clock: PhaseClock,
     ) -> None:
         self._plans = plans
         self._pipeline = PipelineModule(
@@ -188,7 +207,7 @@ class StagedEngine(Engine):
             loss_fn=loss,
             partition_method="type:Block",
         )
-        super().__init__(config, mesh, device, self._pipeline)
+        super().__init__(config, mesh, device, self._pipeline, clock)
         self._time_instructions()
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from biroute.configs.layout import Layout
 from biroute.parallel.megatron import start_process_groups
@@ -42,6 +43,10 @@ class Mesh:
     def is_main(self) -> bool:
         """True on the one rank that prints and tracks."""
         return self.rank == 0
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """This region rank's run of tokens of whole sequences, [B, S] -> [B, S / region ranks]."""
+        return x.chunk(self.layout.region, 1)[self.at.region].contiguous()
 
     @property
     def is_first_stage(self) -> bool:

@@ -63,7 +63,7 @@ def tokens_of_step(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
 
 def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[Microbatch]:
     """This data rank's microbatches of a step."""
-    inputs, labels = (x.chunk(mesh.layout.data)[mesh.at.data] for x in tokens_of_step(config, step))
+    inputs, labels = (mesh.own_tokens(x.chunk(mesh.layout.data)[mesh.at.data]) for x in tokens_of_step(config, step))
     size = config.train.microbatch_size
     return [Microbatch(x, y) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
 

@@ -1,0 +1,218 @@
+"""Attention over sharded regions equals one process: outputs, gradients, routes, causality, and bytes as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.pool import WorkerPool
+from helpers.regions import Case
+from torch import Tensor
+
+from biroute.model.attention import bi_level_attention, dense_attention
+from biroute.model.partial import RegionGrid
+from biroute.model.routing import key_descriptors, local_route, route_query_blocks, route_regions
+from biroute.parallel.region import RegionExchange, RegionLayout
+
+Ranks = Callable[[int], WorkerPool]
+
+
+def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output for the whole sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, heads, case.tokens, 8) for heads in (case.heads, case.groups, case.groups, case.heads)]
+    q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    k[:, :, : case.region_size] += case.skew * q.mean((1, 2), keepdim=True)
+    return tuple(x.to(case.dtype) for x in (q, k, v, dout))
+
+
+def single(case: Case) -> tuple[Tensor, ...]:
+    """Index, output and gradients of one process."""
+    q, k, v, dout = inputs(case)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    if case.kind == "dense":
+        index, out = torch.empty(0), dense_attention(q, k, v, causal=case.causal)
+    else:
+        index = whole_route(case, q, k)
+        out = bi_level_attention(
+            q, k, v, index, region_size=case.region_size, query_block_size=case.query_block_size, causal=case.causal
+        )
+    return index, out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
+    sizes = {"region_size": case.region_size, "query_block_size": case.query_block_size, "topk": case.topk}
+    if case.kind == "local":
+        return local_route(batch=2, groups=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes)
+    return route_regions(q, k, causal=case.causal, **sizes)
+
+
+def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
+    """This rank's part of the same."""
+    group = dist.group.WORLD
+    layout = RegionLayout(case.num_regions, case.region_size, case.ranks)
+    exchange = RegionExchange(layout, group, way=case.way)
+    q, k, v, dout = (x.chunk(case.ranks, 2)[group.rank()].clone() for x in inputs(case, seed))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    index = torch.empty(0)
+    if case.kind == "dense":
+        out = exchange.dense_attention(q, k, v, causal=case.causal, layer=0)
+    else:
+        index = shard_route(case, exchange, q, k)
+        grid = RegionGrid(case.region_size, case.query_block_size, case.causal, q.shape[3] ** -0.5)
+        out = exchange.routed_attention(q, k, v, index, grid, 0)
+    log = exchange.log
+    payload = [sum(int(log.received[0, kind].sum()) for kind in ("keys", "results") if (0, kind) in log.received)]
+    payload += [sum(int(log.sent[0, kind].sum()) for kind in ("queries",) if (0, kind) in log.sent)]
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    return {
+        "values": (index, out.detach(), *gradients),
+        "payload": sum(payload),
+        "planned": log.planned[0],
+        "baselines": log.baselines[0],
+        "shipped": int(log.sent[0, "queries"].sum()) if (0, "queries") in log.sent else 0,
+    }
+
+
+def shard_route(case: Case, exchange: RegionExchange, q: Tensor, k: Tensor) -> Tensor:
+    if case.kind == "local":
+        return local_route(
+            batch=2, groups=case.groups, num_tokens=q.shape[2], region_size=case.region_size,
+            query_block_size=case.query_block_size, topk=case.topk, causal=case.causal,
+            first_token=exchange.first_token, sequence_length=case.tokens,
+        )  # fmt: skip
+    descriptors = exchange.all_key_descriptors(key_descriptors(k, case.region_size), 0)
+    return route_query_blocks(q, descriptors, case.rule, first_token=exchange.first_token)
+
+
+def gathered(answers: list[dict[str, Any]]) -> list[Tensor]:
+    """The ranks' parts put together along the tokens."""
+    return [torch.cat(parts, 2) for parts in zip(*(answer["values"] for answer in answers), strict=True)]
+
+
+CASES = [
+    Case(2),
+    Case(4),
+    Case(8),
+    Case(2, way="fetch"),
+    Case(4, way="fetch"),
+    Case(4, way="ship"),
+    Case(8, way="ship", skew=3.0),
+    Case(4, query_block_size=4),
+    Case(8, query_block_size=4, way="ship"),
+    Case(4, region_size=8, query_block_size=2, num_regions=12, topk=3),
+    Case(4, groups=4),
+    Case(4, heads=8, groups=1, skew=3.0),
+    Case(4, num_regions=12, topk=12),
+    Case(4, num_regions=4, topk=2),
+    Case(4, causal=False, query_block_size=4),
+    Case(4, causal=False, way="ship"),
+    Case(4, kind="local", query_block_size=4, topk=3),
+    Case(8, kind="local", query_block_size=4, topk=7),
+    Case(4, kind="local", query_block_size=4, causal=False),
+    Case(2, kind="dense"),
+    Case(8, kind="dense"),
+    Case(4, kind="dense", causal=False),
+    Case(4, region_size=32, topk=4, num_regions=8, heads=8, groups=1),
+]
+
+
+def sharded_job(case: Case) -> dict[str, Any]:
+    return sharded(case)
+
+
+def name_of(case: Case) -> str:
+    defaults = Case(0)
+    return " ".join(f"{k}={v}" for k, v in vars(case).items() if v != getattr(defaults, k))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_shards_equal_one_process(case: Case, ranks: Ranks) -> None:
+    answers = ranks(case.ranks).run(sharded_job, case)
+    index, *found = gathered(answers) if case.kind != "dense" else [None, *gathered_dense(answers)]
+    expected_index, *expected = single(case)
+    if index is not None:
+        assert torch.equal(index, expected_index)
+    for name, got, want in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        assert (got - want).norm() / want.norm() < 1e-5, name
+    for answer in answers:
+        assert answer["payload"] == answer["planned"]
+        for baseline in answer["baselines"]:
+            assert case.way == "ship" or answer["planned"] <= baseline.causal_fetch <= baseline.ring
+            assert case.way != "auto" or answer["planned"] <= baseline.bound
+
+
+def gathered_dense(answers: list[dict[str, Any]]) -> list[Tensor]:
+    return [torch.cat(parts, 2) for parts in list(zip(*(answer["values"] for answer in answers), strict=True))[1:]]
+
+
+@pytest.mark.parametrize(
+    "case", [Case(4), Case(4, query_block_size=4), Case(4, region_size=32, topk=4, num_regions=8)]
+)
+def test_the_way_changes_no_bit(case: Case, ranks: Ranks) -> None:
+    ways = [gathered(ranks(case.ranks).run(sharded_job, Case(**{**vars(case), "way": w}))) for w in ("fetch", "ship")]
+    different = {
+        name: float((fetched - shipped).abs().max())
+        for name, fetched, shipped in zip(("index", "out", "dq", "dk", "dv"), *ways, strict=True)
+        if not torch.equal(fetched, shipped)
+    }
+    assert not different
+
+
+def perturbed_job(case: Case) -> tuple[int, int]:
+    """Perturbations after which outputs of earlier tokens changed on any rank, and those of later ones."""
+    group = dist.group.WORLD
+    layout = RegionLayout(case.num_regions, case.region_size, case.ranks)
+    exchange = RegionExchange(layout, group, way=case.way)
+    grid = RegionGrid(case.region_size, case.query_block_size, case.causal, 8**-0.5)
+
+    def outputs(tensors: tuple[Tensor, ...]) -> Tensor:
+        q, k, v = (x.chunk(case.ranks, 2)[group.rank()].contiguous() for x in tensors)
+        if case.kind == "dense":
+            return exchange.dense_attention(q, k, v, causal=case.causal, layer=0)
+        return exchange.routed_attention(q, k, v, shard_route(case, exchange, q, k), grid, 0)
+
+    changes = torch.zeros(2)
+    for token in range(5, case.tokens - 1, 9):
+        first, other = inputs(case, seed=token)[:3], inputs(case, seed=1000 + token)[:3]
+        second = tuple(
+            torch.cat((x[:, :, : token + 1], y[:, :, token + 1 :]), 2) for x, y in zip(first, other, strict=True)
+        )
+        before, after = outputs(first), outputs(second)
+        own = token + 1 - exchange.first_token  # tokens of this rank up to the perturbed ones
+        own = min(max(own, 0), before.shape[2])
+        now = torch.tensor(
+            [
+                not torch.equal(before[:, :, :own], after[:, :, :own]),
+                not torch.equal(before[:, :, own:], after[:, :, own:]),
+            ]
+        ).float()
+        dist.all_reduce(now, op=dist.ReduceOp.MAX)
+        changes += now
+    return int(changes[0]), int(changes[1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(4), Case(4, query_block_size=4), Case(4, way="ship"), Case(4, kind="dense"), Case(2, skew=2.0)],
+    ids=name_of,
+)
+def test_no_future_token_reaches_an_earlier_rank(case: Case, ranks: Ranks) -> None:
+    assert set(ranks(case.ranks).run(perturbed_job, case)) == {(0, 10)}
+
+
+def test_the_perturbation_test_can_fail(ranks: Ranks) -> None:
+    case = Case(4, causal=False, query_block_size=4)
+    earlier, _ = ranks(4).run(perturbed_job, case)[0]
+    assert earlier == 10
+
+
+def test_both_ways_are_taken(ranks: Ranks) -> None:
+    """With eight ranks and many regions some units ship; with a popular region all fetch."""
+    shipped = [answer["shipped"] for answer in ranks(8).run(sharded_job, Case(8, num_regions=48, heads=2))]
+    assert any(shipped)
+    fetched = [answer["shipped"] for answer in ranks(2).run(sharded_job, Case(2, heads=8, skew=5.0))]
+    assert not any(fetched)
