@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from biroute.model.tiles import LOG2_E, Gradients, Inputs, Upstream, Workspace
+from biroute.model.tiles import LOG2_E, Gradients, Inputs, Upstream, Workspace, powers_
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def band_forward(band: Band, x: Inputs, out_rNMD: Tensor, sum_rNM: Tensor, work:
             q_n = work.cast("q", block.rows(q_NMD, region_size))
             weight_n = block.exponents(band, q_n, k_n, x.scale, work)
             level_n = weight_n.amax(-1)
-            weight_n.sub_(level_n[..., None]).exp2_()
+            powers_(weight_n.sub_(level_n[..., None]))
             block.rows(out_rNMD[h], region_size).copy_(work.product("out", weight_n, v_n))
             block.rows(sum_rNM[h], region_size).copy_(weight_n.sum(-1))
             block.rows(x.level[h], region_size).copy_(level_n)
@@ -96,7 +96,7 @@ def band_backward(band: Band, x: Inputs, up: Upstream, grads: Gradients, work: W
             q_n = work.cast("q", block.rows(q_NMD, region_size))
             do_n = work.cast("do", block.rows(up.dout[h], region_size))
             weight_n = block.exponents(band, q_n, k_n, x.scale, work)
-            weight_n.sub_(block.rows(x.level[h], region_size)[..., None]).exp2_()
+            powers_(weight_n.sub_(block.rows(x.level[h], region_size)[..., None]))
             dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2))
             dscore_n.sub_(block.rows(up.delta[h], region_size)[..., None]).mul_(weight_n)
             dv_n.baddbmm_(weight_n.transpose(1, 2), do_n, beta=min(h, 1))

@@ -57,6 +57,7 @@ class RegionGrid:
     causal: bool
     scale: float
     path: Path = "auto"
+    same_tokens: bool = True  # False: keys of other tokens than the queries, whatever their numbers look like
 
     def own_region(self, num_blocks: int, device: torch.device) -> Tensor:
         """The region that each query block lies in -> int64 [N]."""
@@ -265,7 +266,7 @@ def _forward(plan: _Plan, x: Inputs, out_rNMD: Tensor, sum_rNM: Tensor, work: Wo
     most_rNM = tiles_max(plan.tiles, x, work)
     higher_rNM = torch.where(overflow_rNM, torch.maximum(x.level, most_rNM), x.level)
     band_forward(plan.band, x, out_rNMD, sum_rNM, work)
-    factor_rNM = (x.level - higher_rNM).exp2_()
+    factor_rNM = ((x.level - higher_rNM) / LOG2_E).exp_()  # exp, not exp2: see `powers_`
     out_rNMD *= factor_rNM[..., None]
     sum_rNM *= factor_rNM
     x.level.copy_(higher_rNM)
@@ -305,7 +306,7 @@ def _plan_band(index_NT: Tensor, key_tokens: int, grid: RegionGrid, dtype: torch
     is_previous_NT = (index_NT == own_N[:, None] - 1) & (index_NT >= 0)
     has_previous_N = is_previous_NT.any(-1) | (own_N == 0)
     all_previous = bool(has_previous_N.all())
-    same_tokens = num_blocks * grid.query_block_size == key_tokens
+    same_tokens = grid.same_tokens and num_blocks * grid.query_block_size == key_tokens
     if not grid.causal and not (same_tokens and bool(is_own_NT.any(-1).all())):
         return None, index_NT
     width = 2 if topk > 1 and num_regions > 1 and (grid.causal or all_previous) else 1

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
+ELEMENTS_OF_VECTORS = 64  # a multiple of what exp2 takes at once on any CPU
 
 
 class Tiles(NamedTuple):
@@ -185,7 +186,7 @@ def tiles_forward(tiles_of_group: list[Tiles], x: Inputs, out_rNMD: Tensor, sum_
         k_n, v_n = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q_n = work.gather("q", q_QMD, tiles.blocks)
         weight_n = work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E)
-        weight_n.sub_(tiles.levels(level_QM)).exp2_()
+        powers_(weight_n.sub_(tiles.levels(level_QM)))
         add_rows(sum_rNM.flatten(0, 1), tiles.blocks, weight_n.sum(-1))
         add_rows(out_rNMD.flatten(0, 1), tiles.blocks, work.product("out", weight_n, v_n))
 
@@ -198,7 +199,7 @@ def tiles_backward(tiles_of_group: list[Tiles], x: Inputs, up: Upstream, grads: 
         k_n, v_n = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q_n, do_n = work.gather("q", q_QMD, tiles.blocks), work.gather("do", do_QMD, tiles.blocks)
         weight_n = work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E)
-        weight_n.sub_(tiles.levels(level_QM)).exp2_()
+        powers_(weight_n.sub_(tiles.levels(level_QM)))
         dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2))
         dscore_n.sub_(tiles.rows(delta_QM)).mul_(weight_n)
         dv_n = work.product("dv", weight_n.transpose(1, 2), do_n)
@@ -207,6 +208,17 @@ def tiles_backward(tiles_of_group: list[Tiles], x: Inputs, up: Upstream, grads: 
         add_rows(grads.dq.flatten(0, 1), tiles.blocks, dq_n)
         add_rows(grads.dk, tiles.regions, dk_n)
         add_rows(grads.dv, tiles.regions, dv_n)
+
+
+def powers_(exponent_nTK: Tensor) -> Tensor:
+    """2 to the exponents of n tiles, in place: an element's bits do not depend on how many tiles there are.
+
+    PyTorch's exp2 on the CPU rounds the last elements of a tensor, those that fill no vector, differently; exp does
+    not, but is slower. So exp2 serves tiles of whole vectors only: a choice by the shape of one tile.
+    """
+    if exponent_nTK.shape[1:].numel() % ELEMENTS_OF_VECTORS:
+        return exponent_nTK.mul_(1 / LOG2_E).exp_()
+    return exponent_nTK.exp2_()
 
 
 def add_rows(table: Tensor, numbers_nm: Tensor, x_n: Tensor) -> None:

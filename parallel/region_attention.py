@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biroute.model.partial import (
+    Path,
     RegionGrid,
     attention_delta,
     partial_attention,
@@ -128,7 +129,8 @@ def unit_grid(grid: RegionGrid, num_blocks: int, heads: int, topk: int, num_regi
     rows = heads * grid.query_block_size
     expected_rows = num_blocks * rows * topk / num_regions
     region_major = rows < grid.region_size and expected_rows >= ROWS_FOR_REGION_MAJOR
-    return replace(grid, causal=False, path="region_major" if region_major else "query_major")
+    path: Path = "region_major" if region_major else "query_major"
+    return replace(grid, causal=False, same_tokens=False, path=path)
 
 
 def own_regions(index: Tensor, exchange: RegionExchange) -> Tensor:
@@ -231,11 +233,14 @@ def merge_units(
         )
         blocks = plan.visit_block[unit.visits]
         before = lse_gNrM[unit.group, blocks]
-        after = torch.logaddexp(before, part_lse)
-        merged = out_gNrMD[unit.group, blocks] * (before - after).exp_()[..., None]
-        merged += part_out.to(merged.dtype) * (part_lse - after).exp()[..., None]
+        # exp and log: logaddexp and exp2 round an element differently by its place in a tensor.
+        highest = torch.maximum(before, part_lse)
+        weight, part_weight = ((x - highest).exp_() for x in (before, part_lse))
+        total = weight + part_weight
+        merged = out_gNrMD[unit.group, blocks] * (weight / total)[..., None]
+        merged += part_out.to(merged.dtype) * (part_weight / total)[..., None]
         out_gNrMD[unit.group, blocks] = merged
-        lse_gNrM[unit.group, blocks] = after
+        lse_gNrM[unit.group, blocks] = highest + total.log_()
 
 
 def serve_forward(

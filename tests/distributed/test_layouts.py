@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -57,8 +58,18 @@ def references(ranks: Ranks) -> dict[str, Any]:
     return {name: ranks(1).run(reference_job, model)[0] for name, model in MODELS.items()}
 
 
+REGION_LAYOUTS = [
+    {"region": 2, "zero_stage": 0},
+    {"region": 4, "zero_stage": 1},
+    {"region": 2, "tensor": 2, "zero_stage": 1},
+    {"region": 2, "pipeline": 2, "zero_stage": 1},
+    {"region": 2, "data": 2, "zero_stage": 2},
+    {"region": 2, "data": 2, "zero_stage": 3},
+]
+
+
 def check(layout: dict[str, int], model: str, ranks: Ranks, references: dict[str, Any]) -> None:
-    world_size = layout["tensor"] * layout["pipeline"] * layout["data"]
+    world_size = math.prod(layout.get(axis, 1) for axis in ("tensor", "pipeline", "region", "data"))
     answers = ranks(world_size).run(layout_job, layout, MODELS[model])
     expected_reports, expected = references[model]
     for reports, _ in answers:
@@ -76,10 +87,18 @@ def test_layout_equals_plain_torch(layout: dict[str, int], ranks: Ranks, referen
     check(layout, "tied", ranks, references)
 
 
+@pytest.mark.parametrize("layout", REGION_LAYOUTS, ids=name_of)
+def test_sharded_sequences_equal_plain_torch(
+    layout: dict[str, int], ranks: Ranks, references: dict[str, Any]
+) -> None:
+    check(layout, "tied", ranks, references)
+
+
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "tied"])
 @pytest.mark.parametrize(
     "layout",
     [
+        {"region": 2, "tensor": 2, "zero_stage": 1},
         {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 1},
         {"tensor": 2, "pipeline": 1, "data": 2, "zero_stage": 3},
         {"tensor": 1, "pipeline": 2, "data": 2, "zero_stage": 0},
