@@ -23,6 +23,7 @@ from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint import Progress, save_checkpoint
 from biroute.parallel.clock import PHASES
 from biroute.parallel.engine import Engine, Microbatch, StepReport
+from biroute.parallel.exchange_report import exchange_metrics
 
 
 @dataclass
@@ -116,6 +117,8 @@ class Trainer:
         step_seconds, memory = worst.tolist()
         values = self._values(report, rate, step_seconds) | {"memory/peak_gib": memory}
         values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
+        if self.engine.exchange is not None:
+            values |= exchange_metrics(self.engine.exchange, steps)
         if self.observer is not None:
             self.observer.point(self.step, values)
 
@@ -138,6 +141,8 @@ class Trainer:
             "heldout/bits_per_byte": bits_per_byte,
         }
         self.engine.clock.take()  # evaluation is not part of any step
+        if self.engine.exchange is not None:
+            self.engine.exchange.log.clear()
         if self.observer is not None:
             self.observer.point(self.step, values)
             self.observer.message(

@@ -165,3 +165,23 @@ def test_an_unreachable_server_stops_nothing(config_file: Path, run_dir: Path, c
     assert answer.status == 0, answer.err
     assert "http://127.0.0.1:9" in answer.out
     assert training_steps(run_dir) == [1, 2, 3, 4]
+
+
+def test_region_ranks_share_sequences(config_file: Path, run_dir: Path, command: Command) -> None:
+    answer = command("train", config_file, "parallel.region=2", "parallel.zero_stage=1")
+    assert answer.status == 0, answer.err
+    assert "region=2" in answer.out
+    run, client = only_run(run_dir)
+    metrics = run.data.metrics
+    assert 0 < metrics["exchange/forward_bytes"] <= metrics["exchange/causal_fetch_bytes"]
+    assert metrics["exchange/causal_fetch_bytes"] < metrics["exchange/ring_bytes"]
+    assert metrics["exchange/region_bytes"] <= metrics["exchange/region_bytes_worst"]
+    assert metrics["exchange/layer_00_bytes"] > 0
+
+    # The same run on unshared sequences: the same losses up to rounding, from the same checkpoint files.
+    losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "train/loss")}
+    whole = command("train", config_file, "parallel.data=2", f"train.run_dir={run_dir.parent / 'whole'}")
+    assert whole.status == 0, whole.err
+    for point in points(run_dir.parent / "whole"):
+        if "train/loss" in point["metrics"]:
+            assert point["metrics"]["train/loss"] == pytest.approx(losses[point["step"]], rel=1e-4)
