@@ -273,7 +273,7 @@ def test_the_random_router_reaches_the_layers() -> None:
 
     tree = {"sequence_length": 64, "num_heads": 4, "num_kv_groups": 2, "hidden_size": 32}
     model = config_from_tree({"model": {**tree, "attention": {"region_size": 4, "topk": 5}}}, "test").model
-    core = CoreAttention(model, megatron_config(model, 1), 1)
+    core = CoreAttention(model, 0, None, megatron_config(model, 1), 1)
     torch.manual_seed(0)
     query, key, value = (torch.randn(64, 3, heads, 8) for heads in (4, 2, 2))
     routed = core(query, key, value)
