@@ -83,24 +83,37 @@ def _watch(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
     deadline = float("inf")
     while any(rank.poll() is None for rank in ranks):
         if failed is None:
-            failed = next((n for n, rank in enumerate(ranks) if rank.poll() not in (None, EXIT_OK)), None)
+            failed = _first_failed(ranks)
             if failed is not None:
                 deadline = time.monotonic() + GRACE_SECONDS
         elif time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
         time.sleep(POLL_SECONDS)
-    codes = [rank.returncode for rank in ranks]
-    if all(code == EXIT_OK for code in codes):
-        return EXIT_OK
     if failed is None:
-        failed = next(n for n, code in enumerate(codes) if code != EXIT_OK)
+        failed = _first_failed(ranks)
+    if failed is None:
+        return EXIT_OK
+    codes = [rank.returncode for rank in ranks]
     if codes[failed] in (EXIT_STOPPED, EXIT_USER_FAULT):
         if failed != 0 and codes[0] != codes[failed]:
             _show_log(failed, codes[failed], log_dir)
         return codes[failed]
     _show_log(failed, codes[failed], log_dir)
     return EXIT_OUR_FAULT
+
+
+def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """The rank to name of those that have failed by now, or None.
+
+    A failing rank takes its peers along within milliseconds, when their connections to it close: so one that a
+    signal killed or that gave a user's error is the cause, and one with a mere exception may be the consequence.
+    """
+    if all(rank.poll() in (None, EXIT_OK) for rank in ranks):
+        return None
+    # A second look at all: the cause may have ended after it was looked at, but before its victim was.
+    failures = [(code, n) for n, rank in enumerate(ranks) if (code := rank.poll()) not in (None, EXIT_OK)]
+    return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_OUR_FAULT, failure[1]))[1]
 
 
 def _show_log(rank: int, code: int, log_dir: Path) -> None:
