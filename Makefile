@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: install train test check bench ui docs types clean
+.PHONY: install train test chaos check bench ui docs types clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,10 @@ train: $(INSTALLED) data/demo/text/.complete
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Faults of every kind on a real throw-away Slurm cluster, about half an hour; needs root.
+chaos: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/slurm -m chaos -s
 
 # The installed package is called biroute; mypy and import-linter want to see it under that name.
 types:
