@@ -265,6 +265,15 @@ class TrainConfig(Section):
         200, ge=0, description="steps between held-out evaluations; 0: only after the last step"
     )
     evaluate_sequences: PositiveInt = Field(64, description="held-out sequences per evaluation, over all ranks")
+    hang_seconds: float = Field(
+        900.0,
+        ge=0,
+        description="longest time without a step, an evaluation batch or a part of a save; then the attempt ends; "
+        "0: never",
+    )
+    startup_seconds: float = Field(
+        1800.0, gt=0, description="the same for everything up to the end of an attempt's first step"
+    )
 
 
 class CheckpointConfig(Section):
@@ -285,6 +294,18 @@ class TrackingConfig(Section):
     flush_seconds: float = Field(30.0, ge=0, description="longest wait at the end for metrics not yet sent")
 
 
+class SlurmConfig(Section):
+    """Jobs on a Slurm cluster."""
+
+    max_restarts: int = Field(20, ge=0, description="times that a job is queued again after crashes and hangs")
+    max_crashes_at_same_step: PositiveInt = Field(
+        3, description="crashes of a job after the same step that end it, as one more would not help"
+    )
+    preflight_timeout_seconds: float = Field(
+        300.0, gt=0, description="longest time for the check of all nodes before training"
+    )
+
+
 class RunConfig(Section):
     """Everything that a run depends on."""
 
@@ -295,6 +316,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="the run")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="jobs on a cluster")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -27,6 +27,9 @@ _PLACEMENT = (
     "train.threads_per_rank",
     "data.dir",
     "data.workers",
+    "train.hang_seconds",
+    "train.startup_seconds",
+    "slurm.",
 )
 
 

@@ -1,0 +1,127 @@
+"""This process's place among the ranks, from the variables of whoever started it. No torch.
+
+torchrun and the local launcher set RANK and WORLD_SIZE; `srun` sets SLURM_PROCID and its siblings. Inside a batch
+script or an `salloc` shell, but not under `srun`, Slurm's variables describe the job and not this process: they are
+not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from biroute.configs.errors import UserError
+
+RENDEZVOUS_FILE = "BIROUTE_RENDEZVOUS_FILE"
+_FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux gives to outgoing connections (32768 on)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Rank among all processes and on this node; where they meet is `address`:`port`, or else a file."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    address: str = ""
+    port: int = 0
+    file: str = ""
+
+
+def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
+    """Is this process one rank among those that torchrun, the local launcher or srun started?"""
+    # A single task of srun is an interactive shell, or a run of one rank: the local launcher does for both.
+    several = environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return "RANK" in environment or (several and _under_srun(environment))
+
+
+def find_seat(environment: Mapping[str, str] = os.environ) -> Seat:
+    """The place that the environment describes.
+
+    Raises:
+        UserError: a variable is missing, is no number, or contradicts another.
+    """
+    if "RANK" not in environment and _under_srun(environment):
+        return _slurm_seat(environment)
+    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank
+    file = environment.get(RENDEZVOUS_FILE, "")
+    if not file and "MASTER_ADDR" not in environment:
+        raise UserError("RANK is set but MASTER_ADDR is not; set MASTER_ADDR and MASTER_PORT, or unset RANK")
+    if file:
+        return _checked(Seat(rank, local_rank, world_size, file=file))
+    port = _number(environment, "MASTER_PORT")
+    return _checked(Seat(rank, local_rank, world_size, environment["MASTER_ADDR"], port))
+
+
+def port_of_job(job: int, step: int = 0) -> int:
+    """A port for the ranks of a job step to meet at: other jobs on the same node are most likely to have another."""
+    return _FIRST_PORT + (job + 1009 * step) % _PORTS
+
+
+def expand_nodes(text: str) -> list[str]:
+    """Slurm's list of nodes, `n[1-3,07-08],gpu5`, one by one: what `scontrol show hostnames` prints.
+
+    Done here because a container need not have Slurm's commands.
+
+    Raises:
+        UserError: not such a list.
+    """
+    nodes = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip()):
+        expanded = [""]
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
+            choices = [literal] if literal else _expand_ranges(ranges, text)
+            expanded = [head + choice for head in expanded for choice in choices]
+        nodes += expanded
+    return nodes
+
+
+def _under_srun(environment: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+
+
+def _slurm_seat(environment: Mapping[str, str]) -> Seat:
+    nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
+    address = environment.get("MASTER_ADDR") or (nodes[0] if nodes else "")
+    if not address:
+        raise UserError("SLURM_PROCID is set but SLURM_STEP_NODELIST is not; start the ranks with srun, or set RANK")
+    if "MASTER_PORT" in environment:
+        port = _number(environment, "MASTER_PORT")
+    else:
+        port = port_of_job(_number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID"))
+    seat = Seat(
+        _number(environment, "SLURM_PROCID"),
+        _number(environment, "SLURM_LOCALID"),
+        _number(environment, "SLURM_STEP_NUM_TASKS"),
+        address,
+        port,
+    )
+    return _checked(seat)
+
+
+def _checked(seat: Seat) -> Seat:
+    if not 0 <= seat.rank < seat.world_size:
+        raise UserError(f"rank {seat.rank} is not below the number of ranks, {seat.world_size}; they count from 0")
+    return seat
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None:
+        raise UserError(f"{name} is not set; start the ranks with biroute train, torchrun or srun, which set it")
+    if not text.isdecimal():
+        raise UserError(f"{name}={text!r} is not a whole number")
+    return int(text)
+
+
+def _expand_ranges(ranges: str, text: str) -> list[str]:
+    numbers = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise UserError(f"{text!r} is not a list of nodes as Slurm writes it, such as n[1-4]")
+        numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+    return numbers
