@@ -32,6 +32,11 @@ class AttentionConfig(Section):
     descriptor: Literal["pre_rope", "post_rope"] = Field(
         "pre_rope", description="take region descriptors before or after the rotary embedding"
     )
+    descriptors_per_region: PositiveInt = Field(
+        1,
+        description="descriptors of a region, each the mean of as many consecutive keys; the nearest one counts. "
+        "More find more in large regions and cost routing in proportion",
+    )
     force_own: bool = Field(True, description="always route to the own region; may be off only with objective=masked")
     force_previous: bool = Field(True, description="always route to the region before the own one")
     force_first: bool = Field(False, description="always route to region 0")
@@ -41,11 +46,12 @@ class AttentionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
-        if self.region_size % self.query_block_size:
-            raise ValueError(
-                f"query_block_size={self.query_block_size} does not divide region_size={self.region_size}; "
-                f"use a divisor of {self.region_size}"
-            )
+        for name in ("query_block_size", "descriptors_per_region"):
+            if self.region_size % getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not divide region_size={self.region_size}; "
+                    f"use a divisor of {self.region_size}"
+                )
         forced = self.force_own + self.force_previous + self.force_first
         if self.kind == "bi_level" and self.topk < forced:
             raise ValueError(
@@ -76,6 +82,11 @@ class ModelConfig(Section):
     )
     mask_fraction: Fraction = Field(0.15, description="share of the tokens that objective=masked hides")
     qk_norm: bool = Field(False, description="RMSNorm on the queries and keys of each head")
+    key_smear: bool = Field(
+        False,
+        description="add a learnable share of the key before to each key, element by element (at first 0.5), in all "
+        "layers: what followed a token is then found by one layer, and routed to",
+    )
     tied_embeddings: bool = Field(True, description="the head uses the embedding's weight")
     rope_base: float = Field(10_000.0, gt=1.0, description="base of the rotary embedding's wavelengths")
     norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon of RMSNorm")

@@ -95,9 +95,8 @@ VARIANTS = {
         _bi_level("token-4x8-parts2", "4x8", descriptors_per_region=2),
         _bi_level("token-4x4-parts2", "4x4", descriptors_per_region=2),
         _bi_level("region-8x4-dense1", "8x4", query_block_size=8, dense_layers=(1,)),
-        _bi_level("token-4x8-smear-after", "4x8", smear="after_pooling"),
-        Variant("dense-no-smear", kind="dense", smear="none"),
-        _bi_level("token-4x8-no-smear", "4x8", smear="none"),
+        Variant("dense-no-smear", kind="dense", key_smear=False),
+        _bi_level("token-4x8-no-smear", "4x8", key_smear=False),
     )
 }
 # The others are candidates that the product does not have, or need far more steps than a few minutes allow.

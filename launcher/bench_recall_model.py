@@ -1,10 +1,8 @@
 """The small model of the recall benchmark: plain torch around the product's own routing, so that it starts at once.
 
-Pre-norm blocks of attention with RoPE and an MLP. Key smearing k_t + a * k_(t-1), with one learnable a per head
-dimension, stands in for what earlier layers of a larger model do: it writes the token before into a key.
+Pre-norm blocks of attention with RoPE and an MLP.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, C hidden size, N query blocks, R regions,
-m descriptors of a region.
+Legend: B batch, H query heads, G KV groups, S tokens, D head size, C hidden size, N query blocks.
 """
 
 from __future__ import annotations
@@ -14,22 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from biroute.launcher.bench_masked import masked_attention
 from biroute.model.attention import bi_level_attention, dense_attention
 from biroute.model.rope import apply_rotary, rotary_tables
-from biroute.model.routing import (
-    Router,
-    RouteRule,
-    key_descriptors,
-    local_route,
-    query_descriptors,
-    route_regions,
-    select_regions,
-)
+from biroute.model.routing import Router, local_route, route_regions
+from biroute.model.smear import KeySmear
 
 
 @dataclass(frozen=True)
@@ -43,8 +32,8 @@ class Variant:
     topk: int = 8
     descriptor: Literal["pre_rope", "post_rope"] = "pre_rope"
     dense_layers: tuple[int, ...] = ()
-    smear: Literal["before_pooling", "after_pooling", "none"] = "before_pooling"
     descriptors_per_region: int = 1
+    key_smear: bool = True
 
     def share_of_tokens(self, sequence_length: int) -> float:
         """Tokens that a late query sees, as a share of the sequence; of layers that are not dense."""
@@ -80,28 +69,22 @@ class RecallAttention(nn.Module):
         self.widths = (size.num_heads * size.head_size, width, width)
         self.project = nn.Linear(size.hidden_size, sum(self.widths), bias=False)
         self.out = nn.Linear(self.widths[0], size.hidden_size, bias=False)
-        self.smear_GD = (
-            nn.Parameter(torch.full((size.num_kv_groups, size.head_size), 0.5)) if variant.smear != "none" else None
-        )
+        self.key_smear = KeySmear(size.num_kv_groups, size.head_size) if variant.key_smear else None
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         q, k, v = (
             x.unflatten(2, (-1, self.size.head_size)).transpose(1, 2)
             for x in self.project(x_BSC).split(self.widths, dim=-1)
         )
-        pooled_k = k
-        if self.smear_GD is not None:
-            # The shift is causal: a key learns of the token before it, never of the one after.
-            k = k + self.smear_GD[:, None] * F.pad(k, (0, 0, 1, 0))[:, :, :-1]
-        if self.variant.smear == "before_pooling":
-            pooled_k = k
+        if self.key_smear is not None:
+            k = self.key_smear(k)
         tables = rotary_tables(q.shape[2], 0, q.shape[3], 10_000.0, q.device)
         turned_q, turned_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if self.kind == "dense":
             out = dense_attention(turned_q, turned_k, v, causal=True)
         else:
             before = self.variant.descriptor == "pre_rope"
-            index = self.route(q, pooled_k) if before else self.route(turned_q, apply_rotary(pooled_k, *tables))
+            index = self.route(q, k) if before else self.route(turned_q, turned_k)
             region_size, lq = self.variant.region_size, self._query_block_size
             attend = masked_attention if self.through_mask else partial(bi_level_attention, causal=True)
             out = attend(turned_q, turned_k, v, index, region_size=region_size, query_block_size=lq)
@@ -124,8 +107,6 @@ class RecallAttention(nn.Module):
                 topk=variant.topk,
                 causal=True,
             )
-        if variant.descriptors_per_region > 1 and self.router == "affinity":
-            return route_by_parts(q, k, variant)
         return route_regions(
             q,
             k,
@@ -135,23 +116,8 @@ class RecallAttention(nn.Module):
             causal=True,
             router=self.router,
             seed=self.layer + 1,
+            descriptors_per_region=variant.descriptors_per_region,
         )
-
-
-@torch.no_grad()
-def route_by_parts(q: Tensor, k: Tensor, variant: Variant) -> Tensor:
-    """A candidate of issue 3: a region is as near as the nearest of its m parts, each with a mean key of its own.
-
-    q [B, H, S, D], k [B, G, S, D] -> index [B, G, N, topk]. Costs m times the affinities of one descriptor.
-    """
-    rule = RouteRule(variant.region_size, variant.query_block_size, variant.topk, causal=True)
-    parts_BGRmD = key_descriptors(k, variant.region_size // variant.descriptors_per_region).unflatten(
-        2, (-1, variant.descriptors_per_region)
-    )
-    queries_BGND = query_descriptors(q, k.shape[1], variant.query_block_size, causal=True)
-    affinity_BGNR = torch.einsum("bgnd,bgrmd->bgnrm", queries_BGND, parts_BGRmD).amax(-1)
-    own_N = torch.arange(queries_BGND.shape[2]) * variant.query_block_size // variant.region_size
-    return select_regions(affinity_BGNR, own_N, rule)
 
 
 class RecallModel(nn.Module):

@@ -30,14 +30,14 @@ Made by `biroute bench recall`; do not edit. What the variants are and what foll
 Multi-query associative recall. A sequence of {length} tokens holds {pairs} key-value pairs, strewn among noise; each
 key comes up once more, at a uniformly distributed distance, and the model has to name the value. Guessing gives
 {guess:.3f}. The model has {layers} layers, hidden size {hidden}, {heads} query heads in {groups} KV groups of head
-size {head}, RoPE, and learnable key smearing k_t + a k_(t-1), **which the product's model does not have**. Own and
-previous region are always routed. Sequences grow during training from {short} over {middle} to {length} tokens.
+size {head}, RoPE, and key smearing (`model.key_smear`), all but the rows named `no-smear`. Own and previous region
+are always routed. Sequences grow during training from {short} over {middle} to {length} tokens.
 
 Names: `token-4x8` routes each token for itself to 8 regions of 4 tokens; `block4` and `region` share one route among
 4 tokens or a whole region, chosen by the first token; `local` sees the last regions; `dense0` (`dense1`) has a dense
-first (second) layer; `parts2` gives a region 2 descriptors, of which the nearer one counts; `smear-after` smears keys
-only after the descriptors were taken. *Random route*: the same trained weights under a random route. Accuracies are
-means over the seeds; the seeds' own values stand beside them.
+first (second) layer; `parts2` gives a region 2 descriptors, of which the nearer one counts. *Random
+route*: the same trained weights under a random route. Accuracies are means over the seeds; the seeds' own values
+stand beside them.
 """
 
 

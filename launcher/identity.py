@@ -17,6 +17,7 @@ _SHAPE_FIELDS = (
     "head_size",
     "ffn_hidden_size",
     "qk_norm",
+    "key_smear",
     "tied_embeddings",
     "objective",
 )

@@ -20,12 +20,13 @@ def attended_pairs(config: RunConfig, layer: int) -> int:
 
 
 def routing_flops(config: RunConfig, layer: int) -> int:
-    """Operations of the affinity between query blocks and regions of block `layer` over one sequence."""
+    """Operations of the affinity between query blocks and descriptors of block `layer` over one sequence."""
     model = config.model
     if model.attention_kind(layer) != "bi_level" or model.attention.router == "random":
         return 0
     blocks = model.sequence_length // model.attention.query_block_size
-    return 2 * blocks * model.num_regions * model.num_kv_groups * model.head_size
+    descriptors = model.num_regions * model.attention.descriptors_per_region
+    return 2 * blocks * descriptors * model.num_kv_groups * model.head_size
 
 
 def forward_flops_per_sequence(config: RunConfig) -> int:
@@ -64,6 +65,7 @@ def parameter_count(config: RunConfig) -> int:
         + 3 * model.hidden_size * model.ffn_hidden_size
         + 2 * model.hidden_size
         + (2 * model.head_size if model.qk_norm else 0)
+        + (key_size if model.key_smear else 0)
     )
     embeddings = (1 if model.tied_embeddings else 2) * config.padded_vocab_size * model.hidden_size
     return model.num_layers * block + embeddings + model.hidden_size

@@ -28,6 +28,7 @@ from biroute.model.partial import RegionGrid
 from biroute.model.rope import apply_rotary, rotary_tables
 from biroute.model.routing import RouteRule, key_descriptors, local_route, route_query_blocks
 from biroute.model.sharding import SequenceShard
+from biroute.model.smear import KeySmear
 
 
 def megatron_config(model: ModelConfig, tensor_parallel_size: int) -> TransformerConfig:
@@ -57,7 +58,7 @@ def megatron_config(model: ModelConfig, tensor_parallel_size: int) -> Transforme
 
 
 class CoreAttention(nn.Module):
-    """Rotary embedding, routing and attention of one layer; no weights of its own.
+    """Key smearing, rotary embedding, routing and attention of one layer; no weights but the smearing's.
 
     Built by Megatron-core's SelfAttention, which hands it queries and keys before RoPE, so that the route can be
     chosen from content alone.
@@ -66,24 +67,27 @@ class CoreAttention(nn.Module):
     def __init__(
         self,
         model: ModelConfig,
-        first_group: int,
+        tensor_rank: int,
         shard: SequenceShard | None,
         config: TransformerConfig,
         layer_number: int,
         **_: object,
     ) -> None:
-        """`first_group`: number of this tensor rank's first KV group. `shard`: who has the rest of the sequences."""
+        """`tensor_rank`: which KV groups are this rank's. `shard`: who has the rest of the sequences."""
         super().__init__()
-        del config
+        num_groups = model.num_kv_groups // config.tensor_model_parallel_size
         self.model = model
         self.layer = layer_number - 1
         self.kind = model.attention_kind(self.layer)
-        self.first_group, self.shard = first_group, shard
+        self.first_group, self.shard = tensor_rank * num_groups, shard
         self.first_token = 0 if shard is None else shard.first_token
+        self.key_smear = KeySmear(num_groups, model.head_size) if model.key_smear else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]; S: this rank's tokens."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
+        if self.key_smear is not None:
+            k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
         tables = rotary_tables(q.shape[2], self.first_token, q.shape[3], self.model.rope_base, q.device)
         turned_q, turned_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if self.kind == "dense":
@@ -144,8 +148,9 @@ class CoreAttention(nn.Module):
             attention.force_first,
             attention.router,
             seed=self.layer + 1,  # of router=random: every layer draws its own routes
+            descriptors_per_region=attention.descriptors_per_region,
         )
-        descriptors = key_descriptors(k, attention.region_size)
+        descriptors = key_descriptors(k, attention.region_size, attention.descriptors_per_region)
         if self.shard is not None:
             descriptors = self.shard.all_key_descriptors(descriptors, self.layer)
         return route_query_blocks(q, descriptors, rule, first_token=self.first_token, first_group=self.first_group)
@@ -186,10 +191,9 @@ def _submodules(
 ) -> TransformerLayerSubmodules:
     """Megatron-core's layer, all local modules, our norm and our core attention."""
     head_norm = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp}) if model.qk_norm else None
-    first_group = groups.tp.rank() * model.num_kv_groups // groups.tp.size()
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=partial(CoreAttention, model, first_group, shard),
+        core_attention=partial(CoreAttention, model, groups.tp.rank(), shard),
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,

@@ -22,6 +22,7 @@ def route_regions(
     force_own: bool = True,
     force_previous: bool = True,
     force_first: bool = False,
+    descriptors_per_region: int = 1,
 ) -> Tensor:
     """q [B, H, S, D], k [B, G, S, D] -> index int64 [B, G, S // Lq, topk], ascending, -1 = empty.
 
@@ -32,12 +33,16 @@ def route_regions(
     groups = k.shape[1]
     rep = num_heads // groups
     num_regions, num_blocks = num_tokens // region_size, num_tokens // query_block_size
+    part = region_size // descriptors_per_region
     index = torch.full((batch, groups, num_blocks, topk), -1, dtype=torch.int64)
     for b in range(batch):
         for g in range(groups):
             q_rSD = q[b, g * rep : (g + 1) * rep].double()
             k_SD = k[b, g].double()
-            keys = [k_SD[j * region_size : (j + 1) * region_size].mean(0).float() for j in range(num_regions)]
+            keys = [
+                [k_SD[t : t + part].mean(0).float() for t in range(j * region_size, (j + 1) * region_size, part)]
+                for j in range(num_regions)
+            ]
             for i in range(num_blocks):
                 first = i * query_block_size
                 asked = q_rSD[:, first] if causal else q_rSD[:, first : first + query_block_size].mean(1)
@@ -49,11 +54,22 @@ def route_regions(
                 if force_first:
                     forced.add(0)
                 candidates = [j for j in range(own if causal else num_regions) if j not in forced]
-                affinity = {j: float((query * keys[j].double()).sum().float()) for j in candidates}
+                affinity = {
+                    j: max(float((query * key.double()).sum().float()) for key in keys[j]) for j in candidates
+                }
                 candidates.sort(key=lambda j: (-affinity[j], j))
                 chosen = sorted(forced | set(candidates[: max(0, topk - len(forced))]))
                 index[b, g, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
     return index
+
+
+def smear_keys(k: Tensor, share: Tensor) -> Tensor:
+    """k_t + share * k_(t-1), token by token: k [B, G, S, D], share [G, D] -> fp64 [B, G, S, D]; differentiable."""
+    k, share = k.double(), share.double()
+    tokens = [k[:, :, 0]]
+    for t in range(1, k.shape[2]):
+        tokens.append(k[:, :, t] + share * k[:, :, t - 1])
+    return torch.stack(tokens, 2)
 
 
 def visibility(index: Tensor, *, num_tokens: int, region_size: int, query_block_size: int, causal: bool) -> Tensor:

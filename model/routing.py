@@ -4,7 +4,7 @@ An index is int64 [B, G, Nq, topk]: the chosen regions of a query block in ascen
 So the last valid entry of a causal index is the own region, and the previous one, where it is routed, stands before.
 
 Legend: B batch, H query heads, G KV groups, S tokens, D head size, L region size, R regions, Lq query block size,
-Nq query blocks, C query blocks of one chunk, T topk slots.
+E descriptors (n of each region), Nq query blocks, C query blocks of one chunk, T topk slots.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ class RouteRule:
     force_first: bool = False
     router: Router = "affinity"
     seed: int = 0
+    descriptors_per_region: int = 1
 
     def __post_init__(self) -> None:
-        if self.region_size % self.query_block_size:
-            raise ValueError(
-                f"query_block_size={self.query_block_size} does not divide region_size={self.region_size}"
-            )
+        for name, size in (
+            ("query_block_size", self.query_block_size),
+            ("descriptors_per_region", self.descriptors_per_region),
+        ):
+            if self.region_size % size:
+                raise ValueError(f"{name}={size} does not divide region_size={self.region_size}")
         if self.causal and not self.force_own:
             raise ValueError("force_own=False needs causal=False: a causal token must see itself")
         forced = self.force_own + self.force_previous + self.force_first
@@ -52,17 +55,21 @@ class RouteRule:
             raise ValueError(f"router={self.router!r} is unknown; use 'affinity' or 'random'")
 
 
-def key_descriptors(k: Tensor, region_size: int) -> Tensor:
-    """Mean key of each region.
+def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1) -> Tensor:
+    """Mean key of each region, or of each of its n = `descriptors_per_region` equal parts.
 
-    k [B, G, S, D] -> fp32 [B, G, R, D]. Raises ValueError unless region_size divides S.
+    k [B, G, S, D] -> fp32 [B, G, R * n, D], region by region. Raises ValueError unless region_size divides S and n
+    region_size.
     Source: region-level keys of BiFormer (CVPR 2023, arXiv:2303.08810); block means of MoBA (arXiv:2502.13189).
     """
     num_tokens = k.shape[2]
     if num_tokens % region_size:
         raise ValueError(f"region_size={region_size} does not divide the {num_tokens} tokens")
+    if region_size % descriptors_per_region:
+        raise ValueError(f"descriptors_per_region={descriptors_per_region} does not divide region_size={region_size}")
+    part_size = region_size // descriptors_per_region
     # One sequence at a time: the mean works on an fp64 copy.
-    return torch.stack([_exact_mean(k_GRLD, (2,)) for k_GRLD in k.detach().unflatten(2, (-1, region_size))])
+    return torch.stack([_exact_mean(k_GrlD, (2,)) for k_GrlD in k.detach().unflatten(2, (-1, part_size))])
 
 
 def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: bool) -> Tensor:
@@ -103,6 +110,7 @@ def route_regions(
     force_first: bool = False,
     router: Router = "affinity",
     seed: int = 0,
+    descriptors_per_region: int = 1,
 ) -> Tensor:
     """Route every query block of whole sequences; the choice carries no gradient.
 
@@ -111,30 +119,34 @@ def route_regions(
     Source: BiFormer (CVPR 2023, arXiv:2303.08810) for blocks, MoBA (arXiv:2502.13189) for single tokens.
     """
     rule = RouteRule(
-        region_size, query_block_size, topk, causal, force_own, force_previous, force_first, router, seed
-    )
-    return route_query_blocks(q, key_descriptors(k, region_size), rule)
+        region_size, query_block_size, topk, causal, force_own, force_previous, force_first, router, seed,
+        descriptors_per_region,
+    )  # fmt: skip
+    return route_query_blocks(q, key_descriptors(k, region_size, descriptors_per_region), rule)
 
 
 @torch.no_grad()
 def route_query_blocks(
-    q: Tensor, key_descriptors_BGRD: Tensor, rule: RouteRule, *, first_token: int = 0, first_group: int = 0
+    q: Tensor, key_descriptors_BGED: Tensor, rule: RouteRule, *, first_token: int = 0, first_group: int = 0
 ) -> Tensor:
     """Route the query blocks of a run of tokens against the descriptors of all regions.
 
-    q [B, H, S', D] are the tokens from `first_token` on, key_descriptors_BGRD [B, G, R, D] those of the whole
-    sequence -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_group` is the
-    number of the first KV group here (only the random router asks). Raises ValueError for a start inside a block.
+    q [B, H, S', D] are the tokens from `first_token` on, key_descriptors_BGED [B, G, R * n, D] those of the whole
+    sequence, n for each region: the affinity of a region is that of its nearest descriptor.
+    -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_group` is the number of
+    the first KV group here (only the random router asks). Raises ValueError for a start inside a block.
     """
     lq = rule.query_block_size
     if first_token % lq or q.shape[2] % lq:
         raise ValueError(f"first_token={first_token} and {q.shape[2]} tokens are not whole query blocks of {lq}")
-    batch, groups, num_regions, _ = key_descriptors_BGRD.shape
+    batch, groups, num_descriptors, _ = key_descriptors_BGED.shape
+    per_region = rule.descriptors_per_region
+    num_regions = num_descriptors // per_region
     num_blocks = q.shape[2] // lq
     # fp64 products rounded to fp32: equal affinities for every chunk shape (see _exact_mean).
-    keys_BGDR = key_descriptors_BGRD.double().transpose(2, 3)
+    keys_BGDE = key_descriptors_BGED.double().transpose(2, 3)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
-    chunk = max(1, affinities // (batch * groups * num_regions))
+    chunk = max(1, affinities // (batch * groups * num_descriptors))
     index_BGNT = q.new_full((batch, groups, num_blocks, rule.topk), -1, dtype=torch.int64)
     for start in range(0, num_blocks, chunk):
         queries_BGCD = query_descriptors(q[:, :, start * lq : (start + chunk) * lq], groups, lq, rule.causal)
@@ -148,7 +160,8 @@ def route_query_blocks(
             affinity = random_affinity(rule.seed, group_G[:, None, None], block_C[:, None], region_R)
             affinity_BGCR = affinity.expand(batch, -1, -1, -1)
         else:
-            affinity_BGCR = (queries_BGCD.double() @ keys_BGDR[..., :columns]).float()
+            affinity_BGCE = (queries_BGCD.double() @ keys_BGDE[..., : columns * per_region]).float()
+            affinity_BGCR = affinity_BGCE.unflatten(-1, (columns, per_region)).amax(-1)
         index_BGNT[:, :, start : start + chunk] = select_regions(affinity_BGCR, own_C, rule)
     return index_BGNT
 

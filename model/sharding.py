@@ -18,6 +18,9 @@ class SequenceShard(Protocol):
     def all_key_descriptors(self, own: Tensor, layer: int) -> Tensor:
         """[B, G, R', D] of this rank's regions -> [B, G, R, D] of the whole sequence."""
 
+    def key_before(self, k: Tensor, layer: int) -> Tensor:
+        """[B, G, S', D] -> [B, G, 1, D], the key before this rank's first token, 0 at the start; differentiable."""
+
     def routed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, layer: int
     ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from biroute.parallel.region_plan import Baselines, ExchangePlan
 
 # What travels. "keys" and "queries" are the payload of forward that a plan foresees.
-KINDS = ("keys", "queries", "results", "gradients", "requests", "descriptors", "gathered")
+KINDS = ("keys", "queries", "results", "gradients", "requests", "descriptors", "gathered", "neighbours")
 
 
 @dataclass

@@ -62,6 +62,10 @@ class RegionExchange:
         self.log.add_even(layer, "descriptors", self.rank, own.nbytes)
         return gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
+    def key_before(self, k: Tensor, layer: int) -> Tensor:
+        """k [B, G, S / P, D] -> [B, G, 1, D]: the last key of the rank before; zeros on the first. Differentiable."""
+        return _FromRankBefore.apply(k[:, :, -1:], self, layer)
+
     def routed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, layer: int
     ) -> Tensor:
@@ -121,6 +125,28 @@ class Pending:
         with self._clock.phase("exchange"):
             self._work.wait()
         return self._received
+
+
+class _FromRankBefore(torch.autograd.Function):
+    """What the rank before holds, zeros on the first rank; backward hands the gradient back to it."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, exchange: RegionExchange, layer: int) -> Tensor:
+        ctx.exchange, ctx.layer = exchange, layer
+        return _shifted(own, exchange, layer, 1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _shifted(upstream, ctx.exchange, ctx.layer, -1), None, None
+
+
+def _shifted(own: Tensor, exchange: RegionExchange, layer: int, by: int) -> Tensor:
+    """Each rank's tensor `by` ranks further on; zeros where nobody sends."""
+    to, back = (
+        [int(peer == exchange.rank + step) for peer in range(exchange.layout.num_ranks)] for step in (by, -by)
+    )
+    received = exchange.start(layer, "neighbours", own.flatten()[None][: sum(to)], to, back).wait()
+    return received.view_as(own) if sum(back) else torch.zeros_like(own)
 
 
 class _GatherTokens(torch.autograd.Function):

@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied, normed": {"tied_embeddings": False, "qk_norm": True},
     "masked": {"objective": "masked"},
+    "smeared": {"key_smear": True, "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2}},
 }
 
 
@@ -99,6 +100,7 @@ def test_sharded_sequences_equal_plain_torch(
     "layout",
     [
         {"region": 2, "tensor": 2, "zero_stage": 1},
+        {"region": 4, "zero_stage": 3},
         {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 1},
         {"tensor": 2, "pipeline": 1, "data": 2, "zero_stage": 3},
         {"tensor": 1, "pipeline": 2, "data": 2, "zero_stage": 0},

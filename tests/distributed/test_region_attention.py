@@ -12,9 +12,11 @@ from helpers.pool import WorkerPool
 from helpers.regions import Case
 from torch import Tensor
 
+from biroute.model import reference
 from biroute.model.attention import bi_level_attention, dense_attention
 from biroute.model.partial import RegionGrid
 from biroute.model.routing import key_descriptors, local_route, route_query_blocks, route_regions
+from biroute.model.smear import KeySmear
 from biroute.parallel.region import RegionExchange, RegionLayout
 
 Ranks = Callable[[int], WorkerPool]
@@ -47,7 +49,7 @@ def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
     sizes = {"region_size": case.region_size, "query_block_size": case.query_block_size, "topk": case.topk}
     if case.kind == "local":
         return local_route(batch=2, groups=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes)
-    return route_regions(q, k, causal=case.causal, **sizes)
+    return route_regions(q, k, causal=case.causal, descriptors_per_region=case.descriptors_per_region, **sizes)
 
 
 def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def shard_route(case: Case, exchange: RegionExchange, q: Tensor, k: Tensor) -> T
             query_block_size=case.query_block_size, topk=case.topk, causal=case.causal,
             first_token=exchange.first_token, sequence_length=case.tokens,
         )  # fmt: skip
-    descriptors = exchange.all_key_descriptors(key_descriptors(k, case.region_size), 0)
+    own = key_descriptors(k, case.region_size, case.descriptors_per_region)
+    descriptors = exchange.all_key_descriptors(own, 0)
     return route_query_blocks(q, descriptors, case.rule, first_token=exchange.first_token)
 
 
@@ -104,6 +107,8 @@ CASES = [
     Case(4, query_block_size=4),
     Case(8, query_block_size=4, way="ship"),
     Case(4, region_size=8, query_block_size=2, num_regions=12, topk=3),
+    Case(4, descriptors_per_region=2),
+    Case(8, query_block_size=4, descriptors_per_region=4),
     Case(4, groups=4),
     Case(4, heads=8, groups=1, skew=3.0),
     Case(4, num_regions=12, topk=12),
@@ -160,6 +165,35 @@ def test_the_way_changes_no_bit(case: Case, ranks: Ranks) -> None:
         if not torch.equal(fetched, shipped)
     }
     assert not different
+
+
+def smeared_job(num_ranks: int, tokens: int) -> tuple[Tensor, ...]:
+    """This rank's smeared keys, the gradient of its keys, and its part of the gradient of the shares."""
+    group = dist.group.WORLD
+    exchange = RegionExchange(RegionLayout(num_ranks, tokens // num_ranks, num_ranks), group)
+    k, upstream = (x.chunk(num_ranks, 2)[group.rank()].clone() for x in smear_inputs(tokens))
+    smear = KeySmear(3, 5).double()
+    k.requires_grad_()
+    out = smear(k, exchange.key_before(k, 0))
+    return out.detach(), *torch.autograd.grad(out, (k, smear.share), upstream)
+
+
+def smear_inputs(tokens: int) -> Tensor:
+    return torch.randn(2, 2, 3, tokens, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("num_ranks", "tokens"), [(2, 24), (4, 24), (8, 8)])
+def test_smeared_keys_of_shards_equal_one_process(num_ranks: int, tokens: int, ranks: Ranks) -> None:
+    answers = ranks(num_ranks).run(smeared_job, num_ranks, tokens)
+    out, dk = (torch.cat(parts, 2) for parts in list(zip(*answers, strict=True))[:2])
+    k, upstream = smear_inputs(tokens)
+    share = torch.full((3, 5), 0.5, dtype=torch.float64, requires_grad=True)
+    k.requires_grad_()
+    expected = reference.smear_keys(k, share)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=0)
+    want_k, want_share = torch.autograd.grad(expected, (k, share), upstream)
+    torch.testing.assert_close(dk, want_k, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(sum(answer[2] for answer in answers), want_share.flatten(), rtol=1e-13, atol=1e-13)
 
 
 def perturbed_job(case: Case) -> tuple[int, int]:

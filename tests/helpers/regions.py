@@ -23,6 +23,7 @@ class Case:
     causal: bool = True
     kind: str = "bi_level"
     way: str = "auto"
+    descriptors_per_region: int = 1
     skew: float = 0.0  # how strongly all queries want region 0
     dtype: torch.dtype = torch.float32
 
@@ -32,4 +33,10 @@ class Case:
 
     @property
     def rule(self) -> RouteRule:
-        return RouteRule(self.region_size, self.query_block_size, self.topk, self.causal)
+        return RouteRule(
+            self.region_size,
+            self.query_block_size,
+            self.topk,
+            self.causal,
+            descriptors_per_region=self.descriptors_per_region,
+        )

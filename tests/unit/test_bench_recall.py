@@ -20,7 +20,7 @@ from biroute.launcher.bench_quality_report import write_quality
 from biroute.launcher.bench_quality_variants import VARIANTS as VARIANTS_OF_QUALITY
 from biroute.launcher.bench_quality_variants import variant_config
 from biroute.launcher.bench_recall import VARIANTS, RecallSettings, distance_bins, score, train_variant
-from biroute.launcher.bench_recall_model import ModelSize, RecallModel, Variant, route_by_parts
+from biroute.launcher.bench_recall_model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench_recall_task import RecallTask
 from biroute.launcher.bench_report import markdown_table, select
 from biroute.launcher.draw_routing import draw_cost, draw_leak
@@ -90,9 +90,9 @@ def test_a_smeared_key_holds_the_token_before() -> None:
     other = tokens.clone()
     other[0, 4] = (other[0, 4] + 1) % TASK.vocab_size
     keys = {}
-    for smear in ("before_pooling", "none"):
+    for smear in (True, False):
         torch.manual_seed(1)
-        model = RecallModel(TASK.vocab_size, ModelSize(num_layers=1), Variant("x", smear=smear, topk=3))  # type: ignore[arg-type]
+        model = RecallModel(TASK.vocab_size, ModelSize(num_layers=1), Variant("x", key_smear=smear, topk=3))
         seen: list[torch.Tensor] = []
         attention = model.attention[0]
         choose = attention.route
@@ -100,7 +100,7 @@ def test_a_smeared_key_holds_the_token_before() -> None:
         with torch.no_grad():
             model(tokens), model(other)
         keys[smear] = [place for place in range(16) if not torch.equal(seen[0][:, :, place], seen[1][:, :, place])]
-    assert keys == {"before_pooling": [4, 5], "none": [4]}
+    assert keys == {True: [4, 5], False: [4]}
 
 
 @pytest.mark.parametrize(("region_size", "query_block_size", "topk"), [(4, 1, 3), (8, 4, 4), (8, 8, 2)])
@@ -120,19 +120,6 @@ def test_the_mask_computes_bi_level_attention(region_size: int, query_block_size
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_one_descriptor_for_each_part_routes_to_the_part_that_matches() -> None:
-    # Region 1 holds one key that matches and seven against it: its mean is far, its second part is near.
-    q, k = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
-    q[..., 0] = 1.0
-    k[:, :, 8:16, 0] = -1.0
-    k[:, :, 12:16, 0] = 0.5
-    route = {parts: Variant("x", region_size=8, topk=3, descriptors_per_region=parts) for parts in (1, 2)}
-    assert route_by_parts(q, k, route[2])[0, 0, -1].tolist() == [1, 6, 7]
-    assert route_by_parts(q, k, route[1])[0, 0, -1].tolist() == [0, 6, 7]
-    plain = route_regions(q, k, region_size=8, query_block_size=1, topk=3, causal=True)
-    assert torch.equal(route_by_parts(q, k, route[1]), plain)
 
 
 def test_training_repeats_and_the_random_route_differs() -> None:

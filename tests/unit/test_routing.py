@@ -16,7 +16,8 @@ from biroute.model.routing import RouteRule, key_descriptors, local_route, query
 def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
     """q, k and the keyword arguments of route_regions."""
     region_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    block = draw(st.sampled_from([n for n in range(1, region_size + 1) if region_size % n == 0]))
+    divisors = st.sampled_from([n for n in range(1, region_size + 1) if region_size % n == 0])
+    block, parts = draw(divisors), draw(divisors)
     regions, rep, groups = draw(st.integers(1, 7)), draw(st.integers(1, 4)), draw(st.integers(1, 2))
     causal = draw(st.booleans())
     forced = {
@@ -29,7 +30,8 @@ def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
     batch, tokens, size = draw(st.integers(1, 2)), region_size * regions, draw(st.sampled_from([1, 4, 8]))
     q = torch.randn(batch, groups * rep, tokens, size, generator=generator)
     k = torch.randn(batch, groups, tokens, size, generator=generator)
-    return q, k, dict(region_size=region_size, query_block_size=block, topk=topk, causal=causal, **forced)
+    sizes = {"region_size": region_size, "query_block_size": block, "descriptors_per_region": parts}
+    return q, k, dict(topk=topk, causal=causal, **sizes, **forced)
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,13 +83,14 @@ def test_all_equal_affinities_choose_the_first_regions() -> None:
     assert index[0, 0, 2].tolist() == [0, 1, 2, -1, -1]
 
 
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("chunk", [1, 100, 777, 10**9])
-def test_chunk_size_does_not_change_the_route(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_chunk_size_does_not_change_the_route(monkeypatch: pytest.MonkeyPatch, chunk: int, parts: int) -> None:
     generator = torch.Generator().manual_seed(3)
     # Few distinct values: many near and exact ties.
     q = torch.randint(-2, 3, (1, 4, 512, 8), generator=generator) / 3
     k = torch.randint(-2, 3, (1, 2, 512, 8), generator=generator) / 3
-    kwargs = {"region_size": 8, "query_block_size": 1, "topk": 6, "causal": True}
+    kwargs = {"region_size": 8, "query_block_size": 1, "topk": 6, "causal": True, "descriptors_per_region": parts}
     expected = route_regions(q, k, **kwargs)
     monkeypatch.setattr(routing, "CHUNK_AFFINITIES", (chunk, chunk))
     assert torch.equal(route_regions(q, k, **kwargs), expected)
@@ -95,16 +98,16 @@ def test_chunk_size_does_not_change_the_route(monkeypatch: pytest.MonkeyPatch, c
 
 @pytest.mark.parametrize("router", ["affinity", "random"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shards", [2, 8])
-def test_a_shard_chooses_like_the_whole(router: str, causal: bool, shards: int) -> None:
+@pytest.mark.parametrize(("shards", "n"), [(2, 1), (8, 1), (8, 4)])
+def test_a_shard_chooses_like_the_whole(router: str, causal: bool, shards: int, n: int) -> None:
     generator = torch.Generator().manual_seed(4)
     q = torch.randint(-2, 3, (2, 4, 256, 8), generator=generator) / 3
     k = torch.randint(-2, 3, (2, 2, 256, 8), generator=generator) / 3
-    rule = RouteRule(region_size=8, query_block_size=2, topk=6, causal=causal, router=router, seed=1)
-    whole = routing.route_query_blocks(q, key_descriptors(k, 8), rule)
+    rule = RouteRule(8, 2, topk=6, causal=causal, router=router, seed=1, descriptors_per_region=n)
+    whole = routing.route_query_blocks(q, key_descriptors(k, 8, n), rule)
     # A rank holds strided views of its own tokens and all descriptors, gathered.
     q_parts, k_parts = q.chunk(shards, 2), k.chunk(shards, 2)
-    gathered = torch.cat([key_descriptors(part, 8) for part in k_parts], 2)
+    gathered = torch.cat([key_descriptors(part, 8, n) for part in k_parts], 2)
     parts = [
         routing.route_query_blocks(part, gathered, rule, first_token=i * 256 // shards)
         for i, part in enumerate(q_parts)
@@ -145,10 +148,22 @@ def test_descriptors_are_what_they_say() -> None:
     assert keys.dtype == torch.float32
     assert keys.shape == (2, 3, 3, 5)
     torch.testing.assert_close(keys[1, 2, 1], k.bfloat16()[1, 2, 8:16].float().mean(0))
+    parts = key_descriptors(k, 8, 4)
+    assert parts.shape == (2, 3, 12, 5)
+    torch.testing.assert_close(parts[1, 2, 6], k[1, 2, 12:14].mean(0))  # of region 1 the third of four
     causal, whole = query_descriptors(q, 3, 4, True), query_descriptors(q, 3, 4, False)
     assert causal.shape == whole.shape == (2, 3, 6, 5)
     torch.testing.assert_close(causal[1, 2, 3], q[1, 4:6, 12].mean(0))
     torch.testing.assert_close(whole[1, 2, 3], q[1, 4:6, 12:16].mean((0, 1)))
+
+
+def test_one_near_key_among_far_ones_is_found_by_its_own_descriptor() -> None:
+    """Ones and minus ones cancel in a mean over four keys, not in one over a single key."""
+    q, k = torch.ones(1, 1, 64, 4), torch.full((1, 1, 64, 4), 0.1)
+    k[0, 0, 12:16] = torch.tensor([3.0, -1.0, -1.0, -1.0])[:, None]
+    kwargs = {"region_size": 4, "query_block_size": 1, "topk": 3, "causal": True}
+    assert route_regions(q, k, **kwargs)[0, 0, 40].tolist() == [0, 9, 10]
+    assert route_regions(q, k, descriptors_per_region=4, **kwargs)[0, 0, 40].tolist() == [3, 9, 10]
 
 
 def test_choice_carries_no_gradient() -> None:
@@ -187,6 +202,7 @@ def test_local_route() -> None:
     ("change", "message"),
     [
         ({"query_block_size": 3}, "query_block_size=3 does not divide region_size=4"),
+        ({"descriptors_per_region": 3}, "descriptors_per_region=3 does not divide region_size=4"),
         ({"force_own": False}, "a causal token must see itself"),
         ({"topk": 1}, "topk=1 leaves no room for 2 forced regions"),
         ({"region_size": 6, "query_block_size": 2}, "region_size=6 does not divide the 16 tokens"),
