@@ -71,6 +71,13 @@ def _check_model(config: RunConfig, layout: Layout) -> None:
             f"(model.sequence_length={model.sequence_length}, model.attention.region_size="
             f"{model.attention.region_size}); use at most {model.num_regions} region ranks"
         )
+    tokens_per_rank = model.sequence_length // layout.region
+    if config.parallel.sequence_parallel and tokens_per_rank % layout.tensor:
+        raise UserError(
+            f"parallel.tensor={layout.tensor} does not divide the {tokens_per_rank} tokens of a region rank "
+            f"(model.sequence_length={model.sequence_length}, parallel.region={layout.region}); change one of them, "
+            "or set parallel.sequence_parallel=false"
+        )
     shared = [
         ("parallel.tensor", layout.tensor, "model.num_heads", model.num_heads),
         ("parallel.tensor", layout.tensor, "model.num_kv_groups", model.num_kv_groups),

@@ -159,6 +159,11 @@ class ParallelConfig(Section):
         description="how region ranks get at each other's regions: fetch keys and values, ship queries, or auto: "
         "whichever moves fewer bytes, pair by pair",
     )
+    sequence_parallel: bool = Field(
+        False,
+        description="tensor ranks also share the tokens of norms and residuals (Megatron's sequence parallelism); "
+        "no effect with tensor=1",
+    )
     data: PositiveInt | None = Field(None, description="replicas of the model; empty: what the processes leave")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters"

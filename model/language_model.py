@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
@@ -53,9 +54,12 @@ def plan_layers(
     """The layers of the model in order. `groups` are the process groups that weights are split over, `shard` is this
     rank's part of the sequences where ranks share them."""
     model = config.model
-    vocabulary = {"model": model, "vocab_size": config.padded_vocab_size, "groups": groups}
-    block = {"model": model, "groups": groups, "recompute": config.train.recompute, "shard": shard}
+    sequence_parallel = config.parallel.sequence_parallel and groups.tp.size() > 1
+    common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
+    vocabulary = {**common, "vocab_size": config.padded_vocab_size}
+    block = {**common, "recompute": config.train.recompute, "shard": shard}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
+    norm |= {"partial_gradient_group": groups.tp} if sequence_parallel else {}
     plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]
     plans += [(f"block.{layer}", Block, {**block, "layer": layer}) for layer in range(model.num_layers)]
     plans += [("norm", RMSNorm, norm)]
@@ -71,33 +75,42 @@ class Embedding(VocabParallelEmbedding):
     """Token embedding; given hidden states instead of tokens it is the tied head.
 
     One forward for both uses, because ZeRO-3 gathers a module's weight when the module is called, and only then.
+    With `sequence_parallel` the hidden states are of this tensor rank's tokens, [S / T, B, C].
     """
 
-    def __init__(self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection, sequence_parallel: bool
+    ) -> None:
         super().__init__(
             vocab_size,
             model.hidden_size,
             init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
-            config=megatron_config(model, groups.tp.size()),
+            reduce_scatter_embeddings=sequence_parallel,
+            config=megatron_config(model, groups.tp.size(), sequence_parallel),
             tp_group=groups.tp,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, S] int64 -> [S, B, C]; or hidden states [S, B, C] -> logits [S, B, V / T]."""
+        scattered = self.reduce_scatter_embeddings
         if x.is_floating_point():
-            return F.linear(copy_to_tensor_model_parallel_region(x, group=self.tp_group), self.weight)
-        return super().forward(x.t().contiguous())
+            every_token = gather_from_sequence_parallel_region if scattered else copy_to_tensor_model_parallel_region
+            return F.linear(every_token(x, group=self.tp_group), self.weight)
+        # Where it scatters, Megatron-core itself puts the tokens first.
+        return super().forward(x if scattered else x.t().contiguous())
 
 
 class Head(nn.Module):
-    """Untied output projection, [S, B, C] -> logits [S, B, V / T]."""
+    """Untied output projection, [S, B, C] (`sequence_parallel`: [S / T, B, C]) -> logits [S, B, V / T]."""
 
-    def __init__(self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection, sequence_parallel: bool
+    ) -> None:
         super().__init__()
         self.projection = ColumnParallelLinear(
             model.hidden_size,
             vocab_size,
-            config=megatron_config(model, groups.tp.size()),
+            config=megatron_config(model, groups.tp.size(), sequence_parallel),
             init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
             bias=False,
             tp_group=groups.tp,

@@ -31,7 +31,9 @@ from biroute.model.sharding import SequenceShard
 from biroute.model.smear import KeySmear
 
 
-def megatron_config(model: ModelConfig, tensor_parallel_size: int) -> TransformerConfig:
+def megatron_config(
+    model: ModelConfig, tensor_parallel_size: int, sequence_parallel: bool = False
+) -> TransformerConfig:
     """Our model configuration in Megatron-core's terms. DeepSpeed owns the pipeline, so that size stays 1."""
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -52,6 +54,7 @@ def megatron_config(model: ModelConfig, tensor_parallel_size: int) -> Transforme
         attention_dropout=0.0,
         init_method_std=model.init_std,
         tensor_model_parallel_size=tensor_parallel_size,
+        sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,  # the whole weight from one seed, then sliced: every layout starts equal
         params_dtype=torch.float32,
     )
@@ -157,7 +160,10 @@ class CoreAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer, [S, B, C] -> [S, B, C]; recomputed in backward if asked."""
+    """One transformer layer, [S, B, C] -> [S, B, C]; recomputed in backward if asked.
+
+    With `sequence_parallel` S counts the tokens of this tensor rank, a share of those that attention sees.
+    """
 
     def __init__(
         self,
@@ -166,12 +172,13 @@ class Block(nn.Module):
         groups: ProcessGroupCollection,
         recompute: bool = False,
         shard: SequenceShard | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.recompute = recompute
         self.layer = TransformerLayer(
-            megatron_config(model, groups.tp.size()),
-            _submodules(model, groups, shard),
+            megatron_config(model, groups.tp.size(), sequence_parallel),
+            _submodules(model, groups, shard, sequence_parallel),
             layer_number=layer + 1,
             pg_collection=groups,
         )
@@ -187,10 +194,12 @@ class Block(nn.Module):
 
 
 def _submodules(
-    model: ModelConfig, groups: ProcessGroupCollection, shard: SequenceShard | None
+    model: ModelConfig, groups: ProcessGroupCollection, shard: SequenceShard | None, sequence_parallel: bool
 ) -> TransformerLayerSubmodules:
     """Megatron-core's layer, all local modules, our norm and our core attention."""
-    head_norm = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp}) if model.qk_norm else None
+    norm_of_a_share = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp})
+    norm = norm_of_a_share if sequence_parallel else RMSNorm
+    head_norm = norm_of_a_share if model.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=partial(CoreAttention, model, groups.tp.rank(), shard),
@@ -199,12 +208,12 @@ def _submodules(
         k_layernorm=head_norm,
     )
     return TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=norm,
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),

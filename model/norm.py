@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in fp32.
 
-    `partial_gradient_group`: the tensor ranks when each of them normalises only its own heads. Each then sees only
-    a part of the weight's gradient; the parts are summed in backward, since no engine does that for a replicated
-    weight.
+    `partial_gradient_group`: the tensor ranks when each of them normalises only its own heads or its own tokens. Each
+    then sees only a part of the weight's gradient; the parts are summed in backward, since DeepSpeed does that for no
+    replicated weight. `weight.sequence_parallel` says so to Megatron-core's own tools.
     """
 
     def __init__(
@@ -22,6 +22,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = partial_gradient_group is not None  # type: ignore[attr-defined]
         self.eps = eps
         self.partial_gradient_group = partial_gradient_group
 

@@ -68,6 +68,18 @@ REGION_LAYOUTS = [
     {"region": 2, "data": 2, "zero_stage": 3},
 ]
 
+SEQUENCE_PARALLEL_LAYOUTS = [
+    {**layout, "tensor": 2, "sequence_parallel": True}
+    for layout in (
+        {"zero_stage": 0},
+        {"pipeline": 2, "zero_stage": 1},
+        {"region": 2, "zero_stage": 1},
+        {"data": 2, "zero_stage": 1},
+        {"data": 2, "zero_stage": 2},
+        {"region": 2, "zero_stage": 3},
+    )
+]
+
 
 def check(layout: dict[str, int], model: str, ranks: Ranks, references: dict[str, Any]) -> None:
     world_size = math.prod(layout.get(axis, 1) for axis in ("tensor", "pipeline", "region", "data"))
@@ -95,12 +107,21 @@ def test_sharded_sequences_equal_plain_torch(
     check(layout, "tied", ranks, references)
 
 
+@pytest.mark.parametrize("layout", SEQUENCE_PARALLEL_LAYOUTS, ids=name_of)
+def test_sequence_parallel_equals_plain_torch(
+    layout: dict[str, int], ranks: Ranks, references: dict[str, Any]
+) -> None:
+    check(layout, "tied", ranks, references)
+
+
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "tied"])
 @pytest.mark.parametrize(
     "layout",
     [
         {"region": 2, "tensor": 2, "zero_stage": 1},
         {"region": 4, "zero_stage": 3},
+        {"region": 2, "tensor": 2, "zero_stage": 1, "sequence_parallel": True},
+        {"tensor": 2, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True},
         {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 1},
         {"tensor": 2, "pipeline": 1, "data": 2, "zero_stage": 3},
         {"tensor": 1, "pipeline": 2, "data": 2, "zero_stage": 0},
