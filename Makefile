@@ -35,7 +35,7 @@ chaos: $(INSTALLED)
 # The installed package is called biroute; mypy and import-linter want to see it under that name.
 types:
 	mkdir -p $(TYPES)
-	for part in configs model parallel data_pipeline launcher; do ln -sfn ../../$$part $(TYPES)/$$part; done
+	for part in configs model parallel data_pipeline launcher slurm; do ln -sfn ../../$$part $(TYPES)/$$part; done
 
 check: $(INSTALLED) types
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,26 @@ from pydantic import BaseModel, ValidationError
 
 from biroute.configs.errors import UserError
 from biroute.configs.schema import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but `24:00:00` is text: YAML 1.1 counts in sixties there and reads 86400."""
+
+
+# The resolvers lie by first letter; the sexagesimal forms are the only ones with a colon that are no dates.
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _Loader)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -34,10 +55,14 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        # default_factory_not_called: a size that follows from a field which is itself reported.
-        found = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
-        problems = "; ".join(_explain(problem) for problem in found)
-        raise UserError(f"{origin}: {problems}") from None
+        raise UserError(f"{origin}: {explain_problems(error, RunConfig)}") from None
+
+
+def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:
+    """What pydantic found wrong with a tree of `section`, in one line."""
+    # default_factory_not_called: a size that follows from a field which is itself reported.
+    found = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+    return "; ".join(_explain(problem, section) for problem in found)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -66,7 +91,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = f"; biroute ships one of that name: {shipped}" if shipped.is_file() else ""
         raise UserError(f"{path}: no such configuration file{hint}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if tree is None:
@@ -82,7 +107,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     branch = tree
@@ -96,12 +121,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     branch[keys[-1]] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, section: type[BaseModel]) -> str:
     """One pydantic error as `field=value: what is wrong`, with a suggestion for an unknown key."""
     location = problem["loc"]
     name = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(section, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {name}; {hint}"
@@ -111,8 +136,8 @@ def _explain(problem: Any) -> str:
     return f"{name}={problem['input']!r}: {message}"
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(section: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    model: Any = section
     for part in location:
         if isinstance(part, str):
             model = section_of(model.model_fields[part].annotation)

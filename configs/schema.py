@@ -5,10 +5,11 @@ Sizes that follow from others are properties, never a second field.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -310,9 +311,36 @@ class TrackingConfig(Section):
     flush_seconds: float = Field(30.0, ge=0, description="longest wait at the end for metrics not yet sent")
 
 
-class SlurmConfig(Section):
-    """Jobs on a Slurm cluster."""
+_SLURM_TIME = r"\d+|\d+:\d\d?|\d+:\d\d?:\d\d?|\d+-\d+(:\d\d?){0,2}|UNLIMITED|INFINITE"
 
+
+def _check_slurm_time(value: object) -> str:
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(_SLURM_TIME, text):
+        raise ValueError("not a time that Slurm knows; use minutes, hours:minutes:seconds or days-hours")
+    return text
+
+
+SlurmTime = Annotated[str, BeforeValidator(_check_slurm_time)]
+
+
+class SlurmConfig(Section):
+    """How `biroute submit` asks a Slurm cluster for a run. What holds for a whole cluster is in its profile."""
+
+    profile: str = Field(
+        "", description="cluster profile: a YAML file, or the name of one that ships; `biroute submit` needs it"
+    )
+    nodes: PositiveInt = Field(1, description="nodes to train on")
+    ranks_per_node: PositiveInt | None = Field(
+        None, description="ranks on each node; empty: the profile's GPUs per node, or the layout's ranks shared out"
+    )
+    time_limit: SlurmTime | None = Field(
+        None, description="limit of one job, as sbatch takes it (24:00:00, 2-0, minutes); empty: the profile's"
+    )
+    signal_seconds: int = Field(
+        120, ge=10, description="seconds before the limit at which to save and stop; Slurm may be a minute early"
+    )
+    requeue: bool = Field(True, description="queue the job again after a stop, a crash or the loss of a node")
     max_restarts: int = Field(20, ge=0, description="times that a job is queued again after crashes and hangs")
     max_crashes_at_same_step: PositiveInt = Field(
         3, description="crashes of a job after the same step that end it, as one more would not help"
@@ -332,7 +360,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(TrainConfig(), description="the run")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
-    slurm: SlurmConfig = Field(SlurmConfig(), description="jobs on a cluster")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="Slurm")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

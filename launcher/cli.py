@@ -11,6 +11,7 @@ import typer
 from biroute.configs.errors import EXIT_USER_FAULT, UserError
 from biroute.launcher.bench_commands import bench_app
 from biroute.launcher.data_commands import data_app
+from biroute.launcher.run_commands import COMMANDS
 
 app = typer.Typer(
     name="biroute",
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+for command in COMMANDS:
+    app.command()(command)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[

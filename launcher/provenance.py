@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import platform
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from biroute.configs.load import flatten
 from biroute.configs.schema import RunConfig
 
+REVISION_NAME = "revision.json"  # beside the packages of a code snapshot
 PARAMETER_CHARACTERS = 6000  # MLflow's limits for a value
 TAG_CHARACTERS = 8000
 _PACKAGES = (
@@ -70,7 +72,11 @@ def environment_tags() -> dict[str, str]:
 
 
 def git_tags(code_file: Path) -> dict[str, str]:
-    """Commit and dirty flag of the checkout that `code_file` is part of; empty if it is in none."""
+    """Commit and dirty flag of the checkout that `code_file` is part of or was copied from; empty if in none."""
+    revision = code_file.resolve().parents[1] / REVISION_NAME
+    if revision.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            return {str(name): str(value) for name, value in json.loads(revision.read_text("utf-8")).items()}
     # --error-unmatch: an installed copy may lie in a virtual environment inside somebody else's checkout.
     if _git(code_file, "ls-files", "--error-unmatch", code_file.name) is None:
         return {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher")
+PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     wanted = {
         f"biroute/{path.relative_to(ROOT).as_posix()}"
         for part in PARTS
-        for pattern in ("*.py", "*.yaml", "*.j2")
+        for pattern in ("*.py", "*.yaml", "*.j2", "*.sh")
         for path in (ROOT / part).rglob(pattern)
     }
     assert wanted <= packed, sorted(wanted - packed)

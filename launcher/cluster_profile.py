@@ -1,0 +1,94 @@
+"""What holds for a whole cluster: a YAML file that its users share. No torch."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError, field_validator
+
+from biroute.configs.errors import UserError
+from biroute.configs.load import explain_problems, parse_yaml
+from biroute.configs.schema import Section, SlurmTime
+
+SHIPPED = "profiles"
+
+
+class ClusterProfile(Section):
+    """How jobs of one cluster are asked for and set up. Every field is optional."""
+
+    account: str | None = Field(None, description="account to charge")
+    partition: str | None = Field(None, description="partition, or several with commas; empty: the default one")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description="features that nodes must have, as sbatch takes them")
+    reservation: str | None = Field(None, description="reservation to use")
+    time_limit: SlurmTime | None = Field(None, description="limit of one job; slurm.time_limit comes first")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of each node; also its ranks, unless set")
+    gpu_type: str | None = Field(None, description="type of GPU, as Slurm calls it")
+    cpus_per_rank: PositiveInt = Field(1, description="CPUs of each rank, also its OMP_NUM_THREADS")
+    memory_per_node: str | None = Field(None, description="memory of each node, such as 500G; 0: all of it")
+    exclusive: bool = Field(False, description="share no node with other jobs")
+    sbatch_options: tuple[str, ...] = Field((), description="further options of sbatch, each --name or --name=value")
+    srun_options: tuple[str, ...] = Field((), description="further options of the srun that starts the ranks")
+    setup: tuple[str, ...] = Field((), description="lines of bash before anything else, such as module load")
+    venv: Path | None = Field(None, description="folder of a virtual environment that every node sees")
+    container: tuple[str, ...] = Field((), description="words before python, such as apptainer exec --nv image.sif")
+    python: str | None = Field(
+        None, description="interpreter; empty: python3 of venv or container, or the one that submits"
+    )
+    environment: dict[str, str] = Field({}, description="environment variables of the job")
+    network_interface: str | None = Field(None, description="interface between nodes, for gloo and NCCL")
+
+    @field_validator("memory_per_node", mode="before")
+    @classmethod
+    def _memory_as_text(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
+
+    @field_validator("sbatch_options", "srun_options")
+    @classmethod
+    def _check_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not option.startswith("--") or len(option) < 3:
+                raise ValueError(f"{option!r} is not of the form --name or --name=value")
+        return options
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _check_environment(cls, environment: object) -> object:
+        if not isinstance(environment, dict):
+            return environment
+        for name in environment:
+            if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        # YAML's numbers, as in `NCCL_IB_TIMEOUT: 22`, are meant as text.
+        return {name: str(value) if type(value) in (int, float) else value for name, value in environment.items()}
+
+
+def load_profile(name: str) -> ClusterProfile:
+    """Read the profile in file `name`, or the one of that name that ships.
+
+    Raises:
+        UserError: no profile named, no such profile, or not a valid one.
+    """
+    shipped = resources.files("biroute.slurm").joinpath(SHIPPED)
+    known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
+    if not name:
+        raise UserError(f"slurm.profile is empty; set it to a cluster profile (a YAML file), or to one of {known}")
+    path = Path(name)
+    source = path if path.is_file() else shipped.joinpath(f"{name}.yaml")
+    if not source.is_file():
+        raise UserError(f"slurm.profile={name}: no such cluster profile; name a YAML file, or one of {known}")
+    try:
+        tree = parse_yaml(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    try:
+        return ClusterProfile.model_validate(tree or {})
+    except ValidationError as error:
+        raise UserError(f"slurm.profile={name}: {explain_problems(error, ClusterProfile)}") from None
+
+
+def dump_profile(profile: ClusterProfile) -> str:
+    """The profile as YAML, with every field."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,183 @@
+"""A thin client of Slurm's own commands. Each call has a timeout; text forms are parsed, JSON differs by version."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from biroute.configs.errors import UserError
+
+TIMEOUT_SECONDS = 30.0
+_SEPARATOR = "\x1f"  # no field holds it
+_LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that the controller or the accounting database knows."""
+
+    job_id: str
+    state: str  # PENDING, RUNNING, COMPLETED ...
+    script: Path | None = None  # the batch script, where it is known
+    time_left: str = ""  # until its time limit, as squeue says it
+    reason: str = ""  # why it is pending
+    nodes: str = ""
+    exit_code: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Is it queued or running?"""
+        return self.state in _LIVE
+
+
+def submit(script: Path) -> str:
+    """Submit a batch script; the job's id.
+
+    Raises:
+        UserError: no Slurm, or it refuses the job.
+    """
+    answer = _call(["sbatch", "--parsable", str(script)])
+    job_id = answer.stdout.strip().partition(";")[0]  # job;cluster
+    if answer.returncode != 0 or not job_id.isdigit():
+        raise UserError(f"sbatch refuses the job: {_last_line(answer)}")
+    return job_id
+
+
+def test_script(text: str) -> str:
+    """What Slurm says on whether and when it could run the script `text`. Nothing is queued.
+
+    Raises:
+        UserError: no Slurm, or it could not.
+    """
+    answer = _call(["sbatch", "--test-only"], text)
+    if answer.returncode != 0:
+        raise UserError(f"Slurm could not run the job: {_last_line(answer)}")
+    return _last_line(answer)
+
+
+def largest_partition(partitions: str | None) -> tuple[str, int] | None:
+    """Name and number of nodes, those that are down included, of the largest of `partitions` (None: the default).
+
+    None if Slurm knows none of them or does not answer: sbatch will say more.
+    """
+    command = ["sinfo", "--noheader", "--format", "%P %D", *(["--partition", partitions] if partitions else [])]
+    answer = _call(command)
+    sizes: dict[str, int] = {}
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        name, _, nodes = line.rpartition(" ")
+        if (partitions or name.endswith("*")) and nodes.isdigit():
+            sizes[name.rstrip("*")] = sizes.get(name.rstrip("*"), 0) + int(nodes)
+    return max(sizes.items(), key=lambda size: size[1], default=None)
+
+
+def queue() -> list[Job]:
+    """All jobs of this user that are queued or running.
+
+    Raises:
+        UserError: no Slurm, or it does not answer.
+    """
+    fields = ["%i", "%T", "%L", "%r", "%N", "%o"]
+    answer = _call(["squeue", "--noheader", "--me", "--format", _SEPARATOR.join(fields)])
+    if answer.returncode != 0:
+        raise UserError(f"squeue fails: {_last_line(answer)}")
+    jobs = []
+    for line in answer.stdout.splitlines():
+        job_id, state, time_left, reason, nodes, command = line.split(_SEPARATOR, 5)
+        jobs.append(Job(job_id, state, _script(command), time_left, reason, nodes))
+    return jobs
+
+
+def find_job(job_id: str) -> Job | None:
+    """The job, from the controller or, where there is one, the accounting database; None if neither knows it."""
+    answer = _call(["scontrol", "show", "job", "-o", job_id])
+    if answer.returncode == 0 and (found := re.search(r"\bJobState=(\S+)", answer.stdout)):
+        command = re.search(r" Command=(.*?) WorkDir=", answer.stdout)
+        return Job(job_id, found.group(1), _script(command.group(1)) if command else None)
+    return next(iter(past_jobs([job_id])), None)
+
+
+def past_jobs(job_ids: Sequence[str]) -> list[Job]:
+    """What the accounting database knows of the jobs; nothing where there is none."""
+    if not job_ids:
+        return []
+    fields = "JobIDRaw,State,ExitCode,NodeList,SubmitLine"
+    command = ["sacct", "-X", "-n", "-P", "--delimiter", _SEPARATOR, "-j", ",".join(job_ids), "-o", fields]
+    try:
+        answer = _call(command)
+    except UserError:
+        return []
+    jobs = []
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        job_id, state, exit_code, nodes, submit_line = line.split(_SEPARATOR, 4)
+        state = state.split()[0]  # "CANCELLED by 0"
+        jobs.append(Job(job_id, state, _script(submit_line), nodes=nodes, exit_code=exit_code))
+    return jobs
+
+
+def seconds_of(time_limit: str) -> int | None:
+    """Seconds of a time as sbatch takes it; None if it is unlimited."""
+    if not time_limit[0].isdigit():
+        return None
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # minutes[:seconds]
+        hours, minutes, seconds = 0, *(*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def cancel(job_id: str) -> None:
+    """End a job at once. Raises UserError if Slurm refuses."""
+    _check(["scancel", job_id])
+
+
+def ask_to_stop(job_id: str) -> None:
+    """Send USR1 to the batch script of a running job: it saves and ends. Raises UserError if Slurm refuses."""
+    _check(["scancel", "--batch", "--signal=USR1", job_id])
+
+
+def _check(command: list[str]) -> None:
+    answer = _call(command)
+    if answer.returncode != 0:
+        raise UserError(f"{command[0]} fails: {_last_line(answer)}")
+
+
+def _call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a client command. Raises UserError where there is no such command, no cluster or no answer."""
+    try:
+        answer = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]}: no such command; run this on a login node of a Slurm cluster, or use `biroute train`"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{command[0]} gave no answer in {TIMEOUT_SECONDS:g} s; is the Slurm controller up? (scontrol ping)"
+        ) from None
+    for sign, meaning in (
+        ("Could not establish a configuration source", "no Slurm cluster is configured here"),
+        ("Unable to contact slurm controller", "the Slurm controller does not answer"),
+        ("Connection refused", "the Slurm controller does not answer"),
+    ):
+        if answer.returncode != 0 and sign in answer.stderr:
+            raise UserError(f"{command[0]}: {meaning}; check SLURM_CONF and `scontrol ping`")
+    return answer
+
+
+def _script(command: str) -> Path | None:
+    """The batch script in a command: squeue gives the path, sacct the whole sbatch line."""
+    words = command.removeprefix("sbatch --parsable ").strip()
+    return Path(words) if words.startswith("/") else None
+
+
+def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (answer.stderr or answer.stdout).splitlines() if line.strip()]
+    return re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else f"exit status {answer.returncode}"
