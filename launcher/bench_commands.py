@@ -26,6 +26,11 @@ Variants = Annotated[
 ]
 
 
+Rows = Annotated[
+    Path | None, typer.Option("--rows", help="file that keeps finished rows, so that a stopped run can go on")
+]
+
+
 @bench_app.command()
 def attention(
     lengths: Annotated[
@@ -57,9 +62,7 @@ def recall(
     evaluation_sequences: Annotated[
         int, typer.Option(min=1, help="sequences to score on, with a question for every 8 of their 256 tokens")
     ] = 256,
-    rows: Annotated[
-        Path | None, typer.Option("--rows", help="file that keeps finished rows, so that a stopped run can go on")
-    ] = None,
+    rows: Rows = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -82,6 +85,7 @@ def quality(
     steps: Annotated[int, typer.Option(help="optimizer steps of each variant and seed")] = 300,
     seeds: Annotated[int, typer.Option(help="number of seeds")] = 2,
     variants: Variants = None,
+    rows: Rows = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -97,7 +101,7 @@ def quality(
     from biroute.launcher.bench_quality import run_bench
     from biroute.launcher.bench_quality_report import print_quality, write_quality
 
-    answer = run_bench(loaded, steps, seeds, variants or [])
+    answer = run_bench(loaded, steps, seeds, variants or [], rows)
     _report(answer, as_json, out, print_quality, write_quality)
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.loader import Batch, open_dataset
 from biroute.launcher.bench_quality_variants import VARIANTS, variant_config
 from biroute.launcher.bench_report import circumstances, each, mean, say, select
+from biroute.launcher.bench_rows import KeptRows
 from biroute.launcher.processes import RENDEZVOUS_FILE, join_processes
 from biroute.launcher.schedule import learning_rate
 from biroute.model.layers import CoreAttention
@@ -88,11 +90,15 @@ def join_alone(config: RunConfig) -> None:
         join_processes(config.train)
 
 
-def run_bench(config: RunConfig, steps: int, seeds: int, patterns: Sequence[str] = ()) -> dict[str, Any]:
+def run_bench(
+    config: RunConfig, steps: int, seeds: int, patterns: Sequence[str] = (), rows_path: Path | None = None
+) -> dict[str, Any]:
     """Train and score the chosen variants of `config`; the answer as plain values. `patterns`: names, `*` allowed.
 
+    Rows are kept in `rows_path` as they come, and those of the same settings and seeds are taken from there.
+
     Raises:
-        UserError: no such variant, no seed, a masked objective, no dataset.
+        UserError: no such variant, no seed, a masked objective, no dataset; a rows file that is none.
     """
     if seeds < 1 or steps < 1:
         raise UserError(f"--seeds {seeds} --steps {steps}: use at least 1 of each")
@@ -100,10 +106,11 @@ def run_bench(config: RunConfig, steps: int, seeds: int, patterns: Sequence[str]
         raise UserError(f"model.objective={config.model.objective}: this benchmark trains causal models")
     names = select(VARIANTS, patterns, VARIANTS)
     about_run = circumstances()  # now: the code may change while this runs
-    open_dataset(config)  # complains before anything is trained
+    dataset = open_dataset(config)  # complains before anything is trained
+    kept = KeptRows(rows_path, [config.model_dump(mode="json"), dataset.manifest.tokenizer_fingerprint, steps, seeds])
     plans = {name: [variant_config(config, name, seed, steps) for seed in range(seeds)] for name in names}
     join_alone(plans[names[0]][0])
-    rows = [_run_variant(name, configs) for name, configs in plans.items()]
+    rows = [kept.row(name, partial(_run_variant, name, configs)) for name, configs in plans.items()]
     model = config.model
     return {
         "benchmark": "quality",
@@ -137,6 +144,8 @@ def _run_variant(name: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
         "region_size": attention.region_size,
         "query_block_size": attention.query_block_size,
         "topk": attention.topk,
+        "descriptors_per_region": attention.descriptors_per_region,
+        "key_smear": configs[0].model.key_smear,
         "dense_layers": list(configs[0].model.dense_layers),
         "bits_per_byte": bits,
         "nats_per_token": [trained.nats_per_token for trained, _ in scores],

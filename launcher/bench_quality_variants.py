@@ -8,37 +8,44 @@ from biroute.configs.errors import UserError
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 
-_BASE = ("dense", "local", "token", "token-fine", "block", "region")
+_BASE = ("dense", "local", "token", "token-fine", "token-parts", "block", "region")
 _WITH_DENSE_LAYER = ("local", "token", "block", "region")
-VARIANTS = (*_BASE, *(f"{name}-dense0" for name in _WITH_DENSE_LAYER))
+_WITHOUT_SMEAR = ("dense", "token", "token-parts", "region-dense0")
+VARIANTS = (
+    *_BASE,
+    *(f"{name}-dense0" for name in _WITH_DENSE_LAYER),
+    *(f"{name}-no-smear" for name in _WITHOUT_SMEAR),
+)
 
 
 def variant_config(config: RunConfig, name: str, seed: int, steps: int) -> RunConfig:
     """`config` as one plain CPU process would train it under a variant, with the seed for weights and data.
 
-    token: a route for each token, with the configuration's regions; token-fine: regions a quarter of that size, four
-    times as many of them; block: a route for every four tokens; region: one for each region; local, dense as they
-    say. `-dense0`: the first layer is dense. All but dense see the same number of tokens.
+    token: a route for each token, with the configuration's regions and one descriptor for each; token-fine: regions a
+    quarter of that size, four times as many of them; token-parts: four descriptors for each region; block: a route
+    for every four tokens; region: one for each region; local, dense as they say. `-dense0`: the first layer is dense.
+    All have smeared keys, but `-no-smear`. All but dense see the same number of tokens.
 
     Raises:
         UserError: the configuration's regions are no multiple of 8 tokens.
     """
-    base, _, dense_first = name.partition("-dense")
     region_size, topk = config.model.attention.region_size, config.model.attention.topk
     if region_size % 8:
         raise UserError(f"model.attention.region_size={region_size}: this benchmark needs a multiple of 8")
-    change: dict[str, Any] = {"kind": "bi_level", "query_block_size": 1}
-    if base in ("dense", "local"):
-        change["kind"] = base
-    elif base == "token-fine":
-        change |= {"region_size": region_size // 4, "topk": 4 * topk}
-    elif base == "block":
-        change["query_block_size"] = 4
-    elif base == "region":
-        change["query_block_size"] = region_size
+    base = name.removesuffix("-no-smear").removesuffix("-dense0")
+    changes: dict[str, dict[str, Any]] = {
+        "dense": {"kind": "dense"},
+        "local": {"kind": "local"},
+        "token": {},
+        "token-fine": {"region_size": region_size // 4, "topk": 4 * topk},
+        "token-parts": {"descriptors_per_region": 4},
+        "block": {"query_block_size": 4},
+        "region": {"query_block_size": region_size},
+    }
+    same = {"kind": "bi_level", "query_block_size": 1, "descriptors_per_region": 1, "router": "affinity"}
     tree = config.model_dump(mode="json")
-    tree["model"]["attention"] |= {**change, "router": "affinity"}
-    tree["model"]["dense_layers"] = [0] if dense_first else []
+    tree["model"]["attention"] |= {**same, **changes[base]}
+    tree["model"] |= {"dense_layers": [0] if "-dense0" in name else [], "key_smear": "-no-smear" not in name}
     tree["parallel"] = {"data": 1, "zero_stage": 0}
     tree["train"] |= {"seed": seed, "steps": steps, "precision": "fp32", "device": "cpu"}
     tree["data"]["seed"] = seed

@@ -8,10 +8,10 @@ Legend: S tokens, Q questions of a sequence.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from biroute.configs.errors import UserError
 from biroute.launcher.bench_recall_model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench_recall_task import RecallTask
 from biroute.launcher.bench_report import circumstances, mean, say, select
+from biroute.launcher.bench_rows import KeptRows
 from biroute.model.routing import Router
 
 # Sequences grow during training: the association is learned in a fraction of the time on short ones, and what is
@@ -182,17 +183,11 @@ def run_bench(
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: use at least 1")
     names = select(list(VARIANTS), patterns, DEFAULT_VARIANTS)
-    about = json.dumps([asdict(settings), seeds])
-    known = _known_rows(rows_path, about)
+    kept = KeptRows(rows_path, [asdict(settings), seeds])
     about_run = circumstances()  # now: the code may change while this runs
     rows = []
     for name in names:
-        row = known.get(name)
-        if row is None:
-            row = run_variant(VARIANTS[name], range(seeds), settings)
-            if rows_path is not None:
-                with rows_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"about": about, "row": row}) + "\n")
+        row = kept.row(name, partial(run_variant, VARIANTS[name], range(seeds), settings))
         rows.append(row)
         say(f"{name}: {mean(row['accuracy']):.3f} (random route {mean(row['random_route']):.3f}), "
             f"{row['seconds']:.0f} s")  # fmt: skip
@@ -206,17 +201,6 @@ def run_bench(
         "distance_bins": [list(edges) for edges in distance_bins(settings.sequence_length)],
         "rows": rows,
     }
-
-
-def _known_rows(path: Path | None, about: str) -> dict[str, dict[str, Any]]:
-    """Rows by name that an earlier run of the same settings and seeds left in `path`."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {line["row"]["name"]: line["row"] for line in lines if line["about"] == about}
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None
 
 
 def run_variant(variant: Variant, seeds: Sequence[int], settings: RecallSettings) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Finished rows of a long benchmark in a file, so that a run that was stopped can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from biroute.configs.errors import UserError
+
+Row = dict[str, Any]
+
+
+class KeptRows:
+    """Rows by name, of one setting of one benchmark."""
+
+    def __init__(self, path: Path | None, about: Any) -> None:
+        """`path`: the file, which need not exist; None keeps nothing. `about`: what the rows depend on, as JSON.
+
+        Raises:
+            UserError: a file of something else.
+        """
+        self._path, self._about = path, json.dumps(about)
+        self._known: dict[str, Row] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self._known = {line["row"]["name"]: line["row"] for line in lines if line["about"] == self._about}
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None
+
+    def row(self, name: str, measure: Callable[[], Row]) -> Row:
+        """The kept row of that name, or the one that `measure` gives, which is kept from now on."""
+        if name not in self._known:
+            self._known[name] = measure()
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"about": self._about, "row": self._known[name]}) + "\n")
+        return self._known[name]
