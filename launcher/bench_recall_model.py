@@ -34,6 +34,7 @@ class Variant:
     dense_layers: tuple[int, ...] = ()
     descriptors_per_region: int = 1
     key_smear: bool = True
+    force_previous: bool = True
 
     def share_of_tokens(self, sequence_length: int) -> float:
         """Tokens that a late query sees, as a share of the sequence; of layers that are not dense."""
@@ -114,6 +115,7 @@ class RecallAttention(nn.Module):
             query_block_size=variant.query_block_size,
             topk=variant.topk,
             causal=True,
+            force_previous=variant.force_previous,
             router=self.router,
             seed=self.layer + 1,
             descriptors_per_region=variant.descriptors_per_region,

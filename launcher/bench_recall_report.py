@@ -30,14 +30,14 @@ Made by `biroute bench recall`; do not edit. What the variants are and what foll
 Multi-query associative recall. A sequence of {length} tokens holds {pairs} key-value pairs, strewn among noise; each
 key comes up once more, at a uniformly distributed distance, and the model has to name the value. Guessing gives
 {guess:.3f}. The model has {layers} layers, hidden size {hidden}, {heads} query heads in {groups} KV groups of head
-size {head}, RoPE, and key smearing (`model.key_smear`), all but the rows named `no-smear`. Own and previous region
-are always routed. Sequences grow during training from {short} over {middle} to {length} tokens.
+size {head} and RoPE. Sequences grow during training from {short} over {middle} to {length} tokens.
 
 Names: `token-4x8` routes each token for itself to 8 regions of 4 tokens; `block4` and `region` share one route among
-4 tokens or a whole region, chosen by the first token; `local` sees the last regions; `dense0` (`dense1`) has a dense
-first (second) layer; `parts2` gives a region 2 descriptors, of which the nearer one counts. *Random
-route*: the same trained weights under a random route. Accuracies are means over the seeds; the seeds' own values
-stand beside them.
+4 tokens or a whole region, chosen by the first token; `local` sees the last regions; `parts2` gives a region 2
+descriptors (`descriptors_per_region`), of which the nearer one counts; `dense0` (`dense1`) has a dense first (second)
+layer. Keys are smeared (`key_smear`) but in `no-smear`; own and previous region are always routed, the latter not in
+`no-previous`. *Random route*: the same trained weights under a random route. Accuracies are means over the seeds; the
+seeds' own values stand beside them.
 """
 
 
@@ -109,7 +109,8 @@ def _draw(answer: Mapping[str, Any], path: Path) -> None:
     rows: Sequence[Mapping[str, Any]] = answer["rows"]
     figure, (by_distance, overall) = new_figure(2, width=5.6, height=1.6 + 0.21 * max(12, len(rows)))
     labels = [f"{first}–{last}" for first, last in answer["distance_bins"]]
-    shown = [row for row in rows if "parts" not in row["name"] and "smear" not in row["name"]][: len(COLOURS) + 2]
+    left_out = ("parts2", "-no-", "post-rope")  # more lines than colours tell apart; the right side has them all
+    shown = [row for row in rows if not any(part in row["name"] for part in left_out)][: len(COLOURS) + 2]
     colours = iter(COLOURS)
     for row in shown:
         baseline = row["kind"] != "bi_level"

@@ -191,12 +191,17 @@ def draw_cost(path: Path, num_tokens: int = 16_384, seen_tokens: int = 512) -> d
     figure, (axes,) = new_figure(1, width=5.6)
     dense = _layer_flops(num_tokens, {"kind": "dense"})[0]
     found: dict[str, dict[int, float]] = {}
-    for colour, (name, block) in zip(
-        COLOURS, (("a route for each token", 1), ("one for each region", 0)), strict=False
-    ):
+    kinds = {  # by region size: query block size, descriptors
+        "a route for each token": lambda size: (1, 1),
+        "the same, a descriptor for every 4 keys": lambda size: (1, size // 4),
+        "one for each region": lambda size: (size, 1),
+    }
+    for colour, (name, kind) in zip(COLOURS, kinds.items(), strict=False):
         costs = []
         for size in sizes:
-            route = {"region_size": size, "topk": seen_tokens // size, "query_block_size": block or size}
+            block, parts = kind(size)
+            route = {"region_size": size, "topk": seen_tokens // size}
+            route |= {"query_block_size": block, "descriptors_per_region": parts}
             costs.append(tuple(part / dense for part in _layer_flops(num_tokens, route)))
         totals = [attention + routing for attention, routing in costs]
         axes.plot(sizes, totals, marker="o", markersize=3, color=colour, label=f"{name}: both levels")

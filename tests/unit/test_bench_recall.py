@@ -281,7 +281,8 @@ def test_the_leak_is_in_the_mean_query_alone(tmp_path: Path) -> None:
 
 
 def test_small_regions_cost_more_routing(tmp_path: Path) -> None:
-    token, region = draw_cost(tmp_path / "cost.png").values()
+    token, parts, region = draw_cost(tmp_path / "cost.png").values()
+    assert parts[4] == token[4] and parts[64] > token[64]
     assert token[4] > token[64] > 0
     assert token[4] > region[4]
     assert token[4] < 0.1  # of dense, at 1/32 of the tokens
