@@ -327,8 +327,8 @@ SlurmTime = Annotated[str, BeforeValidator(_check_slurm_time)]
 class SlurmConfig(Section):
     """How `biroute submit` asks a Slurm cluster for a run. What holds for a whole cluster is in its profile."""
 
-    profile: str = Field(
-        "", description="cluster profile: a YAML file, or the name of one that ships; `biroute submit` needs it"
+    profile: str | None = Field(
+        None, description="cluster profile: a YAML file, or the name of one that ships; `biroute submit` needs it"
     )
     nodes: PositiveInt = Field(1, description="nodes to train on")
     ranks_per_node: PositiveInt | None = Field(

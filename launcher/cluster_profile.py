@@ -65,7 +65,7 @@ class ClusterProfile(Section):
         return {name: str(value) if type(value) in (int, float) else value for name, value in environment.items()}
 
 
-def load_profile(name: str) -> ClusterProfile:
+def load_profile(name: str | None) -> ClusterProfile:
     """Read the profile in file `name`, or the one of that name that ships.
 
     Raises:

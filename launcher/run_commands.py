@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biroute.configs.errors import UserError
+
 if TYPE_CHECKING:
+    from biroute.launcher.slurm import Job
     from biroute.launcher.submit import Submission
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
 ]
+RUN = "[RUN_DIR|CONFIG|JOB]"
+Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="runs, by any of these")]
+Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, by any of these")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -86,4 +92,93 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
     typer.echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
 
 
-COMMANDS = (submit,)
+def status(targets: Targets = None, as_json: AsJson = False) -> None:
+    """Show runs: state, step, tokens per second, time left, jobs, and why each attempt ended.
+
+    Example: biroute status runs/large
+
+    Without a name: all runs that have jobs, and those in ./runs.
+    """
+    from biroute.launcher.run_folder import find_run, known_runs
+    from biroute.launcher.status import status_of, tell_status
+
+    runs = [find_run(target) for target in targets] if targets else known_runs()
+    queue = _queue()
+    found = [status_of(run, queue) for run in runs]
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found]))
+        return
+    for one in found:
+        typer.echo(tell_status(one))
+    if not found:
+        typer.echo(
+            "no runs: you have no job of one, and ./runs holds none; name a run folder, a configuration or a job"
+        )
+
+
+def logs(
+    target: Target,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on with what comes, attempt after attempt, until the run ends")
+    ] = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; left out: the newest")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="lines of the past")] = 30,
+) -> None:
+    """Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.
+
+    Example: biroute logs --follow runs/large
+    """
+    from biroute.launcher.run_folder import find_run
+    from biroute.launcher.run_logs import follow_logs, tell_logs
+
+    run = find_run(target)
+    if not follow:
+        typer.echo(tell_logs(run, attempt, rank, lines))
+        return
+    try:
+        follow_logs(run, rank, lines, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("")
+
+
+def cancel(
+    target: Target,
+    now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
+) -> None:
+    """Cancel a run: its jobs save, end, and are not queued again. `biroute resume` goes on with it.
+
+    Example: biroute cancel runs/large
+    """
+    from biroute.launcher.run_control import cancel_run
+    from biroute.launcher.run_folder import find_run
+
+    for line in cancel_run(find_run(target), now=now):
+        typer.echo(line)
+
+
+def resume(target: Target) -> None:
+    """Submit a cancelled, stopped or lost run again; it goes on from its newest checkpoint.
+
+    Example: biroute resume runs/large
+
+    It submits RUN_DIR/submission/job.sbatch as it stands: edit the script or config.yaml beside it to change limits.
+    """
+    from biroute.launcher.run_control import resume_run
+    from biroute.launcher.run_folder import find_run
+
+    run = find_run(target)
+    typer.echo(f"job {resume_run(run)}, run {run.name}")
+
+
+def _queue() -> list[Job] | None:
+    """This user's jobs; None where Slurm does not answer."""
+    from biroute.launcher import slurm
+
+    try:
+        return slurm.queue()
+    except UserError:
+        return None
+
+
+COMMANDS = (submit, status, logs, cancel, resume)

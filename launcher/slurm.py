@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -150,6 +151,9 @@ def _check(command: list[str]) -> None:
 
 def _call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a client command. Raises UserError where there is no such command, no cluster or no answer."""
+    configured = os.environ.get("SLURM_CONF")
+    if configured and not Path(configured).is_file():  # Slurm's commands would try for a minute
+        raise UserError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
     try:
         answer = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

@@ -39,7 +39,9 @@ def test_help_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["", "train", "data", "data build", "ui"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "data", "data build", "ui", "submit", "status", "logs", "cancel", "resume"]
+)
 def test_every_command_has_help(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "biroute.launcher.cli", *command.split(), "--help"],
