@@ -106,6 +106,53 @@ def quality(
 
 
 @bench_app.command()
+def exchange(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option("--beside", help="configuration of another trained run, repeatable")
+    ] = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option("--length", min=1, help="tokens, repeatable; left out: as trained")
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", min=2, help="ranks to plan for, repeatable; left out: 2 to 256")
+    ] = None,
+    measured: Annotated[
+        list[int] | None, typer.Option("--measured", min=2, help="ranks to run, repeatable; left out: 2, 4, 8")
+    ] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="start no ranks")] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="held-out sequences whose routes count")] = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Bytes between ranks that share a sequence, over the routes of trained runs: planned, and measured.
+
+    Example: biroute bench exchange configs/demo.yaml --beside per_region.yaml --length 4096 --out docs/benchmarks
+
+    The newest checkpoint of each run gives the weights; overrides count for all of them.
+    """
+    import tempfile
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    ignore_library_warnings()
+    from biroute.launcher import bench_exchange as bench
+    from biroute.launcher.bench_exchange_report import print_exchange, write_exchange
+
+    runs = [bench.open_run(path, overrides or []) for path in (config, *(beside or []))]
+    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
+        answer = bench.run_bench(
+            runs,
+            lengths=lengths or [],
+            ranks=ranks or bench.RANKS,
+            sequences=sequences,
+            measured_ranks=() if plan_only else measured or bench.MEASURED_RANKS,
+            weights=Path(folder),
+        )
+    _report(answer, as_json, out, print_exchange, write_exchange)
+
+
+@bench_app.command()
 def pictures(
     steps: Annotated[int, typer.Option(help="optimizer steps of the small model whose routes are drawn")] = 400,
     as_json: AsJson = False,

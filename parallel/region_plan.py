@@ -13,7 +13,7 @@ that chose regions of one owner), W wanted (distinct regions of a unit).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -153,6 +153,16 @@ class ExchangePlan:
     def shipped_bytes(self) -> int:
         """Forward payload if everything were shipped, both ways together."""
         return int(self.units.visits.sum()) * (self.costs.queries + self.costs.results)
+
+
+def traffic(plans: Sequence[ExchangePlan]) -> Tensor:
+    """Forward payload from rank to rank, int64 [P, P], of the plans of all ranks together."""
+    size = plans[0].layout.num_ranks
+    bytes_PP = torch.zeros(size, size, dtype=torch.int64)
+    for plan in plans:
+        bytes_PP[:, plan.rank] += plan.received_bytes()
+        bytes_PP[plan.rank] += plan.sent_bytes()
+    return bytes_PP
 
 
 def plan_exchange(

@@ -49,8 +49,13 @@ def assert_one_line(answer: Answer, *parts: str) -> None:
         (["parallel.region=3"], ["parallel.region=3", "regions of a sequence (8)", "1, 2, 4, 8"]),
         (["parallel.region=16"], ["parallel.region=16", "only 8 regions", "at most 8"]),
         (
-            ["parallel.tensor=2", "parallel.region=3", "parallel.sequence_parallel=true"]
-            + ["model.sequence_length=27", "model.attention.region_size=9"],
+            [
+                "parallel.tensor=2",
+                "parallel.region=3",
+                "parallel.sequence_parallel=true",
+                "model.sequence_length=27",
+                "model.attention.region_size=9",
+            ],
             ["parallel.tensor=2", "9 tokens of a region rank", "parallel.sequence_parallel=false"],
         ),
         (["parallel.tensor=2", "model.vocab_multiple=401"], ["parallel.tensor=2", "vocabulary (401)"]),

@@ -1,0 +1,192 @@
+"""Tables, page and picture of `biroute bench exchange`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biroute.launcher.bench_report import (
+    BASELINE_COLOUR,
+    COLOURS,
+    facts_list,
+    make_folder,
+    markdown_table,
+    new_figure,
+    print_table,
+    save_figure,
+)
+
+PAGE_NAME, PICTURE_NAME = "exchange.md", "exchange.png"
+_HEADER = [
+    "ranks", "regions of a rank", "causal-only fetch", "ring", "bound", "fetch", "ship", "auto",
+    "auto / causal-only", "shipped", "worst rank", "hottest sender",
+]  # fmt: skip
+_MEASURED_HEADER = [
+    "run", "tokens", "ranks", "payload measured", "payload planned", "plan of one process",
+    "received in all", "waiting / pass",
+]  # fmt: skip
+_QUARTER = 0.25
+
+_INTRODUCTION = """\
+# Exchange: bytes between ranks that share a sequence
+
+Made by `biroute bench exchange`; do not edit. How the exchange works: [architecture.md](../architecture.md).
+
+Routes of held-out text in trained models: {layers} layers, {heads} query heads in {groups} KV groups of head size
+{head}. Bytes of forward in {precision}, of one layer and one sequence, mean over ranks, layers and {sequences}
+sequences; backward moves the gradients of the same rows. *Causal-only fetch*: keys and values of all earlier ranks.
+*Ring*: of all other ranks, as a ring or an all-gather moves them. *Bound*: the most that any route of this form could
+make the chosen plan move. *Fetch*, *ship*, *auto*: all routed regions fetched, all queries shipped, or the cheaper
+of the two for each pair of ranks and KV group; *shipped* is the share of those that ship. *Worst rank*: who receives
+most under auto, and how much more than the mean. *Hottest sender*: who sends most.
+"""
+
+
+def print_exchange(answer: Mapping[str, Any]) -> None:
+    """The tables in the terminal."""
+    for table in answer["tables"]:
+        print_table(_title(table), _HEADER, _rows(table))
+    if answer["measured"]:
+        print_table("measured on real ranks", _MEASURED_HEADER, _measured_rows(answer))
+
+
+def write_exchange(answer: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    make_folder(folder)
+    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
+    _draw(answer, picture)
+    settings, model = answer["settings"], answer["settings"]["model"]
+    parts = [
+        _INTRODUCTION.format(
+            layers=model["num_layers"], heads=model["num_heads"], groups=model["num_kv_groups"],
+            head=model["head_size"], precision=settings["precision"], sequences=settings["sequences"],
+        ),
+        facts_list({**answer["circumstances"], **_training(answer)}),
+        f"![Bytes relative to the causal-only fetch]({PICTURE_NAME})",
+    ]  # fmt: skip
+    for table in answer["tables"]:
+        parts += [f"## {_title(table)}", markdown_table(_HEADER, _rows(table)), _verdict(table)]
+    if answer["measured"]:
+        parts += [_MEASURED_TEXT, markdown_table(_MEASURED_HEADER, _measured_rows(answer))]
+    page.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", encoding="utf-8")
+    return [page, picture]
+
+
+def _training(answer: Mapping[str, Any]) -> dict[str, str]:
+    """How long each run has trained."""
+    return {
+        f"run {table['run']}": f"{table['trained_steps']:,} steps of {table['tokens_per_step']:,} tokens in sequences "
+        f"of {table['trained_length']:,}"
+        for table in answer["tables"]
+    }
+
+
+_MEASURED_TEXT = """\
+## Measured on real ranks
+
+Forward and backward of one sequence on gloo processes of this machine. *Payload*: what forward moved in routed
+layers, all ranks together, as counted at the collectives and as the ranks' plans foresaw. *Plan of one process*:
+from the route of a single process; it may differ in the few choices whose affinities are equal within rounding.
+*Received in all*: everything, backward, requests and descriptors included. *Waiting*: the share of the pass that the
+slowest rank stood waiting for others; processes that share cores wait for each other's arithmetic as well.
+"""
+
+
+def _title(table: Mapping[str, Any]) -> str:
+    attention = table["attention"]
+    trained = table["trained_length"]
+    note = "" if table["length"] == trained else f" (trained at {trained:,})"
+    return (
+        f"{table['run']}: {table['length']:,} tokens{note}, {table['num_regions']:,} regions of "
+        f"{attention['region_size']}, topk {attention['topk']}, a route for every "
+        + (f"{attention['query_block_size']} tokens" if attention["query_block_size"] > 1 else "token")
+    )
+
+
+def _rows(table: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for row in table["rows"]:
+        causal, auto = row["causal_fetch"]["mean"], row["auto"]
+        rows.append(
+            [
+                str(row["ranks"]),
+                str(row["regions_per_rank"]),
+                *(size(row[name]["mean"]) for name in ("causal_fetch", "ring", "bound", "fetch", "ship", "auto")),
+                f"{auto['mean'] / causal:.0%}",
+                f"{row['shipped_units']:.0%}",
+                f"{auto['worst_rank']}: {auto['worst'] / auto['mean']:.1f}x",
+                f"{auto['hottest_sender']}: {auto['hottest'] / auto['mean']:.1f}x",
+            ]
+        )
+    return rows
+
+
+def _verdict(table: Mapping[str, Any]) -> str:
+    """What the chosen plan comes to at 64 ranks, measured; and if it is more than a quarter, what keeps it there."""
+    row = next((row for row in table["rows"] if row["ranks"] == 64), None)
+    if row is None:
+        return ""
+    causal = row["causal_fetch"]["mean"]
+    shares = {way: row[way]["mean"] / causal for way in ("auto", "fetch", "ship")}
+    text = f"At 64 ranks the chosen plan moves {shares['auto']:.1%} of the causal-only fetch"
+    if shares["auto"] <= _QUARTER:
+        return f"{text}."
+    return (
+        f"{text}, more than a quarter: fetching alone would move {shares['fetch']:.1%}, shipping alone "
+        f"{shares['ship']:.1%}."
+    )
+
+
+def _measured_rows(answer: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            row["run"],
+            f"{row['length']:,}",
+            str(row["ranks"]),
+            f"{row['measured_payload']:,}",
+            f"{row['planned_payload']:,}",
+            f"{row['single_process_plan']:,}",
+            f"{sum(row['received_by_kind'].values()):,}",
+            f"{row['wait_seconds'] / row['seconds']:.0%}",
+        ]
+        for row in answer["measured"]
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} MiB"
+
+
+def _draw(answer: Mapping[str, Any], path: Path) -> None:
+    """Bytes relative to the causal-only fetch over the number of ranks, one part for each table."""
+    tables = answer["tables"]
+    figure, parts = new_figure(len(tables), width=4.2, height=3.9)
+    for axes, table in zip(parts, tables, strict=True):
+        ranks = [row["ranks"] for row in table["rows"]]
+        lines = [("ring", BASELINE_COLOUR, ":"), ("bound", BASELINE_COLOUR, "--")]
+        lines += [("fetch", COLOURS[1], "-"), ("ship", COLOURS[2], "-"), ("auto", COLOURS[0], "-")]
+        for name, colour, style in lines:
+            shares = [row[name]["mean"] / row["causal_fetch"]["mean"] for row in table["rows"]]
+            wide = {"linewidth": 2.6 if name == "auto" else 1.4}
+            axes.plot(ranks, shares, style, marker="o", markersize=3, color=colour, label=name, **wide)
+        axes.axhline(_QUARTER, color="#b0b4ba", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(ranks, [str(count) for count in ranks])
+        axes.set_yticks([2.0**power for power in range(-6, 5)], [_fraction(power) for power in range(-6, 5)])
+        axes.set_ylim(2.0**-6.5, 2.0**4.5)
+        axes.set_title(f"{table['run']}, {table['length']:,} tokens", fontsize=9)
+        axes.set_xlabel("region ranks")
+    parts[0].set_ylabel("bytes of a rank, causal-only fetch = 1")
+    parts[-1].legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _fraction(power: int) -> str:
+    return f"1/{2**-power}" if power < 0 else str(2**power)

@@ -1,0 +1,71 @@
+"""What the exchange benchmark runs on real ranks: bytes as planned, and as the route of one process foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.pool import WorkerPool
+from helpers.training import CPU, small_config, tokens_of_step
+
+from biroute.configs.layout import resolve_layout
+from biroute.configs.schema import RunConfig
+from biroute.launcher.bench_exchange import recorded_routes
+from biroute.launcher.bench_exchange_plan import single_process_plan
+from biroute.launcher.bench_exchange_ranks import RankJob, forward_and_backward
+from biroute.model.language_model import loss_function, plan_layers
+from biroute.parallel.engine import LayerSequence, Microbatch
+from biroute.parallel.mesh import build_mesh
+
+Ranks = Callable[[int], WorkerPool]
+
+
+def configuration(ranks: int) -> RunConfig:
+    """Layer 1 dense, layer 2 local, layers 0 and 3 routed: only those have a plan that counts."""
+    return small_config(
+        model={"sequence_length": 96, "attention": {"region_size": 4, "topk": 5}},
+        parallel={"region": ranks, "data": 1},
+        train={"global_batch_size": 2},
+    )
+
+
+def microbatch(config: RunConfig) -> Microbatch:
+    return Microbatch(*tokens_of_step(config, 1))
+
+
+def rank_job(ranks: int, way: str) -> dict[str, Any]:
+    config = configuration(ranks)
+    parallel = config.parallel.model_copy(update={"region_exchange": way})
+    config = config.model_copy(update={"parallel": parallel})
+    return forward_and_backward(RankJob(config, None, microbatch(config)), CPU)
+
+
+def single_job() -> tuple[dict[int, torch.Tensor], float]:
+    config = configuration(1)
+    module = LayerSequence(plan_layers(config, build_mesh(resolve_layout(config, 1)).groups))
+    batch = microbatch(config)
+    with torch.no_grad(), recorded_routes(module) as routes:
+        loss = loss_function(config.model)(module(batch.inputs), batch.labels)
+    assert module(batch.inputs) is not None
+    return routes, float(loss)
+
+
+@pytest.mark.parametrize(("count", "way"), [(2, "auto"), (4, "auto"), (4, "ship")])
+def test_measured_bytes_are_those_of_the_plan(count: int, way: str, ranks: Ranks) -> None:
+    ((routes, loss),) = ranks(1).run(single_job)
+    reports = ranks(count).run(rank_job, count, way)
+    assert sorted(routes) == [0, 3]
+    assert all(route.shape == (2, 2, 96, 5) for route in routes.values()), "one pass was recorded, no more"
+    for report in reports:
+        assert report["payload"] == report["planned"]
+    assert sum(report["loss"] for report in reports) / count == pytest.approx(loss, rel=1e-5)
+    if way == "auto":
+        # Only affinities that are equal within rounding may be chosen differently.
+        planned = sum(report["planned"] for report in reports)
+        assert planned == pytest.approx(single_process_plan(configuration(1), routes, count), rel=0.02)
+    else:
+        kinds = [report["received"] for report in reports]
+        assert sum(kind["results"] for kind in kinds) > 0
+        assert sum(kind.get("keys", 0) for kind in kinds) == 0
