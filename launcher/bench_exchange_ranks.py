@@ -45,6 +45,7 @@ def run_on_ranks(job: RankJob, ranks: int) -> list[dict[str, Any]]:
     """Reports of `ranks` processes, started for it: each shares the sequences of the microbatch with the others."""
     parallel = job.config.parallel.model_copy(update={"region": ranks, "data": 1})
     job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.weights, job.microbatch)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries warn while the ranks import them
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
         # Ends the others and raises if one fails.
         torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]

@@ -76,8 +76,8 @@ def write_exchange(answer: Mapping[str, Any], folder: Path) -> list[Path]:
 def _training(answer: Mapping[str, Any]) -> dict[str, str]:
     """How long each run has trained."""
     return {
-        f"run {table['run']}": f"{table['trained_steps']:,} steps of {table['tokens_per_step']:,} tokens in sequences "
-        f"of {table['trained_length']:,}"
+        f"run {table['run']}": f"{table['trained_steps']:,} steps of {table['tokens_per_step']:,} tokens, "
+        f"sequences of {table['trained_length']:,}"
         for table in answer["tables"]
     }
 

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from biroute.configs.layout import Layout
+from biroute.parallel.rank_order import MEGATRON_ORDER
 
 _CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def start_process_groups(layout: Layout) -> ProcessGroupCollection:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipe,
         context_parallel_size=layout.region,
-        order="tp-cp-ep-dp-pp",
+        order=MEGATRON_ORDER,
         create_gloo_process_groups=False,
     )
     return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp", "dp", "dp_cp"])

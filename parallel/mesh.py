@@ -10,24 +10,9 @@ from torch import Tensor
 
 from biroute.configs.layout import Layout
 from biroute.parallel.megatron import start_process_groups
+from biroute.parallel.rank_order import Coordinates, check_rank_order, coordinates_of
 
-
-@dataclass(frozen=True)
-class Coordinates:
-    """Position of a rank on each axis."""
-
-    tensor: int
-    region: int
-    data: int
-    pipe: int
-
-
-def coordinates_of(layout: Layout, rank: int) -> Coordinates:
-    """Position of `rank`: tensor counts fastest, then region, data, pipe."""
-    rest, tensor = divmod(rank, layout.tensor)
-    rest, region = divmod(rest, layout.region)
-    pipe, data = divmod(rest, layout.data)
-    return Coordinates(tensor=tensor, region=region, data=data, pipe=pipe)
+__all__ = ["Coordinates", "Mesh", "build_mesh", "coordinates_of"]
 
 
 @dataclass(frozen=True)
@@ -58,17 +43,17 @@ class Mesh:
 
 
 def build_mesh(layout: Layout) -> Mesh:
-    """Place this rank and create all groups. Collective; torch.distributed must have the layout's size."""
+    """Place this rank and create all groups. Collective; torch.distributed must have the layout's size.
+
+    Raises:
+        UserError: Megatron-core and DeepSpeed would place the ranks differently.
+    """
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
+    check_rank_order(layout)
     rank = dist.get_rank()
     mesh = Mesh(layout, rank, coordinates_of(layout, rank), start_process_groups(layout))
-    _check_rank_order(mesh)
-    return mesh
-
-
-def _check_rank_order(mesh: Mesh) -> None:
-    """Our coordinates must be Megatron-core's; a silent difference would mix up gradients."""
     groups, at = mesh.groups, mesh.at
     theirs = (groups.tp.rank(), groups.cp.rank(), groups.dp.rank(), groups.pp.rank())
     assert theirs == (at.tensor, at.region, at.data, at.pipe), (mesh.rank, theirs, at)
-    assert groups.dp_cp.rank() == at.data * mesh.layout.region + at.region, mesh
+    assert groups.dp_cp.rank() == at.data * layout.region + at.region, mesh
+    return mesh

@@ -86,7 +86,8 @@ def test_page_and_picture(tmp_path: Path) -> None:
     config = configuration()
     model = config.model.model_dump(mode="json")
     table: dict[str, Any] = {
-        "run": "tiny", "length": 256, "trained_length": 64, "trained_steps": 7, "tokens_per_step": 1024, "num_regions": 64, "attention": model["attention"],
+        "run": "tiny", "length": 256, "trained_length": 64, "trained_steps": 7, "tokens_per_step": 1024,
+        "num_regions": 64, "attention": model["attention"],
         "rows": planned_rows(config, routes(config), (2, 64)),
     }  # fmt: skip
     measured = {
@@ -106,7 +107,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
     share = row["auto"]["mean"] / row["causal_fetch"]["mean"]
     assert "256 tokens (trained at 64), 64 regions of 4, topk 5, a route for every token" in text
     assert f"At 64 ranks the chosen plan moves {share:.1%} of the causal-only fetch" in text
-    assert "- run tiny: 7 steps of 1,024 tokens in sequences of 64" in text
+    assert "- run tiny: 7 steps of 1,024 tokens, sequences of 64" in text
     assert f"| {size(row['ship']['mean'])} |" in text
     assert "| tiny | 256 | 2 | 4,096 | 4,096 | 4,064 | 8,192 | 25% |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
