@@ -1,4 +1,4 @@
-"""The two kinds of failure that BiRoute reports on purpose."""
+"""The kinds of failure that BiRoute reports on purpose."""
 
 EXIT_OK = 0
 EXIT_OUR_FAULT = 1
@@ -12,3 +12,7 @@ class UserError(Exception):
 
 class StoppedError(Exception):
     """Training stopped on a signal after saving its state. Exit status 75."""
+
+
+class FencedError(Exception):
+    """Another attempt owns the run folder by now; this one has written nothing since and must end."""

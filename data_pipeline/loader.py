@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,8 @@ from biroute.data_pipeline.verify import verify_dataset
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 # Held-out sequences come in this order and masking whatever the run's seeds, so that runs compare.
 _HELDOUT_SEED = 0
+_CLOSE_SECONDS = 5.0  # for the thread to notice that it is to stop
+_LOOK_SECONDS = 0.2  # between two looks, while data are awaited, at whether they are still wanted
 
 
 class SequenceReader:
@@ -179,7 +181,7 @@ class MicrobatchLoader:
 
     Attributes:
         position: sequences consumed by the steps taken, over all ranks: the whole state.
-        wait_seconds: time that `step` has waited for the thread, so far.
+        wait_seconds: time waited for the thread, so far.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class MicrobatchLoader:
         self.position = position
         self.wait_seconds = 0.0
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(max(1, prefetch_steps))
+        self._ready: list[Batch] | BaseException | None = None  # taken from the queue, not yet asked for
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._prepare, args=(position,), name="microbatches", daemon=True)
@@ -209,6 +212,19 @@ class MicrobatchLoader:
     def microbatches_per_step(self) -> int:
         """Length of what `step` returns."""
         return self._shape.num_microbatches
+
+    def wait(self, give_up: Callable[[], object]) -> bool:
+        """Wait until `step` need not; False if `give_up()` becomes true before that."""
+        while self._ready is None and self._failure is None and not self._stop.is_set():
+            started = time.perf_counter()
+            try:
+                self._ready = self._queue.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
+                if give_up():
+                    return False
+            finally:
+                self.wait_seconds += time.perf_counter() - started
+        return True
 
     def step(self) -> list[Batch]:
         """The microbatches of the next optimizer step; `position` moves on by the global batch.
@@ -221,9 +237,9 @@ class MicrobatchLoader:
             raise self._failure
         if self._stop.is_set():
             raise RuntimeError("the loader is closed")
-        started = time.perf_counter()
-        item = self._queue.get()
-        self.wait_seconds += time.perf_counter() - started
+        self.wait(lambda: False)
+        item, self._ready = self._ready, None
+        assert item is not None
         if isinstance(item, BaseException):
             self._failure = item
             raise item
@@ -231,9 +247,10 @@ class MicrobatchLoader:
         return item
 
     def close(self) -> None:
-        """Stop the thread; may be called again."""
+        """Stop the thread; may be called again. A thread whose disk does not answer is left behind."""
         self._stop.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._queue.get_nowait()  # makes room for a thread that waits to put
             except queue.Empty:

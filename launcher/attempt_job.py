@@ -22,6 +22,7 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts import Limits, begin_attempt, end_attempt, excluded_nodes
 from biroute.launcher.failures import explain_end, log_dir, tell_first_failure
 from biroute.launcher.slurm_place import expand_nodes
+from biroute.launcher.tracking import close_after_crash
 
 
 def begin(run_dir: Path) -> int:
@@ -46,6 +47,8 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     if found.crash and (told := tell_first_failure(logs)):
         print(told, file=sys.stderr)
     print(f"attempt {attempt}: {decision}: {reason}", file=sys.stderr)
+    if decision == "stop" and found.crash:
+        close_after_crash(run_dir)
     return decision or "stop"
 
 

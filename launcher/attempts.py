@@ -14,26 +14,24 @@ import contextlib
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, UserError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, FencedError, UserError
 from biroute.launcher.failures import End, last_step, log_dir
 
 LEDGER_NAME = "attempts.jsonl"
 FENCE_NAME = "attempt"
 CANCELLED_MARK = Path("submission") / "cancelled"
 NO_END = "no end recorded: its node was lost or the job killed"
+ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # the number, for ranks whose launcher has begun the attempt
 _LOCK_SECONDS = 10.0  # a lost node may hold the lock for ever
 
 Decision = Literal["requeue", "stop", "finished"]
-
-
-class FencedError(Exception):
-    """Another attempt owns the run folder by now; this one has written nothing since and must end."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,16 @@ class Limits:
 
     max_restarts: int
     max_crashes_at_same_step: int
+
+
+def make_run_dir(path: Path) -> None:
+    """Create the run folder. Raises UserError if it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
 
 
 def begin_attempt(
@@ -92,6 +100,18 @@ def begin_attempt(
     except OSError as error:
         raise UserError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
     return number
+
+
+def given_attempt() -> int | None:
+    """The attempt that this rank's launcher has begun; None if it knows of none, as torchrun doesn't.
+
+    Raises:
+        UserError: the variable is no number.
+    """
+    text = os.environ.get(ATTEMPT_VARIABLE, "")
+    if text and not text.isdecimal():
+        raise UserError(f"{ATTEMPT_VARIABLE}={text!r} is not the number of an attempt; unset it")
+    return int(text) if text else None
 
 
 def end_attempt(run_dir: Path, number: int, end: End, limits: Limits | None) -> tuple[Decision | None, str]:
@@ -129,9 +149,10 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
         return "requeue", f"{end.cause}; the next attempt goes on from there"
     crashes = [attempt for attempt in earlier if attempt.crash]
     same_step = 1 + sum(attempt.step == end.step for attempt in crashes)
-    if end.step is not None and same_step >= limits.max_crashes_at_same_step:
+    if same_step >= limits.max_crashes_at_same_step and not end.excluded:  # without the bad nodes it's another job
+        where = "before the first step" if end.step is None else f"after step {end.step}"
         return "stop", (
-            f"crash loop: {same_step} attempts ended after step {end.step} (slurm.max_crashes_at_same_step="
+            f"crash loop: {same_step} attempts ended {where} (slurm.max_crashes_at_same_step="
             f"{limits.max_crashes_at_same_step}), the last one by {end.cause}; put it right, then `biroute resume`"
         )
     if len(crashes) >= limits.max_restarts:

@@ -27,8 +27,9 @@ from biroute.data_pipeline.loader import Batch, open_dataset
 from biroute.launcher.bench_quality_variants import VARIANTS, variant_config
 from biroute.launcher.bench_report import circumstances, each, mean, say, select
 from biroute.launcher.bench_rows import KeptRows
-from biroute.launcher.processes import RENDEZVOUS_FILE, join_processes
+from biroute.launcher.processes import join_processes
 from biroute.launcher.schedule import learning_rate
+from biroute.launcher.slurm_place import RENDEZVOUS_FILE, find_seat
 from biroute.model.layers import CoreAttention
 from biroute.model.routing import Router
 from biroute.parallel.engine import Engine, Microbatch, build_engine
@@ -87,7 +88,7 @@ def join_alone(config: RunConfig) -> None:
     if not dist.is_initialized():
         rendezvous = Path(tempfile.mkdtemp(prefix="biroute-bench-")) / "rendezvous"
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
-        join_processes(config.train)
+        join_processes(find_seat(), config.train)
 
 
 def run_bench(

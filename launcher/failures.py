@@ -114,8 +114,8 @@ def write_pulse(logs: Path, pulse: Pulse) -> None:
     _write(logs / "ranks" / f"rank-{pulse.rank:05d}.json", asdict(pulse))
 
 
-def record_stop(logs: Path, step: int, signal_name: str) -> None:
-    """Training stopped after `step` because of a signal. Never raises."""
+def record_stop(logs: Path, step: int | None, signal_name: str) -> None:
+    """Training stopped after `step` because of a signal; None: before its first one. Never raises."""
     with contextlib.suppress(OSError):
         _write(logs / "stopped.json", {"step": step, "signal": signal_name})
 
@@ -159,15 +159,17 @@ def bad_nodes(logs: Path) -> dict[str, list[str]]:
 
 
 def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
-    """Why an attempt ended with `status`; `signal_name` is what the job itself received, if anything."""
+    """Why an attempt ended with `status`; `signal_name` is what the job itself received (USR1), if anything."""
+    signal_name = f"SIG{signal_name.removeprefix('SIG')}" if signal_name else ""
     step = last_step(logs)
     stopped = _read(logs / "stopped.json")
     if status == EXIT_OK:
         return End(status, "the last step is done", step)
-    if status == EXIT_STOPPED and stopped is not None:
-        return End(status, f"{stopped['signal']}, stopped after step {stopped['step']}", int(stopped["step"]))
     if status == EXIT_STOPPED:
-        return End(status, f"{signal_name or 'a signal'} before training began", step)
+        name = stopped["signal"] if stopped else signal_name or "a signal"
+        if stopped and stopped["step"] is not None:
+            return End(status, f"{name}, stopped after step {stopped['step']}", int(stopped["step"]))
+        return End(status, f"{name} before training began", step)
     nodes = bad_nodes(logs)
     if nodes:
         cause = "; ".join(f"node {node}: {', '.join(problems)}" for node, problems in nodes.items())

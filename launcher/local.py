@@ -13,25 +13,29 @@ from pathlib import Path
 from types import FrameType
 
 from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_STOPPED, EXIT_USER_FAULT
+from biroute.launcher.attempts import ATTEMPT_VARIABLE
+from biroute.launcher.failures import ending, first_failure, log_file, tail_of_log
 from biroute.launcher.preemption import STOP_SIGNALS
+from biroute.launcher.slurm_place import RENDEZVOUS_FILE
 
 GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
 POLL_SECONDS = 0.1
-LINES_OF_LOG_SHOWN = 25
 
 
-def run_local_ranks(arguments: Sequence[str], processes: int, log_dir: Path) -> int:
+def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attempt: int) -> int:
     """Run `processes` ranks of `python -m biroute.launcher.worker <arguments>`; the exit status of the whole.
 
-    Rank 0 writes to this terminal, the others to `log_dir/rank-<n>.log`. If a rank fails, the others are ended and
+    Rank 0 writes to this terminal, the others to `logs/rank-<n>.log`. If a rank fails, the others are ended and
     what the first failing one wrote last is shown.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
-        ranks = [_start(arguments, rank, processes, Path(folder), log_dir) for rank in range(processes)]
+        # Blocked until there is somebody to pass them on; the ranks inherit that and take them in when they can.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        ranks = [_start(arguments, rank, processes, Path(folder), logs, attempt) for rank in range(processes)]
         previous = {number: signal.signal(number, _forwarder(ranks)) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
-            return _watch(ranks, log_dir)
+            return _watch(ranks, logs)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -42,7 +46,7 @@ def run_local_ranks(arguments: Sequence[str], processes: int, log_dir: Path) -> 
 
 
 def _start(
-    arguments: Sequence[str], rank: int, processes: int, folder: Path, log_dir: Path
+    arguments: Sequence[str], rank: int, processes: int, folder: Path, logs: Path, attempt: int
 ) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
@@ -50,22 +54,19 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "BIROUTE_RENDEZVOUS_FILE": str(folder / "rendezvous"),  # a file: no port to guess, none to be taken
+        ATTEMPT_VARIABLE: str(attempt),
+        RENDEZVOUS_FILE: str(folder / "rendezvous"),  # a file: no port to guess, none to be taken
         # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
     }
     command = [sys.executable, "-m", "biroute.launcher.worker", *arguments]
     if rank == 0:
         return subprocess.Popen(command, env=environment)
-    with open(_log_file(log_dir, rank), "ab") as log:
+    with open(log_file(logs, rank), "ab") as log:
         # A session of its own: Ctrl-C reaches the launcher and rank 0, which agree with the others on a step.
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-
-
-def _log_file(log_dir: Path, rank: int) -> Path:
-    return log_dir / f"rank-{rank:05d}.log"
 
 
 def _forwarder(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
@@ -77,7 +78,7 @@ def _forwarder(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped
     return forward
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
+def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
     """Wait for all ranks; after a failure, end those still running."""
     failed: int | None = None
     deadline = float("inf")
@@ -97,9 +98,13 @@ def _watch(ranks: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
     codes = [rank.returncode for rank in ranks]
     if codes[failed] in (EXIT_STOPPED, EXIT_USER_FAULT):
         if failed != 0 and codes[0] != codes[failed]:
-            _show_log(failed, codes[failed], log_dir)
+            _show_log(failed, codes[failed], logs)
         return codes[failed]
-    _show_log(failed, codes[failed], log_dir)
+    first = first_failure(logs)
+    if codes[failed] == EXIT_OUR_FAULT and first is not None:  # by their own clocks, not by who was looked at first
+        print(f"error: {first}", file=sys.stderr)
+        failed = first.rank
+    _show_log(failed, codes[failed], logs)
     return EXIT_OUR_FAULT
 
 
@@ -116,11 +121,7 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_OUR_FAULT, failure[1]))[1]
 
 
-def _show_log(rank: int, code: int, log_dir: Path) -> None:
-    ending = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-    print(f"error: rank {rank} {ending}", file=sys.stderr)
-    if rank == 0:
-        return  # it wrote to this terminal
-    path = _log_file(log_dir, rank)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_OF_LOG_SHOWN:]
-    print(f"last lines of {path}:", *lines, sep="\n  ", file=sys.stderr)
+def _show_log(rank: int, code: int, logs: Path) -> None:
+    print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
+    if rank != 0:  # it wrote to this terminal
+        print(tail_of_log(logs, rank), file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from biroute.configs.errors import UserError
 from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts import Fence
 from biroute.launcher.curves import CURVE_NAME, draw_curves
 from biroute.launcher.progress import ProgressLine
 from biroute.launcher.spool import SPOOL_NAME
@@ -13,13 +14,17 @@ from biroute.launcher.tracking import Status, open_tracker
 
 
 class Observer:
-    """Opens the record of a run in its folder. Nothing here ever ends training."""
+    """Opens the record of a run in its folder. Nothing here ever ends training.
 
-    def __init__(self, config: RunConfig, tags: Mapping[str, str]) -> None:
+    Nothing is written, either, once another attempt owns the folder.
+    """
+
+    def __init__(self, config: RunConfig, tags: Mapping[str, str], fence: Fence) -> None:
         """Raises UserError for a tracking URI that can't work or a folder that can't be written."""
         self._run_dir = config.train.run_dir
+        self._fence = fence
         self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
-        self._tracker = open_tracker(config, self._run_dir, tags=tags, notify=self.message)
+        self._tracker = open_tracker(config, self._run_dir, tags=tags, notify=self.message, fence=fence)
         self._tracker.log_artifact(self._run_dir / "config.yaml")
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
 
@@ -38,6 +43,8 @@ class Observer:
     def draw(self) -> None:
         """Draw the loss curve so far, into the run folder and MLflow."""
         path = self._run_dir / CURVE_NAME
+        if not self._fence.holds():
+            return
         try:
             draw_curves(self._run_dir / SPOOL_NAME, path, title=self._run_dir.name)
         except (UserError, OSError) as error:
@@ -45,7 +52,7 @@ class Observer:
             return
         self._tracker.log_artifact(path)
 
-    def close(self, status: Status) -> None:
-        """End the record; what MLflow has not got yet goes with the next attempt."""
+    def close(self, status: Status, cause: str) -> None:
+        """End the record of this attempt; what MLflow has not got yet goes with the next one."""
         self._progress.close()
-        self._tracker.close(status)
+        self._tracker.close(status, cause)

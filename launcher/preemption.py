@@ -1,23 +1,79 @@
-"""Signals that ask training to stop: remembered when they come, acted upon between steps."""
+"""Signals that ask training to stop: remembered when they come, acted upon between steps. No torch."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+from biroute.configs.errors import EXIT_STOPPED, StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers the first stop signal. Installed before the slow imports, so that no signal kills a starting rank."""
+    """Remembers the first stop signal. Installed before the slow imports, so that no signal kills a starting rank.
+
+    A launcher starts ranks with these signals blocked; from here on they are taken in, those that waited too.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def name(self) -> str:
+        """`SIGTERM`; for people, where another rank got the signal."""
+        return self.signal.name if self.signal else "a signal on another rank"
+
+    @contextlib.contextmanager
+    def ending_at_once(self, note: Callable[[str], None]) -> Iterator[None]:
+        """For the time in which the ranks meet: a signal ends this process with status 75, after `note(signal)`.
+
+        There is nothing to save and nobody to agree with yet, and the main thread waits in C++, where Python runs
+        no handler; so a thread reads the signals.
+
+        Raises:
+            StoppedError: a signal has come before.
+        """
+        if self:
+            note(self.name)
+            raise StoppedError(_ended(self.name))
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        watch = threading.Thread(target=_end_on_signal, args=(reader, note), name="stop-signals", daemon=True)
+        watch.start()
+        previous = signal.set_wakeup_fd(writer)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous)
+            os.close(writer)
+            watch.join()
+            os.close(reader)
+
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
+
+
+def _end_on_signal(reader: int, note: Callable[[str], None]) -> None:
+    while received := os.read(reader, 1):
+        number = received[0]
+        if number in STOP_SIGNALS:
+            name = signal.Signals(number).name
+            note(name)
+            print(_ended(name), file=sys.stderr, flush=True)
+            os._exit(EXIT_STOPPED)
+
+
+def _ended(name: str) -> str:
+    return f"stopped by {name} before training began; nothing is lost: run the same command again to go on"

@@ -8,12 +8,13 @@ import json
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from biroute.configs.load import flatten
 from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts import Attempt
 
 REVISION_NAME = "revision.json"  # beside the packages of a code snapshot
 PARAMETER_CHARACTERS = 6000  # MLflow's limits for a value
@@ -69,6 +70,22 @@ def environment_tags() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return tags | git_tags(Path(__file__).with_name("__init__.py"))
+
+
+def attempt_tags(attempts: Sequence[Attempt]) -> dict[str, str]:
+    """`attempt.0001` -> where the attempt ran and why it ended, for each of them."""
+    tags = {}
+    for attempt in attempts:
+        where = ", ".join(filter(None, (attempt.job and f"job {attempt.job}", " ".join(attempt.nodes))))
+        end = attempt.cause or "running"
+        name, value = attempt_tag(attempt.number, f"{end} ({where})" if where else end)
+        tags[name] = value
+    return tags
+
+
+def attempt_tag(number: int, cause: str) -> tuple[str, str]:
+    """Name and value of the tag that tells why an attempt ended."""
+    return f"attempt.{number:04d}", cause[:TAG_CHARACTERS]
 
 
 def git_tags(code_file: Path) -> dict[str, str]:

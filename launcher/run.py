@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 
 from biroute.configs.errors import StoppedError
@@ -12,54 +10,69 @@ from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.loader import open_dataset
 from biroute.data_pipeline.manifest import write_atomically
+from biroute.launcher.agreement import Agreement
+from biroute.launcher.attempts import Fence
+from biroute.launcher.failures import log_dir, record_stop
 from biroute.launcher.identity import describe, model_identity
 from biroute.launcher.observer import Observer
 from biroute.launcher.preemption import StopRequest
 from biroute.launcher.processes import Place
+from biroute.launcher.tracking import Status
 from biroute.launcher.trainer import Trainer
+from biroute.launcher.watchdog import Watchdog
 from biroute.parallel.checkpoint import load_checkpoint
 from biroute.parallel.engine import build_engine
 from biroute.parallel.megatron import prepare_megatron
 from biroute.parallel.mesh import build_mesh
 
 
-def run(config: RunConfig, place: Place, stop: StopRequest) -> None:
+def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchdog: Watchdog) -> None:
     """Train as one of the ranks that have joined, from the newest checkpoint if there is one. Collective.
 
     Raises:
-        UserError: bad input. StoppedError: a signal came; the state is saved.
+        UserError: bad input. StoppedError: a signal came; the state is saved. FencedError: a newer attempt began.
     """
     layout = resolve_layout(config, place.world_size)
     dataset = open_dataset(config)
+    agreement = Agreement(stop, fence, place.device)
+    agreement.check_before_training()
+    observer = None
     if place.rank == 0:
-        config.train.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(config.train.run_dir / "config.yaml", dump_config(config).encode())
-    observer = (
-        Observer(config, {"layout": str(layout), "world_size": str(layout.world_size)}) if place.rank == 0 else None
-    )
-    status: Any = "FAILED"
+        tags = {"layout": str(layout), "world_size": str(layout.world_size)}
+        observer = Observer(config, tags, fence)
+    status: Status = "FAILED"
+    cause = "an error on rank 0"
     try:
         prepare_megatron(place.device)
         if observer is not None:
             observer.message(describe(config, layout))
         mesh = build_mesh(layout)
         engine = build_engine(config, mesh, place.device)
+        agreement.check_before_training()
         checkpoints = config.train.run_dir / "checkpoints"
         about = {"model": model_identity(config, dataset), "layout": str(layout)}
         progress = load_checkpoint(engine, checkpoints, about, observer.message if observer else lambda _: None)
+        agreement.check_before_training()
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, stop, observer)
+        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, agreement, watchdog, observer)
         if progress is not None:
             trainer.resume(progress)
         with loader:
             trainer.fit()
-        status = "FINISHED"
-    except StoppedError:
-        status = "KILLED"
+        status, cause = "FINISHED", f"the last step, {trainer.step}, is done"
+    except StoppedError as stopped:
+        status, cause = "KILLED", str(stopped).partition(";")[0]
+        if place.rank == 0:
+            record_stop(log_dir(config.train.run_dir, fence.attempt), watchdog.step or None, stop.name)
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
         raise
     finally:
+        watchdog.close()  # what is left has time limits of its own
         if observer is not None:
-            observer.close(status)
+            observer.close(status, cause)
     dist.barrier()  # no rank leaves while another still needs it

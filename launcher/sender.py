@@ -30,7 +30,7 @@ class Destination(Protocol):
 
     def log_artifact(self, path: Path) -> None: ...
 
-    def terminate(self, status: str, end_ms: int) -> None: ...
+    def terminate(self, status: str, end_ms: int, cause: str) -> None: ...
 
     def lost_run(self, error: Exception) -> bool:
         """True if `error` means that the run is gone, so that `connect` must be called again."""
@@ -40,15 +40,24 @@ class Destination(Protocol):
 
 
 class Sender(threading.Thread):
-    """Sends what is new in the spool, the artifacts and the final status. No error here reaches training."""
+    """Sends what is new in the spool, the artifacts and the final status. No error here reaches training.
+
+    It ends at once when `owned()` is false: another attempt sends now.
+    """
 
     def __init__(
-        self, spool_path: Path, state: TrackingState, destination: Destination, say: Callable[[str], None]
+        self,
+        spool_path: Path,
+        state: TrackingState,
+        destination: Destination,
+        say: Callable[[str], None],
+        owned: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(name="biroute-tracking", daemon=True)  # daemon: a frozen server must not delay the exit
         self._spool_path, self._state, self._destination, self._say = spool_path, state, destination, say
+        self._owned = owned
         self._connected = False
-        self._final: tuple[str, int] | None = None  # status and end time in ms
+        self._final: tuple[str, int, str] | None = None  # status, end time in ms, cause
         self._final_sent = False
         self._new_artifacts: deque[Path] = deque()
         self._uploaded_at: dict[str, float] = {}
@@ -64,9 +73,9 @@ class Sender(threading.Thread):
         self._new_artifacts.append(path)
         self._wake.set()
 
-    def finish(self, status: str, seconds: float) -> None:
+    def finish(self, status: str, cause: str, seconds: float) -> None:
         """Ask for the last pass and wait for it, `seconds` at most."""
-        self._final = (status, time.time_ns() // 1_000_000)
+        self._final = (status, time.time_ns() // 1_000_000, cause)
         self._closing.set()
         self._wake.set()
         if not self._done.wait(seconds):
@@ -80,6 +89,9 @@ class Sender(threading.Thread):
             self._wake.clear()
             # Read before the pass: what arrives during a pass needs another one.
             last_pass = self._closing.is_set()
+            if not self._owned():
+                self._done.set()
+                return
             try:
                 self._pass()
             except Exception as error:  # anything at all: retried for ever, never passed on to training

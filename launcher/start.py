@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biroute.configs.errors import UserError
 from biroute.configs.layout import default_world_size, resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.loader import open_dataset
+from biroute.launcher.attempts import begin_attempt, end_attempt, make_run_dir
+from biroute.launcher.failures import explain_end, log_dir
 from biroute.launcher.identity import model_identity
 from biroute.launcher.local import run_local_ranks
+from biroute.launcher.slurm_place import started_by_launcher
+from biroute.launcher.tracking import close_after_crash
 from biroute.launcher.tracking_uri import tracking_uri
 from biroute.launcher.worker import train_rank
 from biroute.parallel.checkpoint_files import check_newest
@@ -26,7 +30,7 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
         UserError: the configuration, the layout or the dataset is not usable.
     """
     config = load_config(config_path, overrides)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if started_by_launcher():
         return train_rank(str(config_path), list(overrides))
     world_size = processes or _processes_wanted(config)
     layout = resolve_layout(config, world_size)
@@ -36,17 +40,19 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     check_newest(config.train.run_dir / "checkpoints", model_identity(config, dataset))
     if config.tracking.enabled:
         tracking_uri(config, config.train.run_dir)  # a URI that can't work is an error now, not in a minute
-    return run_local_ranks([str(config_path), *overrides], world_size, config.train.run_dir / "logs")
+    return _run_attempt(config.train.run_dir, [str(config_path), *overrides], world_size)
 
 
-def make_run_dir(path: Path) -> None:
-    """Create the run folder. Raises UserError if it can't be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
+def _run_attempt(run_dir: Path, arguments: Sequence[str], world_size: int) -> int:
+    attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
+    logs = log_dir(run_dir, attempt)
+    status = run_local_ranks(arguments, world_size, logs, attempt)
+    end = explain_end(logs, status)
+    end_attempt(run_dir, attempt, end, limits=None)
+    if end.crash:
+        print(f"attempt {attempt} ended: {end.cause}; run the same command again to go on", file=sys.stderr)
+        close_after_crash(run_dir)
+    return status
 
 
 def _processes_wanted(config: RunConfig) -> int:

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import UserError
+from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher import provenance
+from biroute.launcher.attempts import Fence, fence_of, read_attempts
 from biroute.launcher.sender import Sender
 from biroute.launcher.spool import SPOOL_NAME, Point, Spool
 from biroute.launcher.tracking_state import STATE_NAME, TrackingState
@@ -44,9 +46,16 @@ _set_by_us: dict[str, str] = {}  # environment variables, so that the next track
 
 
 def open_tracker(
-    config: RunConfig, run_dir: Path, *, tags: Mapping[str, str], notify: Callable[[str], None] | None = None
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    tags: Mapping[str, str],
+    notify: Callable[[str], None] | None = None,
+    fence: Fence | None = None,
 ) -> Tracker:
     """Open the record of a run, on rank 0; `tags` are the caller's (world size), the rest is found out.
+
+    With a `fence`, nothing is written or sent once another attempt owns the folder.
 
     `notify` gets the few lines meant for people (server lost, server back), also from another thread; by
     default they go to the log. With `tracking.enabled=false` only the spool is written. The first call in a
@@ -55,6 +64,7 @@ def open_tracker(
     Raises:
         UserError: `tracking.uri` is malformed or of an unsupported scheme, or `run_dir` cannot be written.
     """
+    owned = fence.holds if fence else lambda: True
     notify = notify or logging.getLogger(__name__).warning
     # Checked first, so that a bad URI leaves nothing behind.
     uri = tracking_uri(config, run_dir) if config.tracking.enabled else None
@@ -62,10 +72,10 @@ def open_tracker(
         run_dir.mkdir(parents=True, exist_ok=True)
         spool = Spool(run_dir / SPOOL_NAME)
         if uri is None:
-            return Tracker(spool, None, notify, flush_seconds=0.0)
+            return Tracker(spool, None, notify, flush_seconds=0.0, owned=owned)
         target = f"{without_password(uri)} {config.tracking.experiment}"
         state = TrackingState.load(run_dir / STATE_NAME, target, spool.size_bytes, notify)
-        state.attempt += 1
+        state.attempt = fence.attempt if fence else state.attempt + 1
         state.save()
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
@@ -76,27 +86,45 @@ def open_tracker(
         with contextlib.suppress(Exception):  # a terminal that went away
             notify(f"MLflow ({without_password(uri)}): {text}")
 
-    destination = _MlflowRun(config, run_dir.absolute().name, uri, state, dict(tags), say)
+    destination = _MlflowRun(config, run_dir, uri, state, dict(tags), say)
     if sqlite_path(uri) is not None:
         # To make the tables sets off a garbage collection of up to half a second, during which no thread runs:
         # better now than in the middle of a step. If it fails, the thread tries again.
         with contextlib.suppress(Exception):
             destination.open_client()
-    sender = Sender(spool.path, state, destination, say)
+    sender = Sender(spool.path, state, destination, say, owned)
     sender.start()
-    return Tracker(spool, sender, notify, flush_seconds=config.tracking.flush_seconds)
+    return Tracker(spool, sender, notify, flush_seconds=config.tracking.flush_seconds, owned=owned)
+
+
+def close_after_crash(run_dir: Path) -> None:
+    """Tell MLflow that the last attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
+    try:
+        config = load_config(run_dir / "config.yaml")
+        if config.tracking.enabled and (run_dir / STATE_NAME).exists():
+            fence = Fence(run_dir, fence_of(run_dir))
+            open_tracker(config, run_dir, tags={}, notify=lambda _: None, fence=fence).close("FAILED")
+    except Exception as error:
+        logging.getLogger(__name__).warning("MLflow does not know yet that the run has ended: %s", error)
 
 
 class Tracker:
     """The record of one attempt. `log`, `log_artifact` and `close` are called from the training thread."""
 
     def __init__(
-        self, spool: Spool, sender: Sender | None, notify: Callable[[str], None], *, flush_seconds: float
+        self,
+        spool: Spool,
+        sender: Sender | None,
+        notify: Callable[[str], None],
+        *,
+        flush_seconds: float,
+        owned: Callable[[], bool],
     ) -> None:
         self._spool = spool
         self._sender = sender
         self._notify = notify
         self._flush_seconds = flush_seconds
+        self._owned = owned
         self._complaints: set[str] = set()
         self._closed = False
 
@@ -109,7 +137,7 @@ class Tracker:
             except Exception as error:  # whatever it is, the record of a run must not end the run
                 self._complain(f"metric {name!r} of step {step} is left out", error)
         try:
-            if self._spool.append(step, numbers) and self._sender is not None:
+            if self._owned() and self._spool.append(step, numbers) and self._sender is not None:
                 self._sender.wake()
         except Exception as error:
             self._complain(f"metrics of step {step} not written yet", error)
@@ -122,8 +150,11 @@ class Tracker:
         if self._sender is not None:
             self._sender.add_artifact(Path(path))
 
-    def close(self, status: Status) -> None:
-        """Send what is left, and the status; after `tracking.flush_seconds` leave it to the next attempt."""
+    def close(self, status: Status, cause: str = "") -> None:
+        """Send what is left, and the status; after `tracking.flush_seconds` leave it to the next attempt.
+
+        `cause`: why the attempt ended, where its ledger doesn't say yet.
+        """
         if self._closed:
             return
         self._closed = True
@@ -132,7 +163,7 @@ class Tracker:
         except Exception as error:
             self._complain("the last metrics are lost", error)
         if self._sender is not None:
-            self._sender.finish(status, self._flush_seconds)
+            self._sender.finish(status, cause, self._flush_seconds)
 
     def _complain(self, what: str, error: Exception) -> None:
         kind = type(error).__name__
@@ -148,14 +179,15 @@ class _MlflowRun:
     def __init__(
         self,
         config: RunConfig,
-        folder_name: str,
+        run_dir: Path,
         uri: str,
         state: TrackingState,
         tags: dict[str, str],
         say: Callable[[str], None],
     ) -> None:
         self._config, self._uri, self._state, self._tags, self._say = config, uri, state, tags, say
-        self._run_name = config.tracking.run_name or folder_name
+        self._run_dir = run_dir
+        self._run_name = config.tracking.run_name or run_dir.absolute().name
         self._client: Any = None
         self._creation_unsure = False
         self._refused: set[str] = set()
@@ -194,7 +226,10 @@ class _MlflowRun:
     def log_artifact(self, path: Path) -> None:
         self._client.log_artifact(self._state.run_id, str(path))
 
-    def terminate(self, status: str, end_ms: int) -> None:
+    def terminate(self, status: str, end_ms: int, cause: str) -> None:
+        if cause:
+            name, value = provenance.attempt_tag(self._state.attempt, cause)
+            self._client.set_tag(self._state.run_id, name, value)
         self._client.set_terminated(self._state.run_id, status, end_ms)
 
     def lost_run(self, error: Exception) -> bool:
@@ -263,7 +298,7 @@ class _MlflowRun:
         wanted = provenance.parameters(self._config)
         parameters = [Param(name, value) for name, value in wanted.items() if name not in data.params]
         tags = {"attempt": str(self._state.attempt), **provenance.placement_tags(self._config)}
-        tags |= provenance.environment_tags() | self._tags
+        tags |= provenance.environment_tags() | provenance.attempt_tags(read_attempts(self._run_dir)) | self._tags
         changed = provenance.changed_parameters(data.params, wanted)
         if changed or "config.changed" in data.tags:
             tags["config.changed"] = changed

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from biroute.configs.errors import StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.loader import Batch, MicrobatchLoader
+from biroute.launcher.agreement import Agreement
 from biroute.launcher.memory import peak_memory_gib
 from biroute.launcher.observer import Observer
-from biroute.launcher.preemption import StopRequest
 from biroute.launcher.schedule import learning_rate
+from biroute.launcher.watchdog import Watchdog
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint import Progress, save_checkpoint
 from biroute.parallel.clock import PHASES
@@ -36,15 +38,19 @@ class Trainer:
     heldout: Iterable[Batch]
     checkpoints: Path
     about: dict[str, Any]
-    stop: StopRequest
+    agreement: Agreement
+    watchdog: Watchdog
     observer: Observer | None = None
     step: int = 0
+    _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
 
     def resume(self, progress: Progress) -> None:
         """Go on after a loaded checkpoint."""
         self.step = self._saved_step = progress.step
+        self._evaluation_pending = progress.evaluation_pending
+        self.watchdog.resumed(progress.step)
         self._say(f"resumed after step {progress.step}")
 
     def fit(self) -> None:
@@ -52,24 +58,35 @@ class Trainer:
 
         Raises:
             StoppedError: a signal asked to stop; the state is saved.
+            FencedError: another attempt owns the run folder; nothing is written.
             UserError: a checkpoint could not be written.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
-        if self.step >= train.steps:
+        if self._evaluation_pending:
+            self._evaluate()
+        elif self.step >= train.steps:
             self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to go on")
         while self.step < train.steps:
-            if self._stop_agreed():
-                self._save()
-                raise StoppedError(
-                    f"stopped by {self.stop.signal.name if self.stop.signal else 'a signal on another rank'} after "
-                    f"step {self.step}; the state is saved: run the same command again to go on"
-                )
+            # Before the step, as a rank that waits for data must be able to say no.
+            with self.engine.clock.phase("data"):
+                self.loader.wait(give_up=lambda: bool(self.agreement.stop))
+            self._stop_if_agreed()
             self._train_one_step()
             last = self.step == train.steps
             if last or _due(self.step, train.evaluate_every):
                 self._evaluate()
             if last or _due(self.step, checkpoint.every_steps):
                 self._save()
+
+    def _stop_if_agreed(self) -> None:
+        """Save and raise StoppedError, on all ranks, if one was asked to stop. Collective."""
+        if not self.agreement.to_stop():
+            return
+        self._save()
+        raise StoppedError(
+            f"stopped by {self.agreement.stop.name} after step {self.step}; the state is saved: "
+            "run the same command again to go on"
+        )
 
     def _train_one_step(self) -> None:
         started = time.perf_counter()
@@ -82,6 +99,7 @@ class Trainer:
             self._say(f"warning: the loss of step {self.step} is {report.loss}")
         seconds = time.perf_counter() - started
         self._since_log.append(seconds)
+        self.watchdog.reached("training", self.step)
         if self.observer is not None:
             self.observer.step(self.step, self._values(report, rate, seconds))
         if self.step == 1 or _due(self.step, self.config.train.log_every) or self.step == self.config.train.steps:
@@ -123,16 +141,22 @@ class Trainer:
             self.observer.point(self.step, values)
 
     def _evaluate(self) -> None:
-        """Loss on the same held-out sequences each time. Collective."""
-        batches = list(self.heldout)
-        loss = self.engine.evaluate(self._to_device(batches))
-        group = self.engine.mesh.groups.dp
-        counts = torch.tensor(
-            [sum(b.target_tokens for b in batches), sum(b.target_bytes for b in batches)],
-            dtype=torch.float64,
-            device=self.engine.device,
-        )
-        dist.all_reduce(counts, group=group)
+        """Loss on the same held-out sequences each time. Collective.
+
+        A stop cuts it off between two batches; the next attempt begins with it.
+        """
+        self._evaluation_pending = True
+        heldout = iter(self.heldout)
+        total, count, counts = 0.0, 0, torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        while batches := list(islice(heldout, self.engine.microbatches_per_evaluation)):
+            self._stop_if_agreed()
+            total += self.engine.evaluate(self._to_device(batches)) * len(batches)
+            count += len(batches)
+            counts += torch.tensor([[b.target_tokens, b.target_bytes] for b in batches]).sum(0).to(counts)
+            self.watchdog.reached(f"evaluating after step {self.step}")
+        self._evaluation_pending = False
+        loss = total / count
+        dist.all_reduce(counts, group=self.engine.mesh.groups.dp)
         targets, target_bytes = counts.tolist()
         bits_per_byte = loss * targets / target_bytes / math.log(2)
         values = {
@@ -154,16 +178,19 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
-        progress = Progress(step=self.step, sequences=self.loader.position)
-        path = save_checkpoint(self.engine, self.checkpoints, progress, self.about, self.config.checkpoint.keep)
+        progress = Progress(self.step, self.loader.position, self._evaluation_pending)
+        self.watchdog.reached(f"saving after step {self.step}")
+        path = save_checkpoint(
+            self.engine,
+            self.checkpoints,
+            progress,
+            self.about,
+            self.config.checkpoint.keep,
+            owner=self.agreement.fence,
+        )
         self._saved_step = self.step
+        self.watchdog.reached("training")
         self._say(f"step {self.step}: saved {path}")
-
-    def _stop_agreed(self) -> bool:
-        """True on all ranks as soon as one was asked to stop, so that they stop at the same step. Collective."""
-        asked = torch.tensor([float(bool(self.stop))], device=self.engine.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item() > 0)
 
     def _to_device(self, batches: Sequence[Batch]) -> list[Microbatch]:
         """This rank's tokens of the batches of its data rank."""

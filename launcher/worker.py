@@ -1,4 +1,4 @@
-"""One rank: `python -m biroute.launcher.worker CONFIG [overrides]`, started by the local launcher."""
+"""One rank: `python -m biroute.launcher.worker CONFIG [overrides]`, started by the local launcher or by srun."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from biroute.configs.errors import (
     EXIT_OUR_FAULT,
     EXIT_STOPPED,
     EXIT_USER_FAULT,
+    FencedError,
     StoppedError,
     UserError,
 )
@@ -23,18 +24,26 @@ from biroute.launcher.preemption import StopRequest
 _PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its parent dies
 
 
-def exit_status_of(action: Callable[[], None]) -> int:
-    """Run `action` and turn how it ends into an exit status, with one line for a user's fault."""
+def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
+    """Run `action` and turn how it ends into an exit status, with one line for a user's fault.
+
+    `failed` is told of an error that is neither a stop nor the fence.
+    """
     try:
         action()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_FAULT
     except StoppedError as error:
         print(str(error), file=sys.stderr, flush=True)
         return EXIT_STOPPED
-    except Exception:
+    except FencedError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_OUR_FAULT
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        failed(error)
+        return EXIT_USER_FAULT
+    except Exception as error:
         traceback.print_exc()
+        failed(error)
         return EXIT_OUR_FAULT
     return EXIT_OK
 
@@ -42,19 +51,13 @@ def exit_status_of(action: Callable[[], None]) -> int:
 def train_rank(config_path: str, overrides: list[str]) -> int:
     """Train as one rank among those that the environment describes; the exit status."""
     ignore_library_warnings()
-    stop = StopRequest()  # before torch is imported: a signal during the imports must not kill the rank
+    stop = StopRequest()  # before the slow imports: a signal during them must not kill the rank
+    from biroute.launcher.rank import Rank
 
-    def action() -> None:
-        from biroute.configs.load import load_config
-        from biroute.launcher.processes import join_processes
-
-        config = load_config(config_path, overrides)
-        place = join_processes(config.train)
-        from biroute.launcher.run import run  # imports DeepSpeed, which asks at once which device was chosen
-
-        run(config, place, stop)
-
-    return exit_status_of(action)
+    rank = Rank(stop)
+    status = exit_status_of(lambda: rank.train(config_path, overrides), rank.watchdog.failed)
+    rank.close(status)
+    return status
 
 
 def ignore_library_warnings() -> None:

@@ -11,6 +11,7 @@ writing: part i is what data rank i wrote.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -24,12 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import FencedError, UserError
 from biroute.parallel.checkpoint_files import (
     FORMAT,
     META,
     PARTIAL,
     PREFIX,
+    Owner,
     check_same_model,
     fingerprint,
     list_checkpoints,
@@ -46,19 +48,24 @@ class Progress:
 
     step: int  # optimizer steps done
     sequences: int  # global position in the data
+    evaluation_pending: bool = False  # a stop cut off the evaluation that is due after this step
 
 
-def save_checkpoint(engine: Engine, directory: Path, progress: Progress, about: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    engine: Engine, directory: Path, progress: Progress, about: dict[str, Any], keep: int, owner: Owner | None = None
+) -> Path:
     """Write `step-<n>` under `directory`, then remove all but the `keep` newest. Collective.
 
     `about` goes into meta.json; `about["model"]` is what a loading run is checked against. The folder gets its name
-    only when every file in it is complete and on disk.
+    only when every file in it is complete and on disk, and if `owner` still owns the run.
 
     Raises:
         UserError: the disk is full or not writable; older checkpoints are untouched.
+        FencedError: another attempt owns the run; on all ranks, and nothing that it sees has changed.
     """
     final = directory / f"{PREFIX}{progress.step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
+    # Each attempt has its own: one that is about to be refused must not touch another's.
+    partial = final.with_name(f"{final.name}.attempt-{owner.attempt if owner else 0:04d}{PARTIAL}")
     problem = _agree(_make_folder(partial) if dist.get_rank() == 0 else None)
     written: dict[str, Any] = {}
     if problem is None:
@@ -70,14 +77,20 @@ def save_checkpoint(engine: Engine, directory: Path, progress: Progress, about: 
     dist.all_gather_object(everyone, (problem, written))
     problem = next((found for found, _ in everyone if found), None)
     if problem is None and dist.get_rank() == 0:
-        problem = _publish(partial, final, progress, about, [files for _, files in everyone])
+        try:
+            _write_meta(partial, progress, about, [files for _, files in everyone])
+            with owner.writing() if owner else contextlib.nullcontext():
+                _publish(partial, final)
+                prune(directory, keep)
+        except OSError as error:
+            problem = _explain_write(error, partial)
+        except FencedError as error:
+            problem = error
     problem = _agree(problem)
     if problem is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(problem)
-    if dist.get_rank() == 0:
-        prune(directory, keep)
+        raise problem
     return final
 
 
@@ -151,10 +164,7 @@ def _write_rank_files(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]
     }
 
 
-def _publish(
-    partial: Path, final: Path, progress: Progress, about: dict[str, Any], ranks: list[dict[str, Any]]
-) -> str | None:
-    """Write meta.json and give the folder its name; what went wrong, or None."""
+def _write_meta(partial: Path, progress: Progress, about: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     parameters: dict[str, Any] = {}
     for rank in ranks:
         for name, (tensor_rank, file, split) in rank["parameters"].items():
@@ -167,17 +177,16 @@ def _publish(
         "files": {name: print_ for rank in ranks for name, print_ in rank["files"].items()},
         "parameters": parameters,
     }
-    try:
-        with open(partial / META, "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
-        partial.rename(final)
-        sync_folder(final.parent)
-    except OSError as error:
-        return _explain_write(error, partial)
-    return None
+    with open(partial / META, "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(partial: Path, final: Path) -> None:
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    partial.rename(final)
+    sync_folder(final.parent)
 
 
 def _read_rank_files(engine: Engine, path: Path, meta: dict[str, Any]) -> None:
@@ -240,7 +249,7 @@ def _write(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
-def _make_folder(path: Path) -> str | None:
+def _make_folder(path: Path) -> UserError | None:
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -249,16 +258,16 @@ def _make_folder(path: Path) -> str | None:
     return None
 
 
-def _explain_write(error: Exception, path: Path) -> str:
+def _explain_write(error: Exception, path: Path) -> UserError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     cause = "the disk is full" if full else str(error)
-    return (
+    return UserError(
         f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: "
         "free some space and run again"
     )
 
 
-def _agree(problem: str | None) -> str | None:
+def _agree(problem: Exception | None) -> Exception | None:
     """Rank 0's answer, on every rank."""
     answer = [problem]
     dist.broadcast_object_list(answer, src=0)

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from biroute.configs.errors import UserError
 
@@ -15,6 +16,16 @@ FORMAT = 1
 META = "meta.json"
 PREFIX = "step-"
 PARTIAL = ".partial"  # ending of a folder that is being written
+
+
+class Owner(Protocol):
+    """The attempt that writes. An older one may still be running on a lost node, and must publish nothing."""
+
+    @property
+    def attempt(self) -> int: ...
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Around each change to the list of checkpoints; raises FencedError if another attempt owns the folder."""
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

@@ -75,6 +75,7 @@ class Engine:
     """What the two engines share: optimizer, state by parameter name, reports."""
 
     exchange: RegionExchange | None = None  # where region ranks share sequences
+    microbatches_per_evaluation = 1  # enough for one call of `evaluate` to keep all ranks busy
 
     def __init__(
         self, config: RunConfig, mesh: Mesh, device: torch.device, module: nn.Module, clock: PhaseClock
@@ -197,6 +198,7 @@ class StagedEngine(Engine):
         clock: PhaseClock,
     ) -> None:
         self._plans = plans
+        self.microbatches_per_evaluation = 2 * mesh.layout.pipe
         self._pipeline = PipelineModule(
             layers=pipeline_specs(plans),
             topology=PipeModelDataParallelTopology(

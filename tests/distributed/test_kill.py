@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.corpus import small_run
+from helpers.job import points_of, run_job, until
 from helpers.pool import RankFailedError, WorkerPool
 
-from biroute.configs.load import config_from_tree
 from biroute.parallel.checkpoint_files import list_checkpoints
 
 Ranks = Callable[[int], WorkerPool]
@@ -29,32 +27,9 @@ LAYOUTS = {
 }
 
 
-def run_job(tree: dict[str, Any]) -> None:
-    """What a rank does in `biroute train`."""
-    import torch.distributed as dist
-
-    from biroute.launcher.preemption import StopRequest
-    from biroute.launcher.processes import Place
-    from biroute.launcher.run import run
-
-    place = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    run(config_from_tree(tree, "test"), place, StopRequest())
-
-
-def points_of(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, training loss) of each point, in the order they were written."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    points = [json.loads(line) for line in lines]
-    return [(p["step"], p["metrics"]["train/loss"]) for p in points if "train/loss" in p["metrics"]]
-
-
 def kill_after(pool: WorkerPool, run_dir: Path, step: int, delay_seconds: float) -> None:
     """kill -9 all ranks once `step` is logged, and a random moment later."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and len(points_of(run_dir)) >= step:
-            break
-        time.sleep(0.005)
+    until(lambda: len(points_of(run_dir)) >= step)
     time.sleep(delay_seconds)
     pool.kill()
 

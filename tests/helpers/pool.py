@@ -59,6 +59,10 @@ class WorkerPool:
                 results[rank] = value
         return [results[rank] for rank in range(self.world_size)]
 
+    def pid(self, rank: int) -> int:
+        """Process id of a rank, once a job has been sent."""
+        return int(self._processes[rank].pid)
+
     def kill(self) -> None:
         """kill -9 all ranks in the middle of a job, which then fails."""
         for process in self._processes:

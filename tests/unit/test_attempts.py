@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from biroute.configs.errors import FencedError
 from biroute.launcher.attempts import (
     NO_END,
     Attempt,
     Fence,
-    FencedError,
     Limits,
     begin_attempt,
     decide,
@@ -55,7 +55,8 @@ def crashed(number: int, step: int | None, job: str = "7") -> Attempt:
         (End(1, "boom", 5, crash=True), [crashed(1, 4)], "requeue", "crash 2 of at most 4: boom"),
         (End(1, "boom", 5, crash=True), [crashed(1, 5)], "stop", "crash loop: 2 attempts ended after step 5"),
         (End(1, "boom", 9, crash=True), [crashed(n, n) for n in (1, 2, 3)], "stop", "slurm.max_restarts=3"),
-        (End(1, "boom", None, crash=True), [crashed(1, None)], "requeue", "crash 2"),
+        (End(1, "boom", None, crash=True), [crashed(1, None)], "stop", "2 attempts ended before the first step"),
+        (End(1, "boom", None, crash=True), [crashed(1, 4)], "requeue", "crash 2"),
     ],
 )
 def test_decision(end: End, earlier: list[Attempt], decision: str, reason: str) -> None:
@@ -159,7 +160,7 @@ def test_cause_where_nobody_left_a_word(logs: Path, tmp_path: Path) -> None:
 
 
 def test_cause_of_a_stop(logs: Path) -> None:
-    before = explain_end(logs, 75, "SIGTERM")
+    before = explain_end(logs, 75, "TERM")
     assert (before.cause, before.crash) == ("SIGTERM before training began", False)
     record_stop(logs, 12, "SIGUSR1")
     assert explain_end(logs, 75).cause == "SIGUSR1, stopped after step 12"

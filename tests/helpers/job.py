@@ -1,0 +1,53 @@
+"""A whole training run as a job of the pool: what a rank does in `biroute train`, without starting processes anew."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run_job(tree: dict[str, Any]) -> str:
+    """Train to the end or until stopped; how it ended, in words."""
+    import torch.distributed as dist
+
+    from biroute.configs.errors import FencedError, StoppedError
+    from biroute.configs.load import config_from_tree
+    from biroute.launcher.attempts import Fence
+    from biroute.launcher.failures import log_dir
+    from biroute.launcher.preemption import StopRequest
+    from biroute.launcher.processes import Place, begin_joint_attempt
+    from biroute.launcher.run import run
+    from biroute.launcher.watchdog import Watchdog
+
+    config = config_from_tree(tree, "test")
+    place = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    stop = StopRequest()
+    fence = Fence(config.train.run_dir, begin_joint_attempt(config.train.run_dir, place.world_size))
+    watchdog = Watchdog()
+    logs = log_dir(config.train.run_dir, fence.attempt)
+    watchdog.watch(logs, place.rank, place.world_size, hang_seconds=0, startup_seconds=600)
+    try:
+        run(config, place, stop, fence, watchdog)
+    except (StoppedError, FencedError) as end:
+        return f"{type(end).__name__}: {end}"
+    return "finished"
+
+
+def points_of(run_dir: Path, name: str = "train/loss") -> list[tuple[int, float]]:
+    """(step, value) of each point of a metric, in the order they were written."""
+    path = run_dir / "metrics.jsonl"
+    points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(p["step"], p["metrics"][name]) for p in points if name in p["metrics"]]
+
+
+def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
+    """Wait for `condition`; the limit is for a machine that is busy with other things."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)

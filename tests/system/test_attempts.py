@@ -1,0 +1,137 @@
+"""Attempts of `biroute train` with real processes: stopped in warm-up, hung, and overtaken by the next one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.job import points_of, until
+
+from biroute.launcher.attempts import read_attempts
+from biroute.launcher.failures import log_dir, read_pulses
+
+from .conftest import Answer
+
+Command = Callable[..., Answer]
+TWO_RANKS = ("parallel.data=2", "tracking.enabled=false", "train.evaluate_every=0")
+
+
+@pytest.fixture
+def run_dir(config_file: Path) -> Path:
+    return config_file.parent / "runs" / "small"
+
+
+@pytest.fixture
+def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start_training(*overrides: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start_training
+    for process in started:
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Rank -> process, once both are there."""
+    until(lambda: len(psutil.Process(process.pid).children()) == 2)
+    return {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+
+
+def test_stopped_before_training_begins(config_file: Path, run_dir: Path, start: Any) -> None:
+    """Once as soon as the ranks are there, once while they import torch: status 75 and nothing to repair."""
+    early = start(*TWO_RANKS)
+    ranks_of(early)
+    early.send_signal(signal.SIGTERM)
+    out, err = early.communicate(timeout=120)
+    assert early.returncode == 75, (out, err)
+    assert "before training began; nothing is lost" in err
+
+    later = start(*TWO_RANKS)
+    until(lambda: len(read_pulses(log_dir(run_dir, 2))) == 2)
+    later.send_signal(signal.SIGUSR1)
+    out, err = later.communicate(timeout=120)
+    assert later.returncode == 75, (out, err)
+
+    causes = [attempt.cause for attempt in read_attempts(run_dir)]
+    assert causes == ["SIGTERM before training began", "SIGUSR1 before training began"]
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_a_hang_names_the_missing_rank(run_dir: Path, start: Any) -> None:
+    process = start(*TWO_RANKS, "train.steps=100000", "checkpoint.every_steps=0", "train.hang_seconds=15")
+    until(lambda: len(points_of(run_dir)) >= 2)
+    ranks = ranks_of(process)
+    ranks[1].suspend()
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1, (out, err)
+    host = socket.gethostname()
+    named = f"hang: rank 1 on {host} did not reach "
+    assert named in err
+    assert "it is stopped or its node is lost" in err
+    assert "Thread 0x" in err, "rank 0 shows its stacks"
+    assert not [rank for rank in ranks.values() if rank.is_running()], "no rank is left behind"
+
+    (attempt,) = read_attempts(run_dir)
+    assert attempt.cause.startswith(named)
+    assert "all_reduce" in attempt.cause or "backward" in attempt.cause, attempt.cause
+    assert attempt.crash
+    failure = json.loads((log_dir(run_dir, 1) / "failures" / "rank-00000.json").read_text())
+    assert failure["kind"] == "hang"
+    assert "trainer.py" in failure["traceback"]
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """Path -> hash of every file, without what the first attempt's own ranks wrote."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and "attempt-0001" not in path.parts
+    }
+
+
+def test_an_attempt_that_was_overtaken_writes_nothing(
+    config_file: Path, run_dir: Path, start: Any, command: Command
+) -> None:
+    """What a lost node is: its ranks stand still, another attempt finishes the run, then they move again."""
+    first = start("parallel.data=2", "train.steps=100000", "checkpoint.every_steps=2", "train.evaluate_every=0")
+    until(lambda: len(points_of(run_dir)) >= 3)
+    ranks = ranks_of(first)
+    for rank in ranks.values():
+        rank.suspend()
+    last = points_of(run_dir)[-1][0] + 3
+
+    second = command("train", config_file, "parallel.data=2", f"train.steps={last}", "train.evaluate_every=0")
+    assert second.status == 0, second.err
+    before = content_of(run_dir)
+    for rank in ranks.values():
+        rank.resume()
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 1
+    assert "attempt 1 no longer owns" in err
+    time.sleep(1.0)  # for a thread that would still send something
+    assert content_of(run_dir) == before
+    assert [step for step, _ in points_of(run_dir)] == list(range(1, last + 1)), "each step once"
