@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
-from biroute.launcher.processes import RENDEZVOUS_FILE, join_processes
+from biroute.launcher.processes import join_processes
+from biroute.launcher.slurm_place import RENDEZVOUS_FILE, find_seat
 from biroute.launcher.worker import ignore_library_warnings
 from biroute.model.language_model import loss_function, plan_layers
 from biroute.parallel.clock import PhaseClock
@@ -62,7 +63,7 @@ def _rank(rank: int, ranks: int, job: RankJob, folder: str) -> None:
         "WORLD_SIZE": str(ranks),
         RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
     }
-    place = join_processes(job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1}))
+    place = join_processes(find_seat(), job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1}))
     report = forward_and_backward(job, place.device)
     Path(folder, f"{rank}.json").write_text(json.dumps(report), "utf-8")
     dist.barrier()
