@@ -34,7 +34,7 @@ from biroute.model.layers import CoreAttention
 from biroute.model.routing import Router
 from biroute.parallel.engine import Engine, Microbatch, build_engine
 from biroute.parallel.megatron import prepare_megatron
-from biroute.parallel.mesh import build_mesh
+from biroute.parallel.mesh import Mesh, build_mesh
 
 CPU = torch.device("cpu")
 
@@ -66,11 +66,11 @@ def _microbatch(batch: Batch) -> Microbatch:
     return Microbatch(torch.from_numpy(batch.inputs), torch.from_numpy(batch.labels))
 
 
-def train_variant(config: RunConfig) -> tuple[Score, Score | None]:
-    """Train as `config` says; the score as trained, and under a random route if some layer routes by affinity."""
+def train_variant(config: RunConfig, mesh: Mesh) -> tuple[Score, Score | None]:
+    """Train as `config` says on the mesh of one rank; the score as trained, and under a random route if it routes."""
     dataset = open_dataset(config)
     heldout = list(dataset.heldout_batches(data_rank=0, data_size=1))
-    engine = build_engine(config, build_mesh(resolve_layout(config, 1)), CPU)
+    engine = build_engine(config, mesh, CPU)
     with dataset.train_loader(data_rank=0, data_size=1) as loader:
         for step in range(1, config.train.steps + 1):
             rate = learning_rate(config.optim, step, config.train.steps)
@@ -82,13 +82,17 @@ def train_variant(config: RunConfig) -> tuple[Score, Score | None]:
     return trained, score(engine, heldout)
 
 
-def join_alone(config: RunConfig) -> None:
-    """Make this process a group of one, unless it belongs to a group already."""
+def join_alone(config: RunConfig) -> Mesh:
+    """Make this process a group of one, unless it belongs to a group already.
+
+    One mesh for all variants: the threads of gloo's groups are never joined, and would pile up.
+    """
     prepare_megatron(CPU)
     if not dist.is_initialized():
         rendezvous = Path(tempfile.mkdtemp(prefix="biroute-bench-")) / "rendezvous"
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
         join_processes(find_seat(), config.train)
+    return build_mesh(resolve_layout(config, 1))
 
 
 def run_bench(
@@ -110,8 +114,8 @@ def run_bench(
     dataset = open_dataset(config)  # complains before anything is trained
     kept = KeptRows(rows_path, [config.model_dump(mode="json"), dataset.manifest.tokenizer_fingerprint, steps, seeds])
     plans = {name: [variant_config(config, name, seed, steps) for seed in range(seeds)] for name in names}
-    join_alone(plans[names[0]][0])
-    rows = [kept.row(name, partial(_run_variant, name, configs)) for name, configs in plans.items()]
+    mesh = join_alone(plans[names[0]][0])
+    rows = [kept.row(name, partial(_run_variant, name, configs, mesh)) for name, configs in plans.items()]
     model = config.model
     return {
         "benchmark": "quality",
@@ -130,10 +134,10 @@ def run_bench(
     }
 
 
-def _run_variant(name: str, configs: Sequence[RunConfig]) -> dict[str, Any]:
+def _run_variant(name: str, configs: Sequence[RunConfig], mesh: Mesh) -> dict[str, Any]:
     """One row: the variant with every seed."""
     started = time.perf_counter()
-    scores = [train_variant(config) for config in configs]
+    scores = [train_variant(config, mesh) for config in configs]
     attention = configs[0].model.attention
     routes = attention.kind == "bi_level"
     bits = [trained.bits_per_byte for trained, _ in scores]

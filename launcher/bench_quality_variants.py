@@ -9,8 +9,8 @@ from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 
 _BASE = ("dense", "local", "token", "token-fine", "token-parts", "block", "region")
-_WITH_DENSE_LAYER = ("local", "token", "block", "region")
-_WITHOUT_SMEAR = ("dense", "token", "token-parts", "region-dense0")
+_WITH_DENSE_LAYER = ("token", "block", "region")
+_WITHOUT_SMEAR = ("dense", "token")
 VARIANTS = (
     *_BASE,
     *(f"{name}-dense0" for name in _WITH_DENSE_LAYER),
