@@ -49,7 +49,7 @@ class ModelSize:
     num_layers: int = 2
     num_heads: int = 4
     num_kv_groups: int = 2
-    head_size: int = 16
+    head_size: int = 32
 
 
 class RecallAttention(nn.Module):
