@@ -23,7 +23,7 @@ from biroute.configs.schema import ParallelConfig, RunConfig
 from biroute.data_pipeline.loader import open_dataset
 from biroute.launcher.bench_exchange_plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench_exchange_ranks import RankJob, routed_layers, run_on_ranks
-from biroute.launcher.bench_quality import CPU, join_alone
+from biroute.launcher.bench_quality import CPU, join_alone, set_router
 from biroute.launcher.bench_report import circumstances, say
 from biroute.launcher.identity import model_identity
 from biroute.model.layers import CoreAttention
@@ -90,6 +90,8 @@ class Trained(NamedTuple):
     """A trained model over held-out text: what it routed, what it has learned from, and the same work for ranks."""
 
     routes: Routes
+    random_routes: Routes  # the same weights under a random router
+    nats_per_token: tuple[float, float]  # with the routes, with the random ones
     steps: int
     job: RankJob
 
@@ -111,10 +113,14 @@ def trained_routes(config: RunConfig, sequences: int, weights: Path | None) -> T
     batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
     microbatches = [Microbatch(torch.from_numpy(b.inputs), torch.from_numpy(b.labels)) for b in batches]
     with recorded_routes(engine.deepspeed) as routes:
-        engine.evaluate(microbatches)
+        loss = engine.evaluate(microbatches)
+    set_router(engine.deepspeed, "random")
+    with recorded_routes(engine.deepspeed) as random_routes:
+        random_loss = engine.evaluate(microbatches)
     if weights is not None:
         torch.save({name: p.detach().float() for name, p in engine.named_parameters()}, weights)
-    return Trained(dict(routes), progress.step, RankJob(config, weights, microbatches[0]))
+    job = RankJob(config, weights, microbatches[0])
+    return Trained(routes, random_routes, (loss, random_loss), progress.step, job)
 
 
 def run_bench(
@@ -139,23 +145,24 @@ def run_bench(
             config = at_length(run.config, length)
             measure = number == 0 and bool(measured_ranks)
             kept = weights / f"{run.name}.pt" if measure else None
-            routes, steps, job = trained_routes(config, sequences, kept)
+            found = trained_routes(config, sequences, kept)
             say(f"{run.name}: routes of {sequences} sequences of {length} tokens")
             tables.append(
                 {
                     "run": run.name,
                     "length": length,
                     "trained_length": own,
-                    "trained_steps": steps,
+                    "trained_steps": found.steps,
                     "tokens_per_step": run.config.tokens_per_step,
                     "num_regions": config.model.num_regions,
                     "attention": config.model.attention.model_dump(mode="json"),
-                    "rows": planned_rows(config, routes, ranks),
+                    "nats_per_token": found.nats_per_token,
+                    "rows": planned_rows(config, found.routes, found.random_routes, ranks),
                 }
             )
             if measure:
-                one = {layer: route[:1] for layer, route in routes.items()}
-                measured += [_measured_row(run.name, job, one, size) for size in measured_ranks]
+                one = {layer: route[:1] for layer, route in found.routes.items()}
+                measured += [_measured_row(run.name, found.job, one, size) for size in measured_ranks]
     model = runs[0].config.model
     return {
         "benchmark": "exchange",

@@ -28,10 +28,23 @@ WAYS: tuple[Way, ...] = get_args(Way)
 Routes = dict[int, Tensor]  # layer -> int64 [B, G, N, T] of whole sequences
 
 
-def planned_rows(config: RunConfig, routes: Routes, ranks: Sequence[int]) -> list[dict[str, Any]]:
+def planned_rows(
+    config: RunConfig, routes: Routes, random_routes: Routes, ranks: Sequence[int]
+) -> list[dict[str, Any]]:
     """One row for each number of ranks that divides the regions: bytes of a rank in forward of one layer and
-    sequence, by each way and by other means."""
-    return [_planned_row(config, routes, size) for size in ranks if config.model.num_regions % size == 0]
+    sequence, by each way and by other means, and by the chosen plan of the random routes."""
+    rows = []
+    for size in ranks:
+        if config.model.num_regions % size == 0:
+            random = traffic(_plans(config, random_routes, size, "auto"))
+            share = 1 / (size * _passes(random_routes))
+            rows.append({**_planned_row(config, routes, size), "random_auto": int(random.sum()) * share})
+    return rows
+
+
+def _passes(routes: Routes) -> int:
+    """Layers times sequences."""
+    return sum(route.shape[0] for route in routes.values())
 
 
 def single_process_plan(config: RunConfig, routes: Routes, ranks: int) -> int:
@@ -64,11 +77,10 @@ def _costs(config: RunConfig) -> ExchangeCosts:
 
 
 def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any]:
-    sequences = next(iter(routes.values())).shape[0]
     row: dict[str, Any] = {"ranks": ranks, "regions_per_rank": config.model.num_regions // ranks}
     for way in WAYS:
         plans = _plans(config, routes, ranks, way)
-        row[way] = spread(traffic(plans) / (sequences * len(routes)))
+        row[way] = spread(traffic(plans) / _passes(routes))
         if way == "auto":
             units = sum(plan.units.ship.numel() for plan in plans)
             row["shipped_units"] = sum(int(plan.units.ship.sum()) for plan in plans) / max(1, units)
@@ -83,13 +95,18 @@ def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:
     """Of one layer and sequence, by rank."""
     model = config.model
     layout = RegionLayout(model.num_regions, model.attention.region_size, ranks)
-    sizes = {
-        "groups": model.num_kv_groups,
-        "blocks": layout.tokens_per_rank // model.attention.query_block_size,
-        "topk": model.attention.topk,
-        "causal": model.causal,
-    }
-    return [Baselines.of(layout, rank, _costs(config), **sizes) for rank in range(ranks)]
+    return [
+        Baselines.of(
+            layout,
+            rank,
+            _costs(config),
+            groups=model.num_kv_groups,
+            blocks=layout.tokens_per_rank // model.attention.query_block_size,
+            topk=model.attention.topk,
+            causal=model.causal,
+        )
+        for rank in range(ranks)
+    ]
 
 
 def spread(sent: Tensor) -> dict[str, float]:

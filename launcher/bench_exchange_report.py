@@ -20,7 +20,7 @@ from biroute.launcher.bench_report import (
 PAGE_NAME, PICTURE_NAME = "exchange.md", "exchange.png"
 _HEADER = [
     "ranks", "regions of a rank", "causal-only fetch", "ring", "bound", "fetch", "ship", "auto",
-    "auto / causal-only", "shipped", "worst rank", "hottest sender",
+    "auto / causal-only", "with random routes", "shipped", "worst rank", "hottest sender",
 ]  # fmt: skip
 _MEASURED_HEADER = [
     "run", "tokens", "ranks", "payload measured", "payload planned", "plan of one process",
@@ -33,13 +33,17 @@ _INTRODUCTION = """\
 
 Made by `biroute bench exchange`; do not edit. How the exchange works: [architecture.md](../architecture.md).
 
-Routes of held-out text in trained models: {layers} layers, {heads} query heads in {groups} KV groups of head size
-{head}. Bytes of forward in {precision}, of one layer and one sequence, mean over ranks, layers and {sequences}
-sequences; backward moves the gradients of the same rows. *Causal-only fetch*: keys and values of all earlier ranks.
-*Ring*: of all other ranks, as a ring or an all-gather moves them. *Bound*: the most that any route of this form could
-make the chosen plan move. *Fetch*, *ship*, *auto*: all routed regions fetched, all queries shipped, or the cheaper
-of the two for each pair of ranks and KV group; *shipped* is the share of those that ship. *Worst rank*: who receives
-most under auto, and how much more than the mean. *Hottest sender*: who sends most.
+Routes of held-out text in trained models of {layers} layers, {heads} query heads in {groups} KV groups, head size
+{head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks, layers and
+sequences ({sequences}); backward moves the gradients of the same rows.
+
+- *causal-only fetch*: keys and values of all earlier ranks; *ring*: of all other ranks, as a ring or an all-gather
+  moves them; *bound*: the most that any route of this form could make the chosen plan move.
+- *fetch*, *ship*, *auto*: all routed regions fetched, all queries shipped, or the cheaper of the two for each pair of
+  ranks, sequence and KV group. *Shipped*: the share of those that ship.
+- *auto / causal-only*: what the chosen plan moves of the causal-only fetch; *with random routes*: the same for
+  these weights under a random router. What lies between is what the router has learned: neighbours choose alike.
+- *worst rank*: who receives most under auto, and how much more than the mean; *hottest sender*: who sends most.
 """
 
 
@@ -77,8 +81,9 @@ def _training(answer: Mapping[str, Any]) -> dict[str, str]:
     """How long each run has trained."""
     return {
         f"run {table['run']}": f"{table['trained_steps']:,} steps of {table['tokens_per_step']:,} tokens, "
-        f"sequences of {table['trained_length']:,}"
-        for table in answer["tables"]
+        f"sequences of {table['trained_length']:,}; {table['nats_per_token'][0]:.3f} nats per token here, "
+        f"{table['nats_per_token'][1]:.3f} under a random router"
+        for table in reversed(answer["tables"])  # of several lengths the first one counts
     }
 
 
@@ -114,6 +119,7 @@ def _rows(table: Mapping[str, Any]) -> list[list[str]]:
                 str(row["regions_per_rank"]),
                 *(size(row[name]["mean"]) for name in ("causal_fetch", "ring", "bound", "fetch", "ship", "auto")),
                 f"{auto['mean'] / causal:.0%}",
+                f"{row['random_auto'] / causal:.0%}",
                 f"{row['shipped_units']:.0%}",
                 f"{auto['worst_rank']}: {auto['worst'] / auto['mean']:.1f}x",
                 f"{auto['hottest_sender']}: {auto['hottest'] / auto['mean']:.1f}x",
@@ -156,11 +162,10 @@ def _measured_rows(answer: Mapping[str, Any]) -> list[list[str]]:
 
 def size(count: float) -> str:
     """Bytes for people."""
-    for unit in ("B", "KiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.4g} MiB"
+    units = ["B", "KiB", "MiB", "GiB"]
+    while count >= 1000 and len(units) > 1:
+        count, _ = count / 1024, units.pop(0)
+    return f"{count:,.3g} {units[0]}"
 
 
 def _draw(answer: Mapping[str, Any], path: Path) -> None:
@@ -179,8 +184,8 @@ def _draw(answer: Mapping[str, Any], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(ranks, [str(count) for count in ranks])
-        axes.set_yticks([2.0**power for power in range(-6, 5)], [_fraction(power) for power in range(-6, 5)])
-        axes.set_ylim(2.0**-6.5, 2.0**4.5)
+        axes.set_yticks([2.0**power for power in range(-6, 4)], [_fraction(power) for power in range(-6, 4)])
+        axes.set_ylim(2.0**-6.5, 2.0**3.5)
         axes.set_title(f"{table['run']}, {table['length']:,} tokens", fontsize=9)
         axes.set_xlabel("region ranks")
     parts[0].set_ylabel("bytes of a rank, causal-only fetch = 1")

@@ -24,12 +24,13 @@ def configuration(query_block_size: int = 1) -> RunConfig:
     return config_from_tree({"model": model}, "test")
 
 
-def routes(config: RunConfig) -> dict[int, torch.Tensor]:
-    """Routes of random content, two sequences for each layer."""
+def routes(config: RunConfig, skew: float = 0.0) -> dict[int, torch.Tensor]:
+    """Routes of random content, two sequences for each layer; with `skew` all want the first regions."""
     found = {}
     for layer in LAYERS:
         generator = torch.Generator().manual_seed(layer)
         q, k = (torch.randn(SEQUENCES, heads, 256, 8, generator=generator) for heads in (4, 2))
+        q, k[:, :, :32] = q + skew, k[:, :, :32] + skew
         attention = config.model.attention
         found[layer] = route_regions(
             q, k, region_size=4, query_block_size=attention.query_block_size, topk=attention.topk, causal=True
@@ -63,8 +64,10 @@ def test_spread_names_the_worst_and_the_hottest() -> None:
 def test_rows_hold_the_bounds(query_block_size: int) -> None:
     config = configuration(query_block_size)
     found = routes(config)
-    rows = planned_rows(config, found, (2, 3, 8, 64))
+    rows = planned_rows(config, found, routes(config, skew=2.0), (2, 3, 8, 64))
     assert [row["ranks"] for row in rows] == [2, 8, 64], "three ranks do not divide 64 regions"
+    assert planned_rows(config, found, found, (8,))[0]["random_auto"] == rows[1]["auto"]["mean"]
+    assert 0 < rows[1]["random_auto"] < rows[1]["auto"]["mean"], "all want the same few regions"
     for row in rows:
         auto = row["auto"]["mean"]
         assert 0 < auto <= min(row["fetch"]["mean"], row["ship"]["mean"])
@@ -77,7 +80,7 @@ def test_rows_hold_the_bounds(query_block_size: int) -> None:
 def test_bf16_halves_what_is_fetched() -> None:
     config = configuration()
     half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
-    (whole_row,), (half_row,) = (planned_rows(each, routes(config), (8,)) for each in (config, half))
+    (whole_row,), (half_row,) = (planned_rows(each, routes(config), routes(config), (8,)) for each in (config, half))
     assert half_row["fetch"]["mean"] * 2 == whole_row["fetch"]["mean"]
     assert half_row["ship"]["mean"] * 2 > whole_row["ship"]["mean"], "log-sum-exps stay in fp32"
 
@@ -87,8 +90,8 @@ def test_page_and_picture(tmp_path: Path) -> None:
     model = config.model.model_dump(mode="json")
     table: dict[str, Any] = {
         "run": "tiny", "length": 256, "trained_length": 64, "trained_steps": 7, "tokens_per_step": 1024,
-        "num_regions": 64, "attention": model["attention"],
-        "rows": planned_rows(config, routes(config), (2, 64)),
+        "nats_per_token": (4.5, 4.75), "num_regions": 64, "attention": model["attention"],
+        "rows": planned_rows(config, routes(config), routes(config), (2, 64)),
     }  # fmt: skip
     measured = {
         "run": "tiny", "length": 256, "ranks": 2, "measured_payload": 4096, "planned_payload": 4096,
@@ -107,7 +110,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
     share = row["auto"]["mean"] / row["causal_fetch"]["mean"]
     assert "256 tokens (trained at 64), 64 regions of 4, topk 5, a route for every token" in text
     assert f"At 64 ranks the chosen plan moves {share:.1%} of the causal-only fetch" in text
-    assert "- run tiny: 7 steps of 1,024 tokens, sequences of 64" in text
+    assert "- run tiny: 7 steps of 1,024 tokens, sequences of 64; 4.500 nats per token here, 4.750 under" in text
     assert f"| {size(row['ship']['mean'])} |" in text
     assert "| tiny | 256 | 2 | 4,096 | 4,096 | 4,064 | 8,192 | 25% |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
