@@ -153,6 +153,27 @@ def exchange(
 
 
 @bench_app.command()
+def memory(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--ranks", min=1, help="region ranks, repeatable; left out: 1, 2, 4")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps of each run")] = 2,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Peak memory of training by the number of ranks that share each sequence, one run after the other.
+
+    Example: biroute bench memory configs/long.yaml train.evaluate_sequences=1 --out docs/benchmarks
+    """
+    from biroute.launcher.bench_memory import RANKS, print_memory, run_bench, write_memory
+
+    answer = run_bench(config, overrides or [], ranks or RANKS, steps)
+    _report(answer, as_json, out, print_memory, write_memory)
+
+
+@bench_app.command()
 def pictures(
     steps: Annotated[int, typer.Option(help="optimizer steps of the small model whose routes are drawn")] = 400,
     as_json: AsJson = False,

@@ -31,11 +31,12 @@ _QUARTER = 0.25
 _INTRODUCTION = """\
 # Exchange: bytes between ranks that share a sequence
 
-Made by `biroute bench exchange`; do not edit. How the exchange works: [architecture.md](../architecture.md).
+Made by `biroute bench exchange`; do not edit. How the exchange works: [architecture.md](../architecture.md); what
+sharing saves in memory: [memory.md](memory.md).
 
 Routes of held-out text in trained models of {layers} layers, {heads} query heads in {groups} KV groups, head size
-{head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks, layers and
-sequences ({sequences}); backward moves the gradients of the same rows.
+{head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks, layers
+and sequences ({sequences}); backward moves the gradients of the same rows.
 
 - *causal-only fetch*: keys and values of all earlier ranks; *ring*: of all other ranks, as a ring or an all-gather
   moves them; *bound*: the most that any route of this form could make the chosen plan move.

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.pool import WorkerPool
-from helpers.training import Shards, merge, plain_torch_run, shards_of, small_config, start_engine, train
+from helpers.training import (
+    Shards,
+    merge,
+    microbatches,
+    plain_torch_run,
+    shards_of,
+    small_config,
+    start_engine,
+    train,
+)
 
 Ranks = Callable[[int], WorkerPool]
 STEPS = 3
@@ -31,9 +40,11 @@ def name_of(layout: dict[str, int]) -> str:
     return " ".join(f"{axis}{size}" for axis, size in layout.items())
 
 
-def layout_job(layout: dict[str, int], model: dict[str, Any]) -> tuple[list[tuple[float, float]], Shards]:
-    """Train; reports of all steps, weights after the last and the gradients that it used."""
+def layout_job(layout: dict[str, int], model: dict[str, Any]) -> tuple[float, list[tuple[float, float]], Shards]:
+    """Evaluate on the first step's sequences, then train; the loss, reports of all steps, weights after the last and
+    the gradients that it used."""
     engine = start_engine(small_config(model=model, parallel=layout))
+    evaluated = engine.evaluate(microbatches(engine.config, engine.mesh, 1))
     gradients: dict[str, torch.Tensor] = {}
     take_step = engine.deepspeed._take_model_step
 
@@ -47,7 +58,7 @@ def layout_job(layout: dict[str, int], model: dict[str, Any]) -> tuple[list[tupl
         name: {"weight": engine.state.read(p)["weight"], "gradient": gradients[name]}
         for name, p in engine.named_parameters()
     }
-    return reports, shards_of(engine, values)
+    return evaluated, reports, shards_of(engine, values)
 
 
 def reference_job(model: dict[str, Any]) -> Any:
@@ -85,9 +96,10 @@ def check(layout: dict[str, int], model: str, ranks: Ranks, references: dict[str
     world_size = math.prod(layout.get(axis, 1) for axis in ("tensor", "pipeline", "region", "data"))
     answers = ranks(world_size).run(layout_job, layout, MODELS[model])
     expected_reports, expected = references[model]
-    for reports, _ in answers:
+    for evaluated, reports, _ in answers:
+        assert evaluated == pytest.approx(expected_reports[0][0], rel=1e-5)
         torch.testing.assert_close(torch.tensor(reports), torch.tensor(expected_reports), rtol=1e-5, atol=0)
-    found = merge([shards for _, shards in answers])
+    found = merge([shards for *_, shards in answers])
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         for kind, want in values.items():

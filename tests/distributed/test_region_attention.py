@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from biroute.model.attention import bi_level_attention, dense_attention
 from biroute.model.partial import RegionGrid
 from biroute.model.routing import key_descriptors, local_route, route_query_blocks, route_regions
 from biroute.model.smear import KeySmear
-from biroute.parallel.region import RegionExchange, RegionLayout
+from biroute.parallel import region_attention
+from biroute.parallel.region import Pending, RegionExchange, RegionLayout
 
 Ranks = Callable[[int], WorkerPool]
 
@@ -28,6 +30,9 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     shapes = [(2, heads, case.tokens, 8) for heads in (case.heads, case.groups, case.groups, case.heads)]
     q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     k[:, :, : case.region_size] += case.skew * q.mean((1, 2), keepdim=True)
+    if case.distinct:
+        kept = k[:, :, : case.distinct * case.region_size]
+        k = kept.repeat(1, 1, case.num_regions // case.distinct, 1)
     return tuple(x.to(case.dtype) for x in (q, k, v, dout))
 
 
@@ -122,6 +127,8 @@ CASES = [
     Case(8, kind="dense"),
     Case(4, kind="dense", causal=False),
     Case(4, region_size=32, topk=4, num_regions=8, heads=8, groups=1),
+    Case(4, distinct=3),
+    Case(8, distinct=2, query_block_size=4, way="ship"),
 ]
 
 
@@ -242,6 +249,53 @@ def test_the_perturbation_test_can_fail(ranks: Ranks) -> None:
     case = Case(4, causal=False, query_block_size=4)
     earlier, _ = ranks(4).run(perturbed_job, case)[0]
     assert earlier == 10
+
+
+def events_job(case: Case) -> list[str]:
+    """What this rank did in forward and backward, in order: all-to-alls started and waited for, attention at home."""
+    events: list[str] = []
+    start, wait = RegionExchange.start, Pending.wait
+    kind_of: dict[Pending, str] = {}
+
+    def watched_start(self: RegionExchange, layer: int, kind: str, *arguments: Any) -> Pending:
+        pending = start(self, layer, kind, *arguments)
+        kind_of[pending] = kind
+        events.append(f"start {kind}")
+        return pending
+
+    def watched_wait(self: Pending) -> Tensor:
+        events.append(f"wait {kind_of[self]}")
+        return wait(self)
+
+    def watched(name: str) -> Any:
+        compute = getattr(region_attention, name)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, **options: Any) -> Any:
+            if grid.same_tokens:
+                events.append("own regions")
+            return compute(q, k, v, index, grid, **options)
+
+        return patch.object(region_attention, name, call)
+
+    with (
+        patch.object(RegionExchange, "start", watched_start),
+        patch.object(Pending, "wait", watched_wait),
+        watched("partial_attention"),
+        watched("partial_attention_backward"),
+    ):
+        sharded(case)
+    return events
+
+
+def test_own_regions_are_attended_while_payloads_travel(ranks: Ranks) -> None:
+    for events in ranks(4).run(events_job, Case(4)):
+        forward, backward = (place for place, event in enumerate(events) if event == "own regions")
+        before, between, after = events[:forward], events[forward + 1 : backward], events[backward + 1 :]
+        assert {"start keys", "start queries"} <= {*before}
+        assert not {"wait keys", "wait queries"} & {*before}
+        assert {"wait queries", "start results", "wait keys", "wait results"} <= {*between}
+        assert [event for event in between if "gradients" in event] == ["start gradients"] * 2
+        assert [event for event in after if event == "wait gradients"] == ["wait gradients"] * 3
 
 
 def test_both_ways_are_taken(ranks: Ranks) -> None:

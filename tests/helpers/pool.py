@@ -33,7 +33,7 @@ class WorkerPool:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
-    def run(self, job: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240.0) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600.0) -> list[Any]:
         """Results of `job(*arguments)` by rank. Raises RankFailedError with the first failing rank's traceback."""
         if not self._processes:
             self._start()

@@ -25,6 +25,7 @@ class Case:
     way: str = "auto"
     descriptors_per_region: int = 1
     skew: float = 0.0  # how strongly all queries want region 0
+    distinct: int = 0  # regions that differ, the others repeat them: exact ties; 0: all
     dtype: torch.dtype = torch.float32
 
     @property
