@@ -165,8 +165,6 @@ class Trainer:
             "heldout/bits_per_byte": bits_per_byte,
         }
         self.engine.clock.take()  # evaluation is not part of any step
-        if self.engine.exchange is not None:
-            self.engine.exchange.log.clear()
         if self.observer is not None:
             self.observer.point(self.step, values)
             self.observer.message(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
@@ -102,13 +103,17 @@ class Engine:
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         """Mean loss in nats per target token over all data ranks' microbatches. Collective."""
-        raise NotImplementedError
+        with nullcontext() if self.exchange is None else self.exchange.log.paused():
+            return self._evaluate(microbatches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under names that no layout changes: `block.3.layer.mlp.linear_fc1.weight`."""
         raise NotImplementedError
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        raise NotImplementedError
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         raise NotImplementedError
 
     def _clip_gradients(self) -> None:
@@ -166,7 +171,7 @@ class WholeEngine(Engine):
             total += loss.detach()
         return self._mean(total / len(microbatches))
 
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
@@ -215,7 +220,7 @@ class StagedEngine(Engine):
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
         return self.deepspeed.train_batch(iter([(mb.inputs, mb.labels) for mb in microbatches]))
 
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         batches = iter([(mb.inputs, mb.labels) for mb in microbatches])
         loss = self.deepspeed.eval_batch(batches, num_micro_batches=len(microbatches))
         self._pipeline.train()

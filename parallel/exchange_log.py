@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,9 +27,21 @@ class ExchangeLog:
     received: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     planned: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # layer -> forward payload of the plans
     baselines: dict[int, list[Baselines]] = field(default_factory=lambda: defaultdict(list))
+    _counting: bool = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside: evaluation is part of no step."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
 
     def add(self, layer: int, kind: str, sent: Sequence[int], received: Sequence[int]) -> None:
         """One all-to-all: bytes to and from each rank."""
+        if not self._counting:
+            return
         for counts, numbers in ((self.sent, sent), (self.received, received)):
             counts.setdefault((layer, kind), torch.zeros(self.num_ranks, dtype=torch.int64)).add_(
                 torch.tensor(numbers)
@@ -41,6 +54,8 @@ class ExchangeLog:
 
     def add_plan(self, layer: int, plan: ExchangePlan, baselines: Baselines) -> None:
         """What this rank's plan foresees for one forward pass, and what others would have moved."""
+        if not self._counting:
+            return
         self.planned[layer] += int(plan.received_bytes().sum() + plan.sent_bytes().sum())
         self.baselines[layer].append(baselines)
 

@@ -177,6 +177,9 @@ def test_region_ranks_share_sequences(config_file: Path, run_dir: Path, command:
     assert metrics["exchange/causal_fetch_bytes"] < metrics["exchange/ring_bytes"]
     assert metrics["exchange/region_bytes"] <= metrics["exchange/region_bytes_worst"]
     assert metrics["exchange/layer_00_bytes"] > 0
+    assert {metrics["exchange/worst_rank"], metrics["exchange/hottest_sender"]} <= {0, 1}
+    assert metrics["exchange/hottest_sender_bytes"] > metrics["exchange/region_bytes"] / 2
+    assert metrics["exchange/forward_bytes"] <= metrics["exchange/bound_bytes"]
 
     # The same run on unshared sequences: the same losses up to rounding, from the same checkpoint files.
     losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "train/loss")}
