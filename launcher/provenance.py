@@ -78,14 +78,8 @@ def attempt_tags(attempts: Sequence[Attempt]) -> dict[str, str]:
     for attempt in attempts:
         where = ", ".join(filter(None, (attempt.job and f"job {attempt.job}", " ".join(attempt.nodes))))
         end = attempt.cause or "running"
-        name, value = attempt_tag(attempt.number, f"{end} ({where})" if where else end)
-        tags[name] = value
+        tags[f"attempt.{attempt.number:04d}"] = (f"{end} ({where})" if where else end)[:TAG_CHARACTERS]
     return tags
-
-
-def attempt_tag(number: int, cause: str) -> tuple[str, str]:
-    """Name and value of the tag that tells why an attempt ended."""
-    return f"attempt.{number:04d}", cause[:TAG_CHARACTERS]
 
 
 def git_tags(code_file: Path) -> dict[str, str]:

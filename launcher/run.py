@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from biroute.configs.errors import StoppedError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
@@ -12,7 +12,7 @@ from biroute.data_pipeline.loader import open_dataset
 from biroute.data_pipeline.manifest import write_atomically
 from biroute.launcher.agreement import Agreement
 from biroute.launcher.attempts import Fence
-from biroute.launcher.failures import log_dir, record_stop
+from biroute.launcher.failures import explain_end, log_dir, record_stop
 from biroute.launcher.identity import describe, model_identity
 from biroute.launcher.observer import Observer
 from biroute.launcher.preemption import StopRequest
@@ -36,6 +36,7 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchd
     dataset = open_dataset(config)
     agreement = Agreement(stop, fence, place.device)
     agreement.check_before_training()
+    logs = log_dir(config.train.run_dir, fence.attempt)
     observer = None
     if place.rank == 0:
         write_atomically(config.train.run_dir / "config.yaml", dump_config(config).encode())
@@ -62,11 +63,11 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchd
             trainer.resume(progress)
         with loader:
             trainer.fit()
-        status, cause = "FINISHED", f"the last step, {trainer.step}, is done"
-    except StoppedError as stopped:
-        status, cause = "KILLED", str(stopped).partition(";")[0]
+        status, cause = "FINISHED", explain_end(logs, EXIT_OK).cause
+    except StoppedError:
         if place.rank == 0:
-            record_stop(log_dir(config.train.run_dir, fence.attempt), watchdog.step or None, stop.name)
+            record_stop(logs, watchdog.step or None, stop.name)
+        status, cause = "KILLED", explain_end(logs, EXIT_STOPPED).cause
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"

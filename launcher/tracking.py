@@ -23,6 +23,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,8 +229,9 @@ class _MlflowRun:
 
     def terminate(self, status: str, end_ms: int, cause: str) -> None:
         if cause:
-            name, value = provenance.attempt_tag(self._state.attempt, cause)
-            self._client.set_tag(self._state.run_id, name, value)
+            this = [a for a in read_attempts(self._run_dir) if a.number == self._state.attempt]
+            for name, value in provenance.attempt_tags([replace(attempt, cause=cause) for attempt in this]).items():
+                self._client.set_tag(self._state.run_id, name, value)
         self._client.set_terminated(self._state.run_id, status, end_ms)
 
     def lost_run(self, error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from biroute.launcher.attempts import read_attempts
 
 from .conftest import Answer
 
@@ -144,10 +147,14 @@ def test_signal_saves_and_the_same_command_goes_on(
     run, client = only_run(run_dir)
     assert run.info.status == "FINISHED"
     assert [p.step for p in client.get_metric_history(run.info.run_id, "train/loss")] == list(range(1, stopped + 3))
+    causes = [f"{number.name}, stopped after step {stopped}", "the last step is done"]
+    assert [attempt.cause for attempt in read_attempts(run_dir)] == causes
+    for attempt, cause in enumerate(causes, start=1):
+        assert run.data.tags[f"attempt.{attempt:04d}"] == f"{cause} ({socket.gethostname()})"
 
 
 def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: Path, start: Any) -> None:
-    process = start("parallel.data=2", "train.steps=1000", "tracking.enabled=false", "train.evaluate_every=0")
+    process = start("parallel.data=2", "train.steps=100000", "train.evaluate_every=0")
     wait_for_step(run_dir, 2, process)
     ranks = psutil.Process(process.pid).children()
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
@@ -155,6 +162,12 @@ def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: P
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 ended by SIGKILL" in err
+    (attempt,) = read_attempts(run_dir)
+    assert attempt.crash
+    assert attempt.cause.startswith(f"rank 1 on {socket.gethostname()} ended without a word")
+    run, _ = only_run(run_dir)
+    assert run.info.status == "FAILED", "although no rank was left to say so"
+    assert attempt.cause in run.data.tags["attempt.0001"]
     assert not [rank for rank in ranks if rank.is_running()], "no rank is left behind"
 
 
