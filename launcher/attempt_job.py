@@ -19,7 +19,7 @@ from pathlib import Path
 from biroute.configs.errors import EXIT_OK, EXIT_USER_FAULT, UserError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts import Limits, begin_attempt, end_attempt, excluded_nodes
+from biroute.launcher.attempts import Fence, Limits, begin_attempt, end_attempt, excluded_nodes
 from biroute.launcher.failures import explain_end, log_dir, tell_first_failure
 from biroute.launcher.slurm_place import expand_nodes
 from biroute.launcher.tracking import close_after_crash
@@ -48,7 +48,7 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
         print(told, file=sys.stderr)
     print(f"attempt {attempt}: {decision}: {reason}", file=sys.stderr)
     if decision == "stop" and found.crash:
-        close_after_crash(run_dir)
+        close_after_crash(Fence(run_dir, attempt))
     return decision or "stop"
 
 

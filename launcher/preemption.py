@@ -30,11 +30,6 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    @property
-    def name(self) -> str:
-        """`SIGTERM`; for people, where another rank got the signal."""
-        return self.signal.name if self.signal else "a signal on another rank"
-
     @contextlib.contextmanager
     def ending_at_once(self, note: Callable[[str], None]) -> Iterator[None]:
         """For the time in which the ranks meet: a signal ends this process with status 75, after `note(signal)`.
@@ -45,9 +40,9 @@ class StopRequest:
         Raises:
             StoppedError: a signal has come before.
         """
-        if self:
-            note(self.name)
-            raise StoppedError(_ended(self.name))
+        if self.signal:
+            note(self.signal.name)
+            raise StoppedError(_ended(self.signal.name))
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         watch = threading.Thread(target=_end_on_signal, args=(reader, note), name="stop-signals", daemon=True)

@@ -49,7 +49,8 @@ class Rank:
         run(config, place, self._stop, Fence(run_dir, attempt), self.watchdog)
 
     def close(self, status: int) -> None:
-        """Record the end of an attempt that the ranks themselves began."""
+        """The process is about to end: record the end of an attempt that the ranks themselves began."""
+        self.watchdog.close()
         if self._began is not None:
             run_dir, attempt = self._began.run_dir, self._began.attempt
             end_attempt(run_dir, attempt, explain_end(log_dir(run_dir, attempt), status), limits=None)

@@ -66,14 +66,14 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchd
         status, cause = "FINISHED", explain_end(logs, EXIT_OK).cause
     except StoppedError:
         if place.rank == 0:
-            record_stop(logs, watchdog.step or None, stop.name)
+            record_stop(logs, watchdog.step or None, agreement.signal_name)
         status, cause = "KILLED", explain_end(logs, EXIT_STOPPED).cause
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         raise
     finally:
-        watchdog.close()  # what is left has time limits of its own
+        watchdog.allow(config.tracking.flush_seconds)
         if observer is not None:
             observer.close(status, cause)
     dist.barrier()  # no rank leaves while another still needs it

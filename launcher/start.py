@@ -12,7 +12,7 @@ from biroute.configs.layout import default_world_size, resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.loader import open_dataset
-from biroute.launcher.attempts import begin_attempt, end_attempt, make_run_dir
+from biroute.launcher.attempts import Fence, begin_attempt, end_attempt, make_run_dir
 from biroute.launcher.failures import explain_end, log_dir
 from biroute.launcher.identity import model_identity
 from biroute.launcher.local import run_local_ranks
@@ -45,13 +45,13 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
 
 def _run_attempt(run_dir: Path, arguments: Sequence[str], world_size: int) -> int:
     attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
-    logs = log_dir(run_dir, attempt)
+    fence, logs = Fence(run_dir, attempt), log_dir(run_dir, attempt)
     status = run_local_ranks(arguments, world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)
-    if end.crash:
+    if end.crash and fence.holds():
         print(f"attempt {attempt} ended: {end.cause}; run the same command again to go on", file=sys.stderr)
-        close_after_crash(run_dir)
+        close_after_crash(fence)
     return status
 
 

@@ -31,7 +31,7 @@ from biroute.configs.errors import UserError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher import provenance
-from biroute.launcher.attempts import Fence, fence_of, read_attempts
+from biroute.launcher.attempts import Fence, read_attempts
 from biroute.launcher.sender import Sender
 from biroute.launcher.spool import SPOOL_NAME, Point, Spool
 from biroute.launcher.tracking_state import STATE_NAME, TrackingState
@@ -98,12 +98,12 @@ def open_tracker(
     return Tracker(spool, sender, notify, flush_seconds=config.tracking.flush_seconds, owned=owned)
 
 
-def close_after_crash(run_dir: Path) -> None:
-    """Tell MLflow that the last attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
+def close_after_crash(fence: Fence) -> None:
+    """Tell MLflow that an attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
+    run_dir = fence.run_dir
     try:
         config = load_config(run_dir / "config.yaml")
-        if config.tracking.enabled and (run_dir / STATE_NAME).exists():
-            fence = Fence(run_dir, fence_of(run_dir))
+        if fence.holds() and config.tracking.enabled and (run_dir / STATE_NAME).exists():
             open_tracker(config, run_dir, tags={}, notify=lambda _: None, fence=fence).close("FAILED")
     except Exception as error:
         logging.getLogger(__name__).warning("MLflow does not know yet that the run has ended: %s", error)

@@ -84,7 +84,7 @@ class Trainer:
             return
         self._save()
         raise StoppedError(
-            f"stopped by {self.agreement.stop.name} after step {self.step}; the state is saved: "
+            f"stopped by {self.agreement.signal_name} after step {self.step}; the state is saved: "
             "run the same command again to go on"
         )
 

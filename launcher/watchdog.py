@@ -51,6 +51,7 @@ class Watchdog:
         self._doing = "starting"
         self._since = time.monotonic()
         self._trained = False
+        self._allowance = 0.0
         self._logs: Path | None = None
         self._rank = self._world_size = 0
         self._hang_seconds = self._startup_seconds = 0.0
@@ -81,6 +82,11 @@ class Watchdog:
         self.step = step
         self.reached("training")
 
+    def allow(self, seconds: float) -> None:
+        """What comes next may take this much longer."""
+        self._allowance = seconds
+        self.reached("closing")
+
     def failed(self, error: Exception) -> None:
         """Leave word of the exception that ends this rank."""
         self.close()
@@ -94,7 +100,8 @@ class Watchdog:
         self._changed.set()
 
     def _limit(self) -> float:
-        return self._hang_seconds if self._trained else max(self._startup_seconds, self._hang_seconds)
+        limit = self._hang_seconds if self._trained else max(self._startup_seconds, self._hang_seconds)
+        return limit + self._allowance
 
     def _tick(self) -> float:
         if self._hang_seconds <= 0:

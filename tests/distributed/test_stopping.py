@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -67,21 +68,23 @@ def test_stopped_in_evaluation_and_in_a_save(
     tree = tree_of(corpus, run_dir, parallel)
 
     in_evaluation = stopped_run(pool, tree, lambda: doing(run_dir, 1, "evaluating after step 3"), 1, signal.SIGTERM)
-    assert all(end.startswith("StoppedError: stopped by ") and "after step 3;" in end for end in in_evaluation)
+    assert all(end.startswith("StoppedError: stopped by SIGTERM after step 3;") for end in in_evaluation)
     newest = list_checkpoints(run_dir / "checkpoints")[0]
     assert read_meta(newest)["progress"]["evaluation_pending"], "it was cut off, not waited for"
     assert points_of(run_dir, "heldout/loss") == []
 
     partial = "step-00000004.attempt-0002.partial"
     in_save = stopped_run(pool, tree, (run_dir / "checkpoints" / partial).exists, 0, signal.SIGUSR1)
-    assert all("after step 4;" in end for end in in_save), in_save
+    assert all("by SIGUSR1 after step 4;" in end for end in in_save), in_save
     assert list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000004"
 
     assert set(pool.run(run_job, tree)) == {"finished"}
     for name in NAMES:
         assert points_of(run_dir, name) == points_of(undisturbed, name), name
     assert len(points_of(run_dir, "heldout/loss")) == 2
-    assert [attempt.number for attempt in read_attempts(run_dir)] == [1, 2, 3]
+    assert len(read_attempts(run_dir)) == 3
+    stopped = json.loads((log_dir(run_dir, 1) / "stopped.json").read_text())
+    assert stopped == {"step": 3, "signal": "SIGTERM"}, "although rank 0 did not get it"
 
 
 def starving_job(tree: dict[str, Any], blocked: Path) -> str:

@@ -35,6 +35,8 @@ def run_job(tree: dict[str, Any]) -> str:
         run(config, place, stop, fence, watchdog)
     except (StoppedError, FencedError) as end:
         return f"{type(end).__name__}: {end}"
+    finally:
+        watchdog.close()
     return "finished"
 
 
@@ -45,7 +47,7 @@ def points_of(run_dir: Path, name: str = "train/loss") -> list[tuple[int, float]
     return [(p["step"], p["metrics"][name]) for p in points if name in p["metrics"]]
 
 
-def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 300.0) -> None:
     """Wait for `condition`; the limit is for a machine that is busy with other things."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -22,6 +22,7 @@ from biroute.launcher.attempts import read_attempts
 from biroute.launcher.failures import log_dir, read_pulses
 
 from .conftest import Answer
+from .test_train import only_run
 
 Command = Callable[..., Answer]
 TWO_RANKS = ("parallel.data=2", "tracking.enabled=false", "train.evaluate_every=0")
@@ -135,3 +136,6 @@ def test_an_attempt_that_was_overtaken_writes_nothing(
     time.sleep(1.0)  # for a thread that would still send something
     assert content_of(run_dir) == before
     assert [step for step, _ in points_of(run_dir)] == list(range(1, last + 1)), "each step once"
+    run, client = only_run(run_dir)
+    assert run.info.status == "FINISHED", "the older attempt has not told MLflow of its end"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == last
