@@ -95,7 +95,8 @@ def check_route(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid
 class _BiLevelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
-        out, lse = partial_attention(q, k, v, index, grid)
+        # Detached: views of what requires a gradient are slower to make.
+        out, lse = partial_attention(q.detach(), k.detach(), v.detach(), index, grid)
         ctx.save_for_backward(q, k, v, index, out, lse)
         ctx.grid = grid
         ctx.set_materialize_grads(False)
@@ -103,7 +104,7 @@ class _BiLevelAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, index, out, lse = ctx.saved_tensors
+        q, k, v, index, out, lse = (x.detach() for x in ctx.saved_tensors)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = attention_delta(out, dout)
         if dlse is not None:

@@ -49,9 +49,11 @@ class Block:
         tokens = x_XLD.flatten(0, 1)[(self.start - self.width + 1) * region_size : self.stop * region_size]
         return tokens.unfold(0, self.width * region_size, region_size).transpose(1, 2)
 
-    def exponents(self, band: Band, q_n: Tensor, k_n: Tensor, scale: float, work: Workspace) -> Tensor:
-        """Masked exponents [n, L, w * L]."""
-        exponent_n = work.product("weight", q_n, k_n.transpose(1, 2), scale * LOG2_E)
+    def exponents(
+        self, band: Band, q_n: Tensor, k_n: Tensor, scale: float, work: Workspace, summand: Tensor | None = None
+    ) -> Tensor:
+        """Masked exponents [n, L, w * L], plus `summand` (broadcast)."""
+        exponent_n = work.product("weight", q_n, k_n.transpose(1, 2), scale * LOG2_E, summand)
         region_size = q_n.shape[1]
         if band.own_bias is not None:
             exponent_n[..., -region_size:] += band.own_bias
@@ -95,10 +97,9 @@ def band_backward(band: Band, x: Inputs, up: Upstream, grads: Gradients, work: W
         for h, q_NMD in enumerate(x.q):
             q_n = work.cast("q", block.rows(q_NMD, region_size))
             do_n = work.cast("do", block.rows(up.dout[h], region_size))
-            weight_n = block.exponents(band, q_n, k_n, x.scale, work)
-            powers_(weight_n.sub_(block.rows(x.level[h], region_size)[..., None]))
-            dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2))
-            dscore_n.sub_(block.rows(up.delta[h], region_size)[..., None]).mul_(weight_n)
+            levels_n, deltas_n = (-block.rows(rows[h], region_size)[..., None] for rows in (x.level, up.delta))
+            weight_n = powers_(block.exponents(band, q_n, k_n, x.scale, work, levels_n))
+            dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2), summand=deltas_n).mul_(weight_n)
             dv_n.baddbmm_(weight_n.transpose(1, 2), do_n, beta=min(h, 1))
             dk_n.baddbmm_(dscore_n.transpose(1, 2), q_n, beta=min(h, 1), alpha=x.scale)
             block.rows(grads.dq[h], region_size).copy_(work.product("dq", dscore_n, k_n, x.scale))

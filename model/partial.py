@@ -45,7 +45,7 @@ LARGEST_SUM = 2.0**100
 # Query rows of a region-major tile: enough for the products' full speed, few enough to waste little on padding.
 ROWS_PER_TILE = 128
 # Bounds of a chunk's buffers in elements: few enough to stay in cache, enough to hide the cost of a call.
-CHUNK_ELEMENTS = (1 << 17, 1 << 20)
+CHUNK_ELEMENTS = (1 << 17, 3 << 19)
 
 
 @dataclass(frozen=True)

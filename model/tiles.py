@@ -39,22 +39,23 @@ class Tiles(NamedTuple):
 
     def chunks(self, tiles_per_chunk: int, heads: int, num_blocks: int) -> Iterator[Tiles]:
         """A few tiles at a time, spread over the heads: items of the tables instead of blocks."""
-        head_r1 = torch.arange(heads, device=self.blocks.device, dtype=self.blocks.dtype)[:, None] * num_blocks
+        # int64 at last: index_add_ is several times slower with int32.
+        head_r1 = torch.arange(heads, device=self.blocks.device)[:, None] * num_blocks
         for start in range(0, self.blocks.shape[0], tiles_per_chunk):
             part = slice(start, start + tiles_per_chunk)
             spare_nT = None if self.spare is None else self.spare[part].repeat(1, heads)
-            yield Tiles((self.blocks[part, None] + head_r1).flatten(1), self.regions[part], spare_nT)
+            yield Tiles((self.blocks[part, None] + head_r1).flatten(1), self.regions[part].long(), spare_nT)
 
-    def rows(self, x_QM: Tensor) -> Tensor:
-        """The entries of the tiles' query rows: [Q, M] -> [n, T * M, 1]."""
-        rows = x_QM.squeeze(1).index_select(0, self.blocks.flatten())
+    def minus(self, x_QM: Tensor) -> Tensor:
+        """Minus the entries of the tiles' query rows: [Q, M] -> [n, T * M, 1]."""
+        rows = x_QM.squeeze(1).index_select(0, self.blocks.reshape(-1)).neg_()
         return rows.view(self.blocks.shape[0], -1, 1)
 
-    def levels(self, level_QM: Tensor) -> Tensor:
-        """`rows`, but +inf at spare places."""
-        level_n = self.rows(level_QM)
+    def minus_levels(self, level_QM: Tensor) -> Tensor:
+        """`minus`, but -inf at spare places: there every weight is 0."""
+        level_n = self.minus(level_QM)
         if self.spare is not None:
-            level_n.view(self.spare.numel(), -1).masked_fill_(self.spare.view(-1, 1), torch.inf)
+            level_n.view(self.spare.numel(), -1).masked_fill_(self.spare.view(-1, 1), -torch.inf)
         return level_n
 
 
@@ -118,13 +119,18 @@ class Workspace:
     def gather(self, name: str, table: Tensor, numbers_nm: Tensor) -> Tensor:
         """table [items, rows, D], numbers [n, m] -> [n, m * rows, D] in the working precision."""
         out = self.take(name, (numbers_nm.numel(), *table.shape[1:]), table)
-        torch.index_select(table, 0, numbers_nm.flatten(), out=out)
+        torch.index_select(table, 0, numbers_nm.reshape(-1), out=out)
         return self.cast(name, out.view(numbers_nm.shape[0], -1, table.shape[2]))
 
-    def product(self, name: str, a_n: Tensor, b_n: Tensor, factor: float = 1.0) -> Tensor:
-        """factor * a [n, i, j] @ b [n, j, k] -> [n, i, k]."""
+    def product(
+        self, name: str, a_n: Tensor, b_n: Tensor, factor: float = 1.0, summand: Tensor | None = None
+    ) -> Tensor:
+        """factor * a [n, i, j] @ b [n, j, k] + summand (broadcast) -> [n, i, k]."""
         out = self.take(name, (*a_n.shape[:2], b_n.shape[2]), a_n)
-        return out.baddbmm_(a_n, b_n, beta=0, alpha=factor)
+        if summand is None:
+            return out.baddbmm_(a_n, b_n, beta=0, alpha=factor)
+        # The product would clear its output anyway: so the sum costs nothing.
+        return out.copy_(summand).baddbmm_(a_n, b_n, alpha=factor)
 
     def chunks(self, tiles: list[Tiles], x: Inputs) -> Iterator[Tiles]:
         """Cut tiles so that a chunk's buffers hold about `self.elements` elements."""
@@ -167,14 +173,14 @@ class Gradients:
 def tiles_max(tiles_of_group: list[Tiles], x: Inputs, work: Workspace) -> Tensor:
     """The largest exponent of each query row over the tiles -> [r, N, M], -inf where there is none."""
     most_rNM = torch.full_like(x.level, -torch.inf)
-    rows = x.q.shape[2]
+    q_QMD, rows = x.q.flatten(0, 1), x.q.shape[2]
     for tiles in work.chunks(tiles_of_group, x):
         k_n = work.gather("k", x.k, tiles.regions)
-        q_n = work.gather("q", x.q.flatten(0, 1), tiles.blocks)
+        q_n = work.gather("q", q_QMD, tiles.blocks)
         most = work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E).amax(-1).view(-1, rows)
         if tiles.spare is not None:
             most.masked_fill_(tiles.spare.view(-1, 1), -torch.inf)
-        place = tiles.blocks.reshape(-1, 1).expand(-1, rows).long()
+        place = tiles.blocks.reshape(-1, 1).expand(-1, rows)
         most_rNM.view(-1, rows).scatter_reduce_(0, place, most, "amax")
     return most_rNM
 
@@ -182,30 +188,30 @@ def tiles_max(tiles_of_group: list[Tiles], x: Inputs, work: Workspace) -> Tensor
 def tiles_forward(tiles_of_group: list[Tiles], x: Inputs, out_rNMD: Tensor, sum_rNM: Tensor, work: Workspace) -> None:
     """Add the tiles' share of the unnormalised output and of the sum of weights."""
     q_QMD, level_QM = x.q.flatten(0, 1), x.level.flatten(0, 1)
+    out_QMD, sum_QM = out_rNMD.flatten(0, 1), sum_rNM.flatten(0, 1)
     for tiles in work.chunks(tiles_of_group, x):
         k_n, v_n = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q_n = work.gather("q", q_QMD, tiles.blocks)
-        weight_n = work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E)
-        powers_(weight_n.sub_(tiles.levels(level_QM)))
-        add_rows(sum_rNM.flatten(0, 1), tiles.blocks, weight_n.sum(-1))
-        add_rows(out_rNMD.flatten(0, 1), tiles.blocks, work.product("out", weight_n, v_n))
+        levels_n = tiles.minus_levels(level_QM)
+        weight_n = powers_(work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E, levels_n))
+        add_rows(sum_QM, tiles.blocks, weight_n.sum(-1))
+        add_rows(out_QMD, tiles.blocks, work.product("out", weight_n, v_n))
 
 
 def tiles_backward(tiles_of_group: list[Tiles], x: Inputs, up: Upstream, grads: Gradients, work: Workspace) -> None:
     """Recompute the weights of the tiles (the level is the log-sum-exp) and add to the gradients."""
     q_QMD, level_QM = x.q.flatten(0, 1), x.level.flatten(0, 1)
-    do_QMD, delta_QM = up.dout.flatten(0, 1), up.delta.flatten(0, 1)
+    do_QMD, delta_QM, dq_QMD = up.dout.flatten(0, 1), up.delta.flatten(0, 1), grads.dq.flatten(0, 1)
     for tiles in work.chunks(tiles_of_group, x):
         k_n, v_n = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q_n, do_n = work.gather("q", q_QMD, tiles.blocks), work.gather("do", do_QMD, tiles.blocks)
-        weight_n = work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E)
-        powers_(weight_n.sub_(tiles.levels(level_QM)))
-        dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2))
-        dscore_n.sub_(tiles.rows(delta_QM)).mul_(weight_n)
+        levels_n = tiles.minus_levels(level_QM)
+        weight_n = powers_(work.product("weight", q_n, k_n.transpose(1, 2), x.scale * LOG2_E, levels_n))
+        dscore_n = work.product("dscore", do_n, v_n.transpose(1, 2), summand=tiles.minus(delta_QM)).mul_(weight_n)
         dv_n = work.product("dv", weight_n.transpose(1, 2), do_n)
         dk_n = work.product("dk", dscore_n.transpose(1, 2), q_n, x.scale)
         dq_n = work.product("dq", dscore_n, k_n, x.scale)
-        add_rows(grads.dq.flatten(0, 1), tiles.blocks, dq_n)
+        add_rows(dq_QMD, tiles.blocks, dq_n)
         add_rows(grads.dk, tiles.regions, dk_n)
         add_rows(grads.dv, tiles.regions, dv_n)
 
@@ -224,5 +230,4 @@ def powers_(exponent_nTK: Tensor) -> Tensor:
 def add_rows(table: Tensor, numbers_nm: Tensor, x_n: Tensor) -> None:
     """Add x [n, m * rows, ...] to the contiguous table [items, rows, ...] at the items `numbers` [n, m]."""
     table = table.flatten(1).squeeze(1)
-    # int64: index_add_ is several times slower with int32.
-    table.index_add_(0, numbers_nm.flatten().long(), x_n.view(-1, *table.shape[1:]))
+    table.index_add_(0, numbers_nm.reshape(-1), x_n.view(-1, *table.shape[1:]))
