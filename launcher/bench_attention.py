@@ -27,6 +27,7 @@ from biroute.model.routing import route_regions
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 # Beyond this a path that does not suit the setting takes longer than dense attention.
 LONGEST_FOR_EVERY_PATH = 4096
+EVERY_PATH: tuple[Path, ...] = ("auto", "query_major", "region_major")
 # The profiler that counts memory records every operation, gigabytes of records beyond this length.
 LONGEST_FOR_MEMORY = 16_384
 SLOPE_FROM = 2048
@@ -77,39 +78,52 @@ def sweep_settings(num_tokens: int) -> list[Setting]:
     ]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A setting to measure, by which paths, and the table that it belongs to."""
+
+    setting: Setting
+    paths: tuple[Path, ...]
+    table: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Settings of one shape are measured beside the same dense attention."""
+        one = self.setting
+        return one.num_tokens, one.num_kv_groups, one.num_heads, one.head_size
+
+
 def run_bench(
     lengths: Sequence[int] = LENGTHS,
     repeats: int = 3,
     targets: Sequence[Setting] = TARGETS,
     layout: str = "heads_first",
+    train_steps: Callable[[Callable[[], float], int], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Measure the settings with a target and the sweep over lengths; the answer as plain values.
 
     `layout`: "heads_first" gives contiguous [B, H, S, D], "tokens_first" the [B, S, H, D] that a projection leaves.
+    `train_steps`: `bench_train_step.measure_train_steps`, or left out.
     """
-    ordered = sorted(targets, key=_shape)
-    target_rows = [
-        row for _, same in groupby(ordered, key=_shape) for row in _measure(list(same), repeats, layout, ("auto",))
-    ]
-    sweep_rows = []
+    clock_name, now = _clock()
+    about_run = circumstances()  # now: the code may change while this runs
+    wanted = [_Wanted(setting, ("auto",), "targets") for setting in targets]
     for num_tokens in lengths:
-        every: tuple[Path, ...] = ("auto", "query_major", "region_major")
-        paths = every if num_tokens <= LONGEST_FOR_EVERY_PATH else ("auto",)
-        sweep_rows += _measure(sweep_settings(num_tokens), repeats, layout, paths)
+        paths = EVERY_PATH if num_tokens <= LONGEST_FOR_EVERY_PATH else EVERY_PATH[:1]
+        wanted += [_Wanted(setting, paths, "sweep") for setting in sweep_settings(num_tokens)]
+    tables: dict[str, list[dict[str, Any]]] = {"targets": [], "sweep": []}
+    for _, same in groupby(sorted(wanted, key=lambda one: one.shape), key=lambda one: one.shape):
+        for name, rows in _measure(list(same), repeats, layout).items():
+            tables[name] += rows
     return {
         "benchmark": "attention",
-        "circumstances": circumstances(),
-        "settings": {"repeats": repeats, "layout": layout, "precision": "fp32", "clock": _clock()[0]},
-        "targets": target_rows,
-        "sweep": sweep_rows,
-        "slope": slope(sweep_rows, sweep_settings(SLOPE_FROM)[0].name),
-        "break_even": {s.name: break_even(sweep_rows, s.name) for s in sweep_settings(SLOPE_FROM)},
+        "circumstances": about_run,
+        "settings": {"repeats": repeats, "layout": layout, "precision": "fp32", "clock": clock_name},
+        **tables,
+        "slope": slope(tables["sweep"], sweep_settings(SLOPE_FROM)[0].name),
+        "break_even": {s.name: break_even(tables["sweep"], s.name) for s in sweep_settings(SLOPE_FROM)},
+        "train_steps": [] if train_steps is None else train_steps(now, repeats),
     }
-
-
-def _shape(setting: Setting) -> tuple[int, ...]:
-    """Settings of one shape are measured beside the same dense attention."""
-    return setting.num_tokens, setting.num_kv_groups, setting.num_heads, setting.head_size
 
 
 def slope(rows: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -137,31 +151,35 @@ def break_even(rows: Sequence[dict[str, Any]], name: str) -> int | None:
     return length
 
 
-def _measure(settings: Sequence[Setting], repeats: int, layout: str, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of settings that share one length and head shape, dense attention among them once."""
-    first = settings[0]
+def _measure(wanted: Sequence[_Wanted], repeats: int, layout: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows by table of settings that share one length and head shape, dense attention among them once."""
+    first = wanted[0].setting
     inputs = _inputs(first, layout)
     calls: dict[tuple[int, str], Callable[[], list[float]]] = {(-1, "dense"): partial(_dense, inputs)}
-    for number, setting in enumerate(settings):
-        for path in paths:
-            calls[number, path] = partial(_routed, inputs, setting, path)
+    for number, one in enumerate(wanted):
+        for path in one.paths:
+            calls[number, path] = partial(_routed, inputs, one.setting, path)
     peaks: dict[tuple[int, str], int | None] = {}
     for key, call in calls.items():  # the warm-up as well
-        peaks[key] = peak_bytes(call) if first.num_tokens <= LONGEST_FOR_MEMORY else None
+        if first.num_tokens <= LONGEST_FOR_MEMORY:
+            peaks[key] = peak_bytes(call)
+        else:
+            call()
     times: dict[tuple[int, str], list[list[float]]] = {key: [] for key in calls}
     for _ in range(repeats):
         for key, call in calls.items():
             times[key].append(call())
-    dense = _row(first, "dense", times[-1, "dense"], peaks[-1, "dense"])
-    rows = []
-    for (number, name), measured in times.items():
-        row = dense if number < 0 else _row(settings[number], name, measured, peaks[number, name])
+    dense = _row(first, "dense", times.pop((-1, "dense")), peaks.get((-1, "dense")))
+    dense |= {"name": "dense", "target": None, "ideal": None, "ratio": 1.0, "of_ideal": None}
+    tables = {one.table: [dense] for one in wanted}
+    for (number, path), measured in times.items():
+        setting = wanted[number].setting
+        row = _row(setting, path, measured, peaks.get((number, path)))
         ratio = dense["seconds"] / row["seconds"]
-        row |= {"ratio": ratio, "of_ideal": None if number < 0 else ratio / settings[number].ideal}
-        rows.append(row)
-    dense |= {"name": "dense", "target": None, "ideal": None}
+        tables[wanted[number].table].append(row | {"ratio": ratio, "of_ideal": ratio / setting.ideal})
+    rows = [row for table in tables.values() for row in table]
     say("; ".join(f"{r['num_tokens']} {r['name']} {r['path']} {r['seconds']:.3f} s {r['ratio']:.2f}x" for r in rows))
-    return rows
+    return tables
 
 
 def _row(setting: Setting, path: str, measured: Sequence[Sequence[float]], peak: int | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _HEADER = [
     "setting", "S", "L", "k", "Lq", "G", "path", "route ms", "forward ms", "backward ms", "ratio", "of ideal",
     "peak MiB", "target",
 ]  # fmt: skip
+_STEP_HEADER = ["attention", "L", "k", "Lq", "seconds", "tokens/s", "ratio", "target"]
 _INTRODUCTION = """\
 # Speed and memory of routed attention
 
@@ -29,8 +30,8 @@ Made by `biroute bench attention`; do not edit.
 
 Forward and backward of one causal attention layer in fp32, {heads} query heads of size {head}, one sequence. *Ratio*:
 time of dense `scaled_dot_product_attention`, run alternately with it, over routing + forward + backward. *Of ideal*:
-that ratio over the ratio of operations S / (2 k L). *Peak*: the most memory held beside the inputs. *Path* auto is
-what users get; the others are forced.
+that ratio over the ratio of operations S / (2 k L). *Peak*: the most memory held beside the inputs (not counted
+beyond 16,384 tokens). *Path* auto is what users get; the others are forced, up to 4,096 tokens.
 """
 
 
@@ -38,6 +39,8 @@ def print_attention(answer: Mapping[str, Any]) -> None:
     """The tables in the terminal."""
     print_table("settings with a target", _HEADER, _rows(answer["targets"]))
     print_table("over the length", _HEADER, _rows(answer["sweep"]))
+    if answer["train_steps"]:
+        print_table(_step_title(answer["train_steps"]), _STEP_HEADER, _step_rows(answer["train_steps"]))
     for line in _findings(answer):
         print(line)
 
@@ -54,6 +57,7 @@ def write_attention(answer: Mapping[str, Any], folder: Path) -> list[Path]:
         f"## Settings with a target\n\n{markdown_table(_HEADER, _rows(answer['targets']))}",
         f"## Over the length\n\n{markdown_table(_HEADER, _rows(answer['sweep']))}",
         "\n".join(f"- {line}" for line in _findings(answer)),
+        *_step_parts(answer["train_steps"]),
         f"![Time and memory over the length]({PICTURE_NAME})\n",
     ]
     page.write_text("\n\n".join(parts), encoding="utf-8")
@@ -69,6 +73,32 @@ def _findings(answer: Mapping[str, Any]) -> list[str]:
         where = "never in this range" if length is None else f"from {length:,} tokens on"
         lines.append(f"{name}: at least as fast as dense {where}")
     return lines
+
+
+def _step_parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"## {_step_title(rows)}", markdown_table(_STEP_HEADER, _step_rows(rows))] if rows else []
+
+
+def _step_title(rows: Sequence[Mapping[str, Any]]) -> str:
+    one = rows[0]
+    return f"A whole training step: {one['num_layers']} layers, hidden {one['hidden_size']}, S {one['num_tokens']:,}"
+
+
+def _step_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            row["name"],
+            *(
+                "–" if row["kind"] == "dense" else str(row[name])
+                for name in ("region_size", "topk", "query_block_size")
+            ),
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ratio']:.2f}",
+            "–" if row["target"] is None else f"{row['target']:g}",
+        ]
+        for row in rows
+    ]
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

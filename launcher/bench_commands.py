@@ -40,17 +40,26 @@ def attention(
     tokens_first: Annotated[
         bool, typer.Option("--tokens-first", help="tensors as a projection leaves them, not head by head")
     ] = False,
+    train_step: Annotated[
+        bool, typer.Option("--train-step/--no-train-step", help="whole training steps of a model as well")
+    ] = True,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Time and memory of routed attention beside dense attention, forward and backward.
+    """Time and memory of routed attention beside dense attention, forward and backward; whole training steps.
 
     Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
     """
     from biroute.launcher.bench_attention import LENGTHS, run_bench
     from biroute.launcher.bench_attention_report import print_attention, write_attention
 
-    answer = run_bench(lengths or LENGTHS, repeats, layout="tokens_first" if tokens_first else "heads_first")
+    measure_train_steps = None
+    if train_step:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
+        ignore_library_warnings()
+        from biroute.launcher.bench_train_step import measure_train_steps
+    layout = "tokens_first" if tokens_first else "heads_first"
+    answer = run_bench(lengths or LENGTHS, repeats, layout=layout, train_steps=measure_train_steps)
     _report(answer, as_json, out, print_attention, write_attention)
 
 

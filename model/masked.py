@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from biroute.model.partial import RegionGrid
+from biroute.model.partial import RegionGrid, accumulator, store
 
 # Sequences up to this long are always masked, and longer ones up to the second only if the route covers half of them.
 MASKED_TOKENS, LARGEST_MASKED_TOKENS = 512, 4096
+HEADS_AT_ONCE = 2  # in backward
 CHUNK_TOKENS = 128  # query tokens at once: enough for the product's full speed, few enough for a small mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -53,21 +54,27 @@ class MaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, index, out, lse = ctx.saved_tensors
         grid = ctx.grid
-        dout = _clear_routeless(dout.clone(), index, grid)
+        if (index < 0).all(-1).any():
+            dout = _clear_routeless(dout.clone(), index, grid)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for b, g, heads in _groups(q, k):
             # fp32 and more: sums over chunks and over the heads of a group would drift in bf16.
-            dk_SD, dv_SD = (torch.zeros_like(x[b, g], dtype=lse.dtype) for x in (k, v))
+            grads = (dk[b, g], dv[b, g])
+            sums = [accumulator(x) for x in grads]
             for part in _chunks(index[b, g], q, grid):
-                at = (slice(b, b + 1), heads, part.rows)
-                k_1rKD, v_1rKD = (_for_heads(x[b, g, : part.keys], q[at]) for x in (k, v))
-                dq[at], dk_1rKD, dv_1rKD = _backward(
-                    dout[at], q[at], k_1rKD, v_1rKD, out[at], lse[at], 0.0, False,
-                    attn_mask=part.mask_CK, scale=grid.scale,
-                )  # fmt: skip
-                dk_SD[: part.keys] += dk_1rKD[0].sum(0, dtype=lse.dtype)
-                dv_SD[: part.keys] += dv_1rKD[0].sum(0, dtype=lse.dtype)
-            dk[b, g], dv[b, g] = dk_SD, dv_SD
+                # A few heads at once: each has gradients of its own for all the keys.
+                for first in range(heads.start, heads.stop, HEADS_AT_ONCE):
+                    at = (slice(b, b + 1), slice(first, min(first + HEADS_AT_ONCE, heads.stop)), part.rows)
+                    k_1rKD, v_1rKD = (_for_heads(x[b, g, : part.keys], q[at]) for x in (k, v))
+                    dq[at], *of_heads = _backward(
+                        dout[at], q[at], k_1rKD, v_1rKD, out[at], lse[at], 0.0, False,
+                        attn_mask=part.mask_CK, scale=grid.scale,
+                    )  # fmt: skip
+                    for total_SD, x_1rKD in zip(sums, of_heads, strict=True):
+                        total_SD[: part.keys] += x_1rKD[0].sum(0, dtype=lse.dtype)
+                    del of_heads, x_1rKD  # before the next ones are made
+            for total_SD, x_SD in zip(sums, grads, strict=True):
+                store(total_SD, x_SD)
         return dq, dk, dv, None, None
 
 

@@ -124,11 +124,11 @@ def _group_forward(
             x[heads].unflatten(1, (-1, grid.query_block_size)) for x in (q_rSD, out_rSD, lse_rS)
         )
         sum_rNM, level_rNM = torch.zeros_like(lse_rNM), torch.zeros_like(lse_rNM)
-        sum_rNMD = _accumulator(out_rNMD)
+        sum_rNMD = accumulator(out_rNMD)
         _forward(plan, Inputs(q_rNMD, k_XLD, v_XLD, level_rNM, grid.scale), sum_rNMD, sum_rNM, work)
         lse_rNM.copy_((level_rNM + sum_rNM.log2()) / LOG2_E)
         sum_rNMD /= sum_rNM.masked_fill_(sum_rNM == 0, 1.0)[..., None]
-        _store(sum_rNMD, out_rNMD)
+        store(sum_rNMD, out_rNMD)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def _group_backward(
     grid, work, heads_at_once = setting
     plan = _plan(index_NT, given.k, setting)
     k_XLD, v_XLD, dk_XLD, dv_XLD = (x.unflatten(0, (-1, grid.region_size)) for x in (given.k, given.v, dk_SD, dv_SD))
-    sum_dk_XLD, sum_dv_XLD = _accumulator(dk_XLD), _accumulator(dv_XLD)
+    sum_dk_XLD, sum_dv_XLD = accumulator(dk_XLD), accumulator(dv_XLD)
     for first in range(0, dq_rSD.shape[0], heads_at_once):
         heads = slice(first, first + heads_at_once)
         q_rNMD, do_rNMD, lse_rNM, delta_rNM, dq_rNMD = (
@@ -189,14 +189,14 @@ def _group_backward(
         )
         level_rNM = lse_rNM.masked_fill(lse_rNM == -torch.inf, 0.0) * LOG2_E
         inputs, upstream = Inputs(q_rNMD, k_XLD, v_XLD, level_rNM, grid.scale), Upstream(do_rNMD, delta_rNM)
-        sum_dq_rNMD = _accumulator(dq_rNMD)
+        sum_dq_rNMD = accumulator(dq_rNMD)
         grads = Gradients(sum_dq_rNMD, sum_dk_XLD, sum_dv_XLD)
         if plan.band is not None:
             band_backward(plan.band, inputs, upstream, grads, work)
         tiles_backward(plan.tiles, inputs, upstream, grads, work)
-        _store(sum_dq_rNMD, dq_rNMD)
-    _store(sum_dk_XLD, dk_XLD)
-    _store(sum_dv_XLD, dv_XLD)
+        store(sum_dq_rNMD, dq_rNMD)
+    store(sum_dk_XLD, dk_XLD)
+    store(sum_dv_XLD, dv_XLD)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -233,12 +233,13 @@ def _heads(q: Tensor, k: Tensor, group: int) -> slice:
     return slice(group * rep, (group + 1) * rep)
 
 
-def _accumulator(x: Tensor) -> Tensor:
-    """Zeros to sum into: x itself, or a tensor of the working precision that `_store` copies back."""
+def accumulator(x: Tensor) -> Tensor:
+    """Zeros to sum into: x itself, or a tensor of the working precision that `store` copies back."""
     return x.zero_() if x.dtype == working_dtype(x) else torch.zeros_like(x, dtype=working_dtype(x))
 
 
-def _store(total: Tensor, x: Tensor) -> None:
+def store(total: Tensor, x: Tensor) -> None:
+    """Write a finished sum of `accumulator(x)` to x."""
     if total is not x:
         x.copy_(total)
 

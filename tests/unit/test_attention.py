@@ -11,6 +11,7 @@ from torch import Tensor
 from biroute.model import partial, reference, routing
 from biroute.model.attention import bi_level_attention, dense_attention
 from biroute.model.flex import route_block_mask
+from biroute.model.masked import prefers_mask
 from biroute.model.partial import RegionGrid, attention_delta, merge_partials, partial_attention
 from biroute.model.routing import RouteRule, route_regions
 
@@ -274,6 +275,39 @@ def test_parts_of_the_keys_merge_to_the_whole(path: str) -> None:
     for i in (1, 2):
         joined = torch.cat([grads[1][i], grads[2][i], grads[0][i]], 2)
         torch.testing.assert_close(joined, want[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "region_size", "block", "groups", "tiles"),
+    [
+        (2048, 64, 64, 2, "query"),  # 256 query rows share a route to regions of 64 keys: gather keys
+        (1024, 64, 64, 2, "region"),  # but one block with all its regions would take half of the queries' memory
+        (2048, 64, 64, 8, "query"),  # 64 rows, 64 keys: a tie goes to the keys
+        (2048, 64, 8, 2, "region"),  # 32 rows: gather queries
+        (2048, 64, 1, 2, "region"),
+        (2048, 16, 4, 2, "query"),
+    ],
+)
+def test_automatic_path_gathers_what_is_smaller(tokens, region_size, block, groups, tiles, monkeypatch) -> None:
+    taken = []
+    for name in ("query", "region"):
+        cut = getattr(partial, f"{name}_major_tiles")
+        monkeypatch.setattr(
+            partial, f"{name}_major_tiles", lambda *args, name=name, cut=cut: taken.append(name) or cut(*args)
+        )
+    q, k, v = (x.detach() for x in tensors(1, 8, groups, tokens, 32))
+    sizes = {"region_size": region_size, "query_block_size": block, "causal": True}
+    bi_level_attention(q, k, v, route_regions(q, k, topk=4, **sizes), **sizes)
+    assert set(taken) == {tiles}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "region_size", "topk", "masked"),
+    [(512, 16, 4, True), (1024, 64, 8, True), (1024, 64, 7, False), (4096, 64, 32, True), (8192, 64, 64, False)],
+)
+def test_short_sequences_and_wide_routes_are_masked(tokens, region_size, topk, masked) -> None:
+    # Up to 512 tokens always; up to 4,096 if the route covers half of them.
+    assert prefers_mask(tokens, region_size, topk) == masked
 
 
 def root_mean_square_error(got: Tensor, want: Tensor) -> float:

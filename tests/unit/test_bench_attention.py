@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def test_peak_bytes_counts_what_is_held_at_once() -> None:
         (64, 8, 64, 8, "region_major"),
         (64, 8, 1, 2, "region_major"),
         (16, 16, 1, 2, "region_major"),
+        (64, 8, 1, 2, "masked"),
+        (64, 8, 1, 8, "masked"),
     ],
 )
 def test_routed_attention_holds_no_more_than_dense(region_size, topk, block, groups, path) -> None:
@@ -63,11 +66,29 @@ def test_automatic_region_size_follows_the_cube_root() -> None:
 def test_report_holds_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_attention, "sweep_settings", lambda n: [Setting("swept", n, 16, 4, 16, head_size=16)])
     target = Setting("with a target", 256, 16, 4, 16, head_size=16, target=1.5)
-    answer = bench_attention.run_bench(lengths=(128, 256), repeats=1, targets=[target])
+
+    def train_steps(now: Callable[[], float], repeats: int) -> list[dict]:
+        assert now() <= now() and repeats == 1
+        row = {"num_layers": 2, "hidden_size": 16, "num_tokens": 256, "region_size": 16, "topk": 4}
+        step = {
+            **row,
+            "query_block_size": 1,
+            "seconds": 0.5,
+            "tokens_per_second": 512.0,
+            "ratio": 1.0,
+            "target": None,
+        }
+        return [{**step, "name": kind, "kind": kind} for kind in ("dense", "bi_level")]
+
+    answer = bench_attention.run_bench(lengths=(128, 256), repeats=1, targets=[target], train_steps=train_steps)
     assert {row["path"] for row in answer["sweep"]} == {"dense", "auto", "query_major", "region_major"}
+    dense_rows = [row for row in answer["targets"] + answer["sweep"] if row["path"] == "dense"]
+    assert [row["num_tokens"] for row in dense_rows] == [256, 128, 256]
+    assert dense_rows[0] is dense_rows[2], "one length and shape is measured once"
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in answer["targets"] + answer["sweep"])
     page, picture = bench_attention_report.write_attention(answer, tmp_path / "benchmarks")
     text = page.read_text(encoding="utf-8")
-    assert text.count("\n| ") == len(answer["targets"]) + len(answer["sweep"]) + 4
+    assert text.count("\n| ") == len(answer["targets"]) + len(answer["sweep"]) + len(answer["train_steps"]) + 6
+    assert "2 layers, hidden 16, S 256" in text
     assert "with a target" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
