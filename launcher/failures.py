@@ -133,7 +133,7 @@ def read_pulses(logs: Path) -> list[Pulse]:
 def last_step(logs: Path) -> int | None:
     """The last step that any rank is known to have reached."""
     steps = [pulse.step for pulse in read_pulses(logs)] + [failure.step for failure in read_failures(logs)]
-    return max(steps, default=None)
+    return max(steps, default=0) or None
 
 
 def first_failure(logs: Path) -> Failure | None:

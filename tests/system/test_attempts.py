@@ -139,3 +139,34 @@ def test_an_attempt_that_was_overtaken_writes_nothing(
     run, client = only_run(run_dir)
     assert run.info.status == "FINISHED", "the older attempt has not told MLflow of its end"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == last
+
+
+def test_ranks_started_by_hand(config_file: Path, run_dir: Path) -> None:
+    """torchrun's way: one command per rank, no launcher of ours; the ranks themselves keep the record."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    arguments = [sys.executable, "-m", "biroute.launcher.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            arguments, env={**os.environ, **variables, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=300)
+        assert rank.returncode == 0, err
+    (attempt,) = read_attempts(run_dir)
+    assert (attempt.world_size, attempt.status, attempt.cause) == (2, 0, "the last step is done")
+    assert attempt.nodes == (socket.gethostname(),)
+    assert attempt.step == 3
+
+    lonely = {name: value for name, value in variables.items() if name != "MASTER_ADDR"}
+    answer = subprocess.run(
+        arguments, env={**os.environ, **lonely, "RANK": "0"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines() == [
+        "error: RANK is set but MASTER_ADDR is not; set MASTER_ADDR and MASTER_PORT, or unset RANK"
+    ]
