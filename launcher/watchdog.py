@@ -25,7 +25,7 @@ from types import FrameType
 from biroute.configs.errors import EXIT_OUR_FAULT
 from biroute.launcher.failures import Failure, Pulse, read_pulses, record_failure, write_failure, write_pulse
 
-_SHORTEST_TICK, _LONGEST_TICK = 0.2, 60.0
+_SHORTEST_TICK, _LONGEST_TICK = 0.2, 15.0
 _RANK_0_TICK = 0.2  # its pulse tells the step of the run
 _REPORT_SECONDS = 10.0  # how long to wait for the others' reports
 
@@ -69,12 +69,13 @@ class Watchdog:
 
     def reached(self, doing: str, step: int | None = None) -> None:
         """The rank has got on: it begins `doing`, or has done optimizer step `step`."""
+        first = step is not None and not self._trained
         if step is not None:
             self.step = step
             self._trained = True
         self._doing = doing
         self._since = time.monotonic()
-        if self._rank == 0:
+        if self._rank == 0 or first:  # the first step shortens everybody's limit
             self._changed.set()
 
     def resumed(self, step: int) -> None:
@@ -109,22 +110,24 @@ class Watchdog:
         return min(_LONGEST_TICK, max(_SHORTEST_TICK, self._limit() / 10))
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._closed.is_set():
-            tick, slept = self._tick(), time.monotonic()
+            tick = self._tick()
             if self._hang_seconds > 0:
                 # Should something hold Python's lock for ever, this thread can't run, but that of faulthandler can.
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
                     faulthandler.dump_traceback_later(self._limit() + 2 * tick, file=sys.stderr)
             self._changed.wait(tick)
             self._changed.clear()
-            stopped = time.monotonic() - slept - tick
+            stopped = time.monotonic() - looked - tick
+            looked = time.monotonic()
             if stopped > tick + 5:
                 self._since += stopped  # this process itself was stopped, as `scontrol suspend` does
             if self._closed.is_set():
                 break
-            self._write_pulse()
-            if self._hang_seconds > 0 and time.monotonic() - self._since > self._limit():
+            if self._hang_seconds > 0 and looked - self._since > self._limit():
                 self._end_hang()
+            self._write_pulse()
             self._closed.wait(_RANK_0_TICK)
         faulthandler.cancel_dump_traceback_later()
 
@@ -143,6 +146,7 @@ class Watchdog:
         assert self._logs is not None
         faulthandler.cancel_dump_traceback_later()
         waited = time.monotonic() - self._since
+        self._write_pulse()
         print(f"\nwatchdog: nothing new for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

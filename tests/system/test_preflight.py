@@ -124,7 +124,7 @@ def test_a_node_with_the_wrong_network_interface(start: Start, run_dir: Path) ->
 
 
 def test_a_node_that_does_not_answer(start: Start, run_dir: Path) -> None:
-    answers = start(2, absent=(1,), seconds=40.0)
+    answers = start(2, absent=(1,), seconds=12.0)
     assert answers[0][0] == 1, answers
     found = bad_nodes(log_dir(run_dir, 1))
     assert list(found) == ["n2"], found
@@ -132,7 +132,7 @@ def test_a_node_that_does_not_answer(start: Start, run_dir: Path) -> None:
 
 
 def test_a_first_node_that_does_not_answer(start: Start, run_dir: Path) -> None:
-    answers = start(2, absent=(0,), seconds=20.0)
+    answers = start(2, absent=(0,), seconds=5.0)
     assert answers[1][0] == 1, answers
     found = bad_nodes(log_dir(run_dir, 1))
     assert list(found) == ["n1"], found
