@@ -42,7 +42,8 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     config = job_config(run_dir)
     logs = log_dir(run_dir, attempt)
     found = explain_end(logs, status, signal_name)
-    limits = Limits(config.slurm.max_restarts, config.slurm.max_crashes_at_same_step)
+    slurm = config.slurm
+    limits = Limits(slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue)
     decision, reason = end_attempt(run_dir, attempt, found, limits)
     if found.crash and (told := tell_first_failure(logs)):
         print(told, file=sys.stderr)

@@ -55,10 +55,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on restarting after crashes of one job, `slurm.max_restarts` and `slurm.max_crashes_at_same_step`."""
+    """Bounds on restarting after crashes of one job, and whether to restart at all; fields of section slurm."""
 
     max_restarts: int
     max_crashes_at_same_step: int
+    requeue: bool = True
 
 
 def make_run_dir(path: Path) -> None:
@@ -145,6 +146,8 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
         return "stop", "the run was cancelled; `biroute resume` goes on with it"
     if end.status == EXIT_USER_FAULT:
         return "stop", f"{end.cause}; put it right, then `biroute resume`"
+    if not limits.requeue:
+        return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on"
     if end.status == EXIT_STOPPED or not end.crash:
         return "requeue", f"{end.cause}; the next attempt goes on from there"
     crashes = [attempt for attempt in earlier if attempt.crash]

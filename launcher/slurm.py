@@ -114,6 +114,7 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
         job_id, state, exit_code, nodes, submit_line = line.split(_SEPARATOR, 4)
         state = state.split()[0]  # "CANCELLED by 0"
+        nodes = "" if nodes == "None assigned" else nodes
         jobs.append(Job(job_id, state, _script(submit_line), nodes=nodes, exit_code=exit_code))
     return jobs
 

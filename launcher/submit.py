@@ -9,10 +9,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from biroute.configs.errors import UserError
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
@@ -124,7 +123,7 @@ def record_job(run_dir: Path, job_id: str, by: str) -> None:
 
 
 @contextlib.contextmanager
-def explain_run_dir_errors(run_dir: Path) -> Any:
+def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
     """Turn a full disk or a folder that cannot be written into a UserError."""
     try:
         yield

@@ -52,7 +52,7 @@ class Cluster:
 
     def client(self, *command: str) -> str:
         """What a Slurm client command prints; empty if it fails, as squeue does for a job that is gone."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=self.environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=self.environment, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -74,8 +74,8 @@ class Cluster:
             if not self.verb("exec", node, "hostname", check=False):
                 self.verb("power-on", node)
             self.client("scontrol", "update", f"nodename={node}", "state=resume")
-        wait_for(lambda: not self.client("squeue", "-h", "-o", "%i"), 90, "the jobs to end")
-        wait_for(lambda: self._idle_nodes() == self.nodes, 90, "the nodes to be idle")
+        wait_for(lambda: not self.client("squeue", "-h", "-o", "%i"), 180, "the jobs to end")
+        wait_for(lambda: self._idle_nodes() == self.nodes, 180, "the nodes to be idle")
 
     def _idle_nodes(self) -> int:
         return len(set(self.client("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,11 @@ def test_decision(end: End, earlier: list[Attempt], decision: str, reason: str) 
 def test_a_cancelled_run_is_not_queued_again() -> None:
     assert decide(End(75, "SIGTERM"), [], cancelled=True, limits=LIMITS)[0] == "stop"
     assert decide(End(0, "done"), [], cancelled=True, limits=LIMITS)[0] == "finished"
+    off = replace(LIMITS, requeue=False)
+    for end in (End(75, "SIGUSR1"), End(1, "boom", crash=True)):
+        assert decide(end, [], cancelled=False, limits=off) == (
+            "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on",
+        )  # fmt: skip
 
 
 def test_an_attempt_without_end_gets_one_when_the_next_begins(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_node_without_power_is_missed_and_comes_back(cluster: Cluster) -> None
         return "node3" in cluster.client("sinfo", "-h", "-N", "-t", "down", "-o", "%N")
 
     cluster.verb("power-off", "node3")
-    wait_for(missed, 90, "Slurm to miss node3")
+    wait_for(missed, 180, "Slurm to miss node3")
     cluster.verb("power-on", "node3")
-    wait_for(lambda: not missed(), 60, "node3 to come back")
+    wait_for(lambda: not missed(), 180, "node3 to come back")
     assert cluster.client("srun", "-w", "node3", "hostname") == "node3"

@@ -172,7 +172,7 @@ def test_no_cluster(cluster: Cluster, config_file: Path, profile: Path, command:
     lines = ["SlurmctldPort=1" if line.startswith("SlurmctldPort=") else line for line in text.splitlines()]
     (tmp_path / "slurm.conf").write_text("\n".join(["MessageTimeout=2", *lines]))
     answer = command("submit", config_file, f"slurm.profile={profile}", **nowhere)
-    assert_one_line(answer, "the Slurm controller does not answer")
+    assert_one_line(answer, "Slurm controller")  # it "does not answer", or, on a slow machine, not in time
     assert not (config_file.parent / "runs").exists()
 
 
@@ -216,7 +216,7 @@ def test_cancel_and_resume_of_a_waiting_run(config_file: Path, held: str, on: Co
     assert (status["state"], status["reason"], status["steps"]) == ("queued", "JobHeldUser", 8)
     assert_one_line(on("resume", run_dir), f"has job {first['job_id']}, PENDING", "cancel")
     assert on("cancel", first["job_id"]).status == 0
-    wait_for(lambda: not cluster.client("squeue", "-h"), 60, "the job to go")
+    wait_for(lambda: not cluster.client("squeue", "-h"), 120, "the job to go")
     assert json.loads(on("status", run_dir, "--json").out)[0]["state"] == "cancelled"
     assert_one_line(on("cancel", run_dir), "no job queued or running", "cancelled")
 
