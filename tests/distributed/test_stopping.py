@@ -7,19 +7,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.corpus import small_run
 from helpers.job import points_of, run_job, until
-from helpers.pool import RankFailedError, WorkerPool
+from helpers.pool import WorkerPool
 from helpers.training import small_config, start_engine, train
 
 from biroute.configs.errors import FencedError
+from biroute.data_pipeline.loader import Batch
 from biroute.launcher.attempts import Fence, begin_attempt, read_attempts
-from biroute.launcher.failures import log_dir, read_pulses
+from biroute.launcher.failures import log_dir
 from biroute.parallel.checkpoint import Progress, save_checkpoint
 from biroute.parallel.checkpoint_files import list_checkpoints, read_meta
 
@@ -31,30 +32,37 @@ NAMES = ("train/loss", "heldout/loss", "heldout/bits_per_byte")
 def tree_of(corpus: Path, run_dir: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     """A run whose evaluations last: many batches, so that a signal can come between two of them."""
     tree = small_run(corpus, run_dir, steps=STEPS, parallel=parallel)
-    tree["train"] |= {"evaluate_every": 3, "evaluate_sequences": 240}
+    tree["train"] |= {"evaluate_every": 3, "evaluate_sequences": 48}
     tree["checkpoint"] = {"every_steps": 2}
     return tree
 
 
-def signal_when(pool: WorkerPool, condition: Callable[[], object], rank: int, number: signal.Signals) -> None:
-    until(condition)
-    os.kill(pool.pid(rank), number)
+def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number: int) -> str:
+    """Run, and send `number` to `rank` in the middle of the evaluation after `step`, or of the save."""
+    import torch.distributed as dist
 
+    from biroute.data_pipeline.loader import HeldoutBatches
+    from biroute.launcher import trainer
 
-def doing(run_dir: Path, attempt: int, what: str) -> bool:
-    """Does a rank's pulse show that it does `what` now?"""
-    return any(pulse.doing == what for pulse in read_pulses(log_dir(run_dir, attempt)))
+    batches, save = HeldoutBatches.__iter__, trainer.save_checkpoint
 
+    def signal_then_save(engine: Any, folder: Path, progress: Progress, *arguments: Any, **options: Any) -> Path:
+        if place == "save" and progress.step == step and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+        return save(engine, folder, progress, *arguments, **options)
 
-def stopped_run(
-    pool: WorkerPool, tree: dict[str, Any], condition: Callable[[], object], rank: int, number: signal.Signals
-) -> list[str]:
-    """Run the job; send `number` to one rank once `condition` is met. How each rank ended."""
-    sender = threading.Thread(target=signal_when, args=(pool, condition, rank, number))
-    sender.start()
-    ends = pool.run(run_job, tree)
-    sender.join()
-    return ends
+    def signal_in_between(self: HeldoutBatches) -> Iterator[Batch]:
+        for index, batch in enumerate(batches(self)):
+            if place == "evaluation" and index == len(self) // 2 and dist.get_rank() == rank:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    HeldoutBatches.__iter__ = signal_in_between  # type: ignore[method-assign]
+    trainer.save_checkpoint = signal_then_save  # type: ignore[assignment]
+    try:
+        return run_job(tree)
+    finally:
+        HeldoutBatches.__iter__, trainer.save_checkpoint = batches, save  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2, "zero_stage": 1}], ids=str)
@@ -67,14 +75,13 @@ def test_stopped_in_evaluation_and_in_a_save(
     assert set(pool.run(run_job, tree_of(corpus, undisturbed, parallel))) == {"finished"}
     tree = tree_of(corpus, run_dir, parallel)
 
-    in_evaluation = stopped_run(pool, tree, lambda: doing(run_dir, 1, "evaluating after step 3"), 1, signal.SIGTERM)
+    in_evaluation = pool.run(signalled_job, tree, "evaluation", 3, 1, signal.SIGTERM)
     assert all(end.startswith("StoppedError: stopped by SIGTERM after step 3;") for end in in_evaluation)
     newest = list_checkpoints(run_dir / "checkpoints")[0]
     assert read_meta(newest)["progress"]["evaluation_pending"], "it was cut off, not waited for"
     assert points_of(run_dir, "heldout/loss") == []
 
-    partial = "step-00000004.attempt-0002.partial"
-    in_save = stopped_run(pool, tree, (run_dir / "checkpoints" / partial).exists, 0, signal.SIGUSR1)
+    in_save = pool.run(signalled_job, tree, "save", 4, 0, signal.SIGUSR1)
     assert all("by SIGUSR1 after step 4;" in end for end in in_save), in_save
     assert list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000004"
 
@@ -185,9 +192,3 @@ def test_a_run_that_lost_its_folder_ends_without_another_word(ranks: Ranks, corp
         assert end.startswith("FencedError: attempt 1 no longer owns"), end
     assert [step for step, _ in points_of(tmp_path / "run")] == [1, 2, 3]
     assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_pool_still_reports_errors(ranks: Ranks, tmp_path: Path) -> None:
-    """The helper that these tests stand on hides no failure."""
-    with pytest.raises(RankFailedError, match="UserError"):
-        ranks(2).run(run_job, {"train": {"run_dir": str(tmp_path)}, "data": {"dir": str(tmp_path / "none")}})
