@@ -172,9 +172,9 @@ def _measure(wanted: Sequence[_Wanted], repeats: int, layout: str) -> dict[str, 
     dense = _row(first, "dense", times.pop((-1, "dense")), peaks.get((-1, "dense")))
     dense |= {"name": "dense", "target": None, "ideal": None, "ratio": 1.0, "of_ideal": None}
     tables = {one.table: [dense] for one in wanted}
-    for (number, path), measured in times.items():
+    for (number, name), measured in times.items():
         setting = wanted[number].setting
-        row = _row(setting, path, measured, peaks.get((number, path)))
+        row = _row(setting, name, measured, peaks.get((number, name)))
         ratio = dense["seconds"] / row["seconds"]
         tables[wanted[number].table].append(row | {"ratio": ratio, "of_ideal": ratio / setting.ideal})
     rows = [row for table in tables.values() for row in table]

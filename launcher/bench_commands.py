@@ -53,13 +53,15 @@ def attention(
     from biroute.launcher.bench_attention import LENGTHS, run_bench
     from biroute.launcher.bench_attention_report import print_attention, write_attention
 
-    measure_train_steps = None
+    measure: Callable[..., list[dict[str, Any]]] | None = None
     if train_step:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
         ignore_library_warnings()
         from biroute.launcher.bench_train_step import measure_train_steps
+
+        measure = measure_train_steps
     layout = "tokens_first" if tokens_first else "heads_first"
-    answer = run_bench(lengths or LENGTHS, repeats, layout=layout, train_steps=measure_train_steps)
+    answer = run_bench(lengths or LENGTHS, repeats, layout=layout, train_steps=measure)
     _report(answer, as_json, out, print_attention, write_attention)
 
 

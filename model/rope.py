@@ -44,7 +44,8 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _turn(dout, *ctx.saved_tensors, -1.0), None, None
+        cosines, sines = ctx.saved_tensors
+        return _turn(dout, cosines, sines, -1.0), None, None
 
 
 def _turn(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
