@@ -50,7 +50,7 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
 
     The shares: how many questions had the region with the answer in their route, by layer, in either KV group.
     """
-    variant, settings = VARIANTS["token-4x8"], RecallSettings(steps=steps)
+    variant, settings = VARIANTS["token-4x8-parts4"], RecallSettings(steps=steps)
     model = train_variant(variant, 0, settings)
     batch = settings.task.batch(1, MAP_SEED)
     routes = [_route_of(attention, model, batch) for attention in model.attentions()]
