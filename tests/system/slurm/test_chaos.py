@@ -106,12 +106,12 @@ def test_bytes_on_the_cables_are_those_that_training_counts(
     cluster: Cluster, corpus: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two runs that differ in their sequences per step alone: start, gradients and ZeRO cancel out."""
-    steps, sent, counted = 12, [], []
+    steps, sent, counted = 6, [], []
     for sequences in (4, 16):
         config = write_run(
             corpus, tmp_path, f"batch{sequences}", steps=steps, parallel={"region": 2},
-            model={"sequence_length": 512},
-            train={"global_batch_size": sequences, "evaluate_every": 0, "evaluate_sequences": 4},
+            model={"hidden_size": 128, "sequence_length": 1024},  # messages that dwarf their headers
+            train={"global_batch_size": sequences, "microbatch_size": 4, "evaluate_every": 0},
             checkpoint={"every_steps": 0},
         )  # fmt: skip
         before = cluster.bytes_sent()
