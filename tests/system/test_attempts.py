@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,8 +59,16 @@ def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """Rank -> process, once both are there."""
-    until(lambda: len(psutil.Process(process.pid).children()) == 2)
-    return {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+    found: dict[int, psutil.Process] = {}
+
+    def both() -> bool:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error, KeyError):  # just forked, it is still the launcher
+                found[int(child.environ()["RANK"])] = child
+        return len(found) == 2
+
+    until(both)
+    return found
 
 
 def test_stopped_before_training_begins(config_file: Path, run_dir: Path, start: Any) -> None:
