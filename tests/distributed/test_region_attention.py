@@ -36,9 +36,9 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(x.to(case.dtype) for x in (q, k, v, dout))
 
 
-def single(case: Case) -> tuple[Tensor, ...]:
-    """Index, output and gradients of one process."""
-    q, k, v, dout = inputs(case)
+def single(case: Case, in_fp64: bool = False) -> tuple[Tensor, ...]:
+    """Index, output and gradients of one process, of the same inputs."""
+    q, k, v, dout = (x.double() if in_fp64 else x for x in inputs(case))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     if case.kind == "dense":
         index, out = torch.empty(0), dense_attention(q, k, v, causal=case.causal)
@@ -127,6 +127,7 @@ CASES = [
     Case(8, kind="dense"),
     Case(4, kind="dense", causal=False),
     Case(4, region_size=32, topk=4, num_regions=8, heads=8, groups=1),
+    Case(4, region_size=1, num_regions=60),
     Case(4, distinct=3),
     Case(8, distinct=2, query_block_size=4, way="ship"),
 ]
@@ -155,6 +156,18 @@ def test_shards_equal_one_process(case: Case, ranks: Ranks) -> None:
         for baseline in answer["baselines"]:
             assert case.way == "ship" or answer["planned"] <= baseline.causal_fetch <= baseline.ring
             assert case.way != "auto" or answer["planned"] <= baseline.bound
+
+
+@pytest.mark.parametrize("way", ["fetch", "ship"])
+def test_the_error_does_not_grow_with_the_ranks(way: str, ranks: Ranks) -> None:
+    exact = single(Case(1, num_regions=48), in_fp64=True)
+    errors = {}
+    for count in (2, 8):
+        found = gathered(ranks(count).run(sharded_job, Case(count, num_regions=48, way=way)))
+        pairs = zip(found[1:], exact[1:], strict=True)
+        errors[count] = max(float((got - want).norm() / want.norm()) for got, want in pairs)
+    assert errors[2] < 1e-6
+    assert errors[8] < 2 * errors[2], errors
 
 
 def gathered_dense(answers: list[dict[str, Any]]) -> list[Tensor]:

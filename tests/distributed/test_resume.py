@@ -31,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "region 2, ZeRO 0": {"parallel": {"region": 2, "zero_stage": 0}},
     "region 2, ZeRO 1": {"parallel": {"region": 2, "zero_stage": 1}},
     "region 2, ZeRO 3": {"parallel": {"region": 2, "zero_stage": 3}},
+    "region 2, ZeRO 1, bf16": {"parallel": {"region": 2, "zero_stage": 1}, "train": {"precision": "bf16"}},
     "tensor 2, sequence parallel": {"parallel": {"tensor": 2, "sequence_parallel": True, "zero_stage": 1}},
     "data 2, ZeRO 1, bf16": {"parallel": {"data": 2, "zero_stage": 1}, "train": {"precision": "bf16"}},
     "data 2, ZeRO 3, bf16": {"parallel": {"data": 2, "zero_stage": 3}, "train": {"precision": "bf16"}},
