@@ -45,6 +45,7 @@ def test_a_run_survives_a_signal_and_a_dead_node(
     assert dead in second.nodes
     assert dead not in third.nodes
     assert second.cause, "a lost node is told too"
+    assert second.decision != "finished", run.story()
     assert second.step is not None
     assert second.step - run.resumed_after(3) <= CHECKPOINT_EVERY, "at most a checkpoint's interval is lost"
 
