@@ -95,12 +95,18 @@ def join_alone(config: RunConfig) -> Mesh:
     return build_mesh(resolve_layout(config, 1))
 
 
+def rows_depend_on(config: RunConfig) -> dict[str, Any]:
+    """The sections that decide what a variant scores, as plain values; layout, tracking and the like do not."""
+    return config.model_dump(mode="json", include={"model", "data", "optim", "train"})
+
+
 def run_bench(
     config: RunConfig, steps: int, seeds: int, patterns: Sequence[str] = (), rows_path: Path | None = None
 ) -> dict[str, Any]:
     """Train and score the chosen variants of `config`; the answer as plain values. `patterns`: names, `*` allowed.
 
-    Rows are kept in `rows_path` as they come, and those of the same settings and seeds are taken from there.
+    Rows are kept in `rows_path` as they come, and those of the same settings (`rows_depend_on`) and seeds are taken
+    from there.
 
     Raises:
         UserError: no such variant, no seed, a masked objective, no dataset; a rows file that is none.
@@ -112,7 +118,7 @@ def run_bench(
     names = select(VARIANTS, patterns, VARIANTS)
     about_run = circumstances()  # now: the code may change while this runs
     dataset = open_dataset(config)  # complains before anything is trained
-    kept = KeptRows(rows_path, [config.model_dump(mode="json"), dataset.manifest.tokenizer_fingerprint, steps, seeds])
+    kept = KeptRows(rows_path, [rows_depend_on(config), dataset.manifest.tokenizer_fingerprint, steps, seeds])
     plans = {name: [variant_config(config, name, seed, steps) for seed in range(seeds)] for name in names}
     mesh = join_alone(plans[names[0]][0])
     rows = [kept.row(name, partial(_run_variant, name, configs, mesh)) for name, configs in plans.items()]

@@ -233,6 +233,23 @@ def test_variants_see_equally_many_tokens() -> None:
         variant_config(small, "dense", 0, 50)
 
 
+@pytest.mark.slow
+def test_kept_rows_of_quality_depend_on_what_decides_the_numbers_alone() -> None:
+    from biroute.launcher.bench_quality import rows_depend_on
+
+    def about(**sections: dict[str, Any]) -> dict[str, Any]:
+        return rows_depend_on(config_from_tree(sections, "test"))
+
+    assert about(parallel={"data": 2}, checkpoint={"keep": 7}, tracking={"enabled": False}) == about()
+    for section, change in {
+        "model": {"num_layers": 3},
+        "data": {"heldout_fraction": 0.2},
+        "optim": {"learning_rate": 0.1},
+        "train": {"microbatch_size": 1},
+    }.items():
+        assert about(**{section: change}) != about(), section
+
+
 def test_the_quality_page(tmp_path: Path) -> None:
     model = config_from_tree({}, "test").model.model_dump(mode="json")
     rows = [
