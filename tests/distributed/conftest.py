@@ -9,16 +9,9 @@ from helpers.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], WorkerPool]]:
-    """`ranks(4)` is a pool of four gloo ranks, the same one all session."""
-    pools: dict[int, WorkerPool] = {}
-
-    def pool(world_size: int) -> WorkerPool:
-        return pools.setdefault(world_size, WorkerPool(world_size))
-
-    yield pool
-    for started in pools.values():
-        started.stop()
+def ranks() -> Callable[[int], WorkerPool]:
+    """`ranks(4)` runs jobs on four gloo ranks."""
+    return WorkerPool
 
 
 @pytest.fixture

@@ -1,17 +1,18 @@
-"""Real gloo ranks for tests: started once a session, then sent functions. Starting them anew costs 13 s a process.
+"""Real gloo ranks for tests, forked for each job from one process that has imported everything.
 
 `pool.run(job, *arguments)` calls `job(*arguments)` on every rank and returns the results, rank 0's first. Jobs are
-module-level functions of test files; arguments and results must pickle.
+module-level functions of test files; arguments and results must pickle. Importing costs 13 s a process, so it is done
+once a session. A job's processes end with it: DeepSpeed's engines keep their process groups alive for ever, and each
+gloo group has a thread that polls.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
+
+IMPORTED_BEFORE = ["biroute.launcher.run", "biroute.launcher.worker", "biroute.parallel.engine"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 class RankFailedError(Exception):
@@ -26,110 +31,88 @@ class RankFailedError(Exception):
 
 
 class WorkerPool:
-    """`world_size` processes joined in one gloo group; restarted after a job that failed or hung."""
+    """`world_size` ranks, joined in one gloo group for each job."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._processes: list[Any] = []
-        self._connections: list[Connection] = []
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout_seconds: float = 600.0) -> list[Any]:
         """Results of `job(*arguments)` by rank. Raises RankFailedError with the first failing rank's traceback."""
-        if not self._processes:
-            self._start()
-        request = pickle.dumps((job.__code__.co_filename, job.__qualname__, arguments))
-        for connection in self._connections:
-            connection.send_bytes(request)
-        results: dict[int, Any] = {}
-        while len(results) < self.world_size:
-            waiting = [c for rank, c in enumerate(self._connections) if rank not in results]
-            ready = wait(waiting, timeout_seconds)
-            if not ready:
-                self.stop()
-                raise RankFailedError(f"ranks {sorted(set(range(self.world_size)) - set(results))} hang")
-            for connection in ready:
-                rank = self._connections.index(connection)
-                try:
-                    ok, value = pickle.loads(connection.recv_bytes())
-                except (EOFError, ConnectionResetError):
-                    ok, value = False, "the process died"
-                if not ok:
-                    self.stop()  # the others may wait for this rank for ever
-                    raise RankFailedError(f"rank {rank}: {value}")
-                results[rank] = value
-        return [results[rank] for rank in range(self.world_size)]
+        with tempfile.TemporaryDirectory(prefix="biroute-test-") as folder:
+            request = (job.__code__.co_filename, job.__qualname__, arguments)
+            connections = self._start(Path(folder) / "rendezvous", pickle.dumps(request))
+            try:
+                return self._results(connections, timeout_seconds)
+            finally:
+                self.kill()  # after a failure the others may wait for that rank for ever
+                for process in self._processes:
+                    process.join()
+                self._processes = []
 
     def pid(self, rank: int) -> int:
         """Process id of a rank, once a job has been sent."""
         return int(self._processes[rank].pid)
 
     def kill(self) -> None:
-        """kill -9 all ranks in the middle of a job, which then fails."""
+        """kill -9 all ranks; in the middle of a job, it fails."""
         for process in self._processes:
             process.kill()
 
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._connections = [], []
+    def _start(self, rendezvous: Path, request: bytes) -> list[Connection]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_BEFORE)
+        connections = []
+        with patch.dict(os.environ, ENVIRONMENT):  # the first call starts the process that imports
+            for rank in range(self.world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(theirs, rank, self.world_size, rendezvous, request), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                connections.append(ours)
+        return connections
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        rendezvous = Path(tempfile.mkdtemp(prefix="biroute-test-")) / "rendezvous"
-        for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, rendezvous), daemon=True)
-            process.start()
-            self._processes.append(process)
-            self._connections.append(ours)
-
-
-def _serve(connection: Connection, rank: int, world_size: int, rendezvous: Path) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu"
-    )
-    import torch
-
-    from biroute.parallel.megatron import prepare_megatron
-
-    torch.set_num_threads(1)
-    prepare_megatron(torch.device("cpu"))
-    modules: dict[str, ModuleType] = {}
-    for job in itertools.count():
-        path, name, arguments = pickle.loads(connection.recv_bytes())
-        try:
-            _join(rank, world_size, Path(f"{rendezvous}-{job}"))
-            if path not in modules:
-                modules[path] = _load(path)
-            answer = (True, getattr(modules[path], name)(*arguments))
-            _leave()
-        except BaseException:
-            answer = (False, traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+    def _results(self, connections: list[Connection], timeout_seconds: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = [c for rank, c in enumerate(connections) if rank not in results]
+            ready = wait(waiting, timeout_seconds)
+            if not ready:
+                raise RankFailedError(f"ranks {sorted(set(range(self.world_size)) - set(results))} hang")
+            for connection in ready:
+                rank = connections.index(connection)
+                try:
+                    ok, value = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    ok, value = False, "the process died"
+                if not ok:
+                    raise RankFailedError(f"rank {rank}: {value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
 
 
-def _join(rank: int, world_size: int, rendezvous: Path) -> None:
-    import torch.distributed as dist
+def _serve(connection: Connection, rank: int, world_size: int, rendezvous: Path, request: bytes) -> None:
+    """Do one job as one rank, then stay until the pool ends it: others may still need this rank's sockets."""
+    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        import torch
+        import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+        from biroute.parallel.megatron import prepare_megatron
 
-
-def _leave() -> None:
-    """Close every group of a job: each keeps threads that poll, and an engine makes a dozen groups."""
-    import torch.distributed as dist
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
-
-    from biroute.parallel.megatron import stop_process_groups
-
-    gc.collect()  # engines and their hooks first
-    stop_process_groups()
-    comm.cdb = None
-    for name, value in vars(groups).items():  # DeepSpeed keeps groups by name and would hand out closed ones
-        if isinstance(value, dist.ProcessGroup):
-            setattr(groups, name, None)
-    dist.destroy_process_group()
+        torch.set_num_threads(1)
+        prepare_megatron(torch.device("cpu"))
+        path, name, arguments = pickle.loads(request)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+        answer = (True, getattr(_load(path), name)(*arguments))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    connection.send_bytes(pickle.dumps(answer))
+    while True:
+        signal.pause()
 
 
 def _load(path: str) -> ModuleType:
