@@ -11,18 +11,19 @@ may write nothing into the folder any more: whoever writes compares its own numb
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, FencedError, UserError
 from biroute.launcher.failures import End, last_step, log_dir
+from biroute.launcher.file_lock import file_lock
 
 LEDGER_NAME = "attempts.jsonl"
 FENCE_NAME = "attempt"
@@ -228,23 +229,12 @@ class Fence:
             yield
 
 
-@contextlib.contextmanager
-def folder_lock(run_dir: Path) -> Iterator[None]:
+def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
     """One process at a time changes fence, ledger or the list of checkpoints.
 
     After some seconds it goes on without: a frozen holder must not stop the next attempt.
     """
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with (run_dir / f".{FENCE_NAME}.lock").open("w") as file:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:  # a filesystem without locks
-                break
-        yield
+    return file_lock(run_dir / f".{FENCE_NAME}.lock", _LOCK_SECONDS)
 
 
 def _raise_fence(run_dir: Path, number: int) -> None:

@@ -15,14 +15,14 @@ This is the only file that imports mlflow, and it does so inside functions: `bir
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher import provenance
 from biroute.launcher.attempts import Fence, read_attempts
+from biroute.launcher.file_lock import file_lock
 from biroute.launcher.sender import Sender
 from biroute.launcher.spool import SPOOL_NAME, Point, Spool
 from biroute.launcher.tracking_state import STATE_NAME, TrackingState
@@ -197,7 +198,7 @@ class _MlflowRun:
         from mlflow import MlflowClient
 
         database = sqlite_path(self._uri)
-        with _file_lock(database) if database else contextlib.nullcontext():
+        with _tables_lock(database) if database else contextlib.nullcontext():
             self._client = MlflowClient(tracking_uri=self._uri)
             self._client.search_experiments(max_results=1)  # makes a new database's tables, under the lock
 
@@ -377,18 +378,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-@contextlib.contextmanager
-def _file_lock(database: Path) -> Iterator[None]:
-    """One process at a time makes the tables of a new SQLite file: MLflow fails when two do."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with (database.parent / f".{database.name}.lock").open("w") as file:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError:
-                break
-        # Without the lock too (its holder is frozen, the filesystem has none): a retry heals the rare clash.
-        yield
+def _tables_lock(database: Path) -> AbstractContextManager[None]:
+    """One process at a time makes the tables of a new SQLite file: MLflow fails when two do.
+
+    Without the lock too, where it can't be had: a retry heals the rare clash.
+    """
+    return file_lock(database.parent / f".{database.name}.lock", _LOCK_SECONDS)

@@ -3,10 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from helpers.corpus import small_run
@@ -47,3 +48,32 @@ def config_file(corpus: Path, tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture
+def run_dir(config_file: Path) -> Path:
+    return config_file.parent / "runs" / "small"
+
+
+@pytest.fixture
+def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`start(*overrides)` starts `biroute train`; it and its ranks end with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_training(*overrides: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start_training
+    for process in started:
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            child.kill()
+        process.kill()
+        process.communicate()

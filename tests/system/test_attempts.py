@@ -11,12 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 from helpers.job import points_of, until
 
 from biroute.launcher.attempts import read_attempts
@@ -27,34 +26,6 @@ from .test_train import only_run
 
 Command = Callable[..., Answer]
 TWO_RANKS = ("parallel.data=2", "tracking.enabled=false", "train.evaluate_every=0")
-
-
-@pytest.fixture
-def run_dir(config_file: Path) -> Path:
-    return config_file.parent / "runs" / "small"
-
-
-@pytest.fixture
-def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start_training(*overrides: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        started.append(process)
-        return process
-
-    yield start_training
-    for process in started:
-        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
-            child.kill()
-        process.kill()
-        process.communicate()
 
 
 def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:

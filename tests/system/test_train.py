@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,33 +52,6 @@ def only_run(run_dir: Path) -> Any:
     (experiment,) = [e for e in client.search_experiments() if e.name == "biroute"]
     (run,) = client.search_runs([experiment.experiment_id])
     return run, client
-
-
-@pytest.fixture
-def run_dir(config_file: Path) -> Path:
-    return config_file.parent / "runs" / "small"
-
-
-@pytest.fixture
-def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start_training(*overrides: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        started.append(process)
-        return process
-
-    yield start_training
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
