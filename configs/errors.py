@@ -1,9 +1,13 @@
 """The kinds of failure that BiRoute reports on purpose."""
 
+import errno
+
 EXIT_OK = 0
 EXIT_OUR_FAULT = 1
 EXIT_USER_FAULT = 2
 EXIT_STOPPED = 75  # stopped on a signal with state saved: run me again (EX_TEMPFAIL of sysexits.h)
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errno of a write that a disk, a quota or a limit refused
 
 
 class UserError(Exception):

@@ -16,14 +16,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import DISK_FULL, UserError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 WORK_NAME = ".work"  # no source can have this name
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Entry(BaseModel):
@@ -138,7 +137,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise UserError(
                 f"data.dir={folder}: the disk is full ({error.strerror}); free some space and run the same command "
                 "again, it continues, or set data.dir to another disk"

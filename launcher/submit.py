@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import DISK_FULL, UserError
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import dump_config, load_config
 from biroute.configs.schema import RunConfig
@@ -25,7 +24,6 @@ from biroute.launcher.job_script import SCRIPT_NAME, SUBMISSION, JobRequest, ren
 
 JOBS_NAME = "jobs.jsonl"
 CANCELLED_NAME = "cancelled"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, shutil.Error) as error:
-        full = getattr(error, "errno", None) in _FULL or "No space left" in str(error)
+        full = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)
         cause = "the disk is full; free some space" if full else f"{getattr(error, 'strerror', None) or error}"
         raise UserError(f"train.run_dir={run_dir}: {cause}, or set train.run_dir to another folder") from None
 

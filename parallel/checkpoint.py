@@ -12,7 +12,6 @@ writing: part i is what data rank i wrote.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biroute.configs.errors import FencedError, UserError
+from biroute.configs.errors import DISK_FULL, FencedError, UserError
 from biroute.parallel.checkpoint_files import (
     FORMAT,
     META,
@@ -71,7 +70,7 @@ def save_checkpoint(
     if problem is None:
         try:
             written = _write_rank_files(engine, partial)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except OSError as error:
             problem = _explain_write(error, partial)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (problem, written))
@@ -243,10 +242,16 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    with open(path, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        # After a write that failed, torch.save complains about its archive; the cause stands behind it.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _make_folder(path: Path) -> UserError | None:
@@ -258,9 +263,8 @@ def _make_folder(path: Path) -> UserError | None:
     return None
 
 
-def _explain_write(error: Exception, path: Path) -> UserError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    cause = "the disk is full" if full else str(error)
+def _explain_write(error: OSError, path: Path) -> UserError:
+    cause = "the disk is full" if error.errno in DISK_FULL else str(error)
     return UserError(
         f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: "
         "free some space and run again"
