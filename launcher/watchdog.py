@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -65,6 +66,9 @@ class Watchdog:
         self._logs, self._rank, self._world_size = logs, rank, world_size
         self._hang_seconds, self._startup_seconds = hang_seconds, startup_seconds
         self._write_pulse()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no file behind stderr
+            # Only the thread that takes the signal, the main one: reading the frames of one that runs can crash.
+            faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def reached(self, doing: str, step: int | None = None) -> None:
@@ -114,9 +118,8 @@ class Watchdog:
         while not self._closed.is_set():
             tick = self._tick()
             if self._hang_seconds > 0:
-                # Should something hold Python's lock for ever, this thread can't run, but that of faulthandler can.
-                with contextlib.suppress(OSError, ValueError, RuntimeError):
-                    faulthandler.dump_traceback_later(self._limit() + 2 * tick, file=sys.stderr)
+                # Should something hold Python's lock for ever, this thread can't run, but a signal handler in C can.
+                signal.setitimer(signal.ITIMER_REAL, self._limit() + 2 * tick)
             self._changed.wait(tick)
             self._changed.clear()
             stopped = time.monotonic() - looked - tick
@@ -129,7 +132,7 @@ class Watchdog:
                 self._end_hang()
             self._write_pulse()
             self._closed.wait(_RANK_0_TICK)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _write_pulse(self) -> None:
         assert self._logs is not None
@@ -144,7 +147,7 @@ class Watchdog:
 
     def _end_hang(self) -> None:
         assert self._logs is not None
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         waited = time.monotonic() - self._since
         self._write_pulse()
         print(f"\nwatchdog: nothing new for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)

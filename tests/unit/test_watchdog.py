@@ -128,3 +128,27 @@ def test_a_process_that_was_stopped_itself_raises_no_alarm(tmp_path: Path) -> No
     out, err = process.communicate(timeout=300)
     assert time.monotonic() - started > 10, "it did stand still for longer than the limit"
     assert (process.returncode, out) == (0, "awake\n"), err
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from pathlib import Path
+from biroute.launcher.watchdog import Watchdog
+watchdog = Watchdog()
+watchdog.watch(Path(sys.argv[1]), 0, 1, hang_seconds=2, startup_seconds=2)
+watchdog.reached("training", 3)
+ctypes.PyDLL(None).usleep(8_000_000)
+print("awake", flush=True)
+"""
+
+
+def test_a_process_that_holds_the_interpreters_lock_still_shows_where(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    shown = done.stderr.partition("nothing new")[0]  # what came before the alarm, which needs the lock
+    assert 'File "<string>", line 8 in <module>' in shown, done.stderr
