@@ -5,6 +5,7 @@ Sizes that follow from others are properties, never a second field.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,9 +35,9 @@ class AttentionConfig(Section):
         "pre_rope", description="take region descriptors before or after the rotary embedding"
     )
     descriptors_per_region: PositiveInt = Field(
-        1,
+        default_factory=lambda above: math.gcd(8, above["region_size"]),
         description="descriptors of a region, each the mean of as many consecutive keys; the nearest one counts. "
-        "More find more in large regions and cost routing in proportion",
+        "More find more in large regions and cost routing in proportion; left out: gcd(8, region_size)",
     )
     force_own: bool = Field(True, description="always route to the own region; may be off only with objective=masked")
     force_previous: bool = Field(True, description="always route to the region before the own one")
@@ -84,7 +85,7 @@ class ModelConfig(Section):
     mask_fraction: Fraction = Field(0.15, description="share of the tokens that objective=masked hides")
     qk_norm: bool = Field(False, description="RMSNorm on the queries and keys of each head")
     key_smear: bool = Field(
-        False,
+        True,
         description="add a learnable share of the key before to each key, element by element (at first 0.5), in all "
         "layers: what followed a token is then found by one layer, and routed to",
     )

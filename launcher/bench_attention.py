@@ -45,6 +45,7 @@ class Setting:
     num_kv_groups: int = 2
     num_heads: int = 8
     head_size: int = 64
+    descriptors_per_region: int = 1
     target: float | None = None  # the ratio to reach
 
     @property
@@ -58,7 +59,9 @@ TARGETS = (
     Setting("one route per region, 8 KV groups", 16_384, 64, 8, 64, num_kv_groups=8, target=9.0),
     Setting("one route per 8 tokens", 16_384, 64, 8, 8, target=8.0),
     Setting("one route per token", 16_384, 64, 8, 1, target=6.0),
+    Setting("the same, 32 descriptors", 16_384, 64, 8, 1, descriptors_per_region=32, target=6.0),
     Setting("one route per token, small regions", 16_384, 16, 32, 1, target=3.0),
+    Setting("the same, 8 descriptors", 16_384, 16, 32, 1, descriptors_per_region=8, target=3.0),
     Setting("one route per region, short", 2048, 64, 8, 64, target=1.6),
 )
 
@@ -227,8 +230,9 @@ def _routed(x: _Inputs, setting: Setting, path: Path) -> list[float]:
         "query_block_size": setting.query_block_size,
         "causal": True,
     }
+    route: dict[str, Any] = {"topk": setting.topk, "descriptors_per_region": setting.descriptors_per_region}
     return _timed(
-        lambda: route_regions(x.q, x.k, topk=setting.topk, **sizes),
+        lambda: route_regions(x.q, x.k, **route, **sizes),
         lambda index: bi_level_attention(x.q, x.k, x.v, index, path=path, **sizes),
         x,
     )

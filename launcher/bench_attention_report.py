@@ -19,7 +19,7 @@ from biroute.launcher.bench_report import (
 
 PAGE_NAME, PICTURE_NAME = "attention.md", "attention.png"
 _HEADER = [
-    "setting", "S", "L", "k", "Lq", "G", "path", "route ms", "forward ms", "backward ms", "ratio", "of ideal",
+    "setting", "S", "L", "k", "Lq", "n", "G", "path", "route ms", "forward ms", "backward ms", "ratio", "of ideal",
     "peak MiB", "target",
 ]  # fmt: skip
 _STEP_HEADER = ["attention", "L", "k", "Lq", "seconds", "tokens/s", "ratio", "target"]
@@ -108,7 +108,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{row['num_tokens']:,}",
             *(
                 str(row[name]) if row["path"] != "dense" else "–"
-                for name in ("region_size", "topk", "query_block_size")
+                for name in ("region_size", "topk", "query_block_size", "descriptors_per_region")
             ),
             str(row["num_kv_groups"]),
             row["path"],

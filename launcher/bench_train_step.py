@@ -30,13 +30,15 @@ class StepVariant:
     target: float | None = None
 
 
-PER_REGION = AttentionConfig(region_size=64, query_block_size=64, topk=8)
-PER_TOKEN = AttentionConfig(region_size=64, query_block_size=1, topk=8)
+PER_REGION = AttentionConfig(region_size=64, query_block_size=64, topk=8, descriptors_per_region=1)
+PER_TOKEN = AttentionConfig(region_size=64, query_block_size=1, topk=8, descriptors_per_region=1)
+EIGHT_DESCRIPTORS = PER_TOKEN.model_copy(update={"descriptors_per_region": 8})
 STEP_VARIANTS = (
     StepVariant("dense", AttentionConfig(kind="dense")),
     StepVariant("one route per region, first layer dense", PER_REGION, (0,), target=2.0),
     StepVariant("one route per token, first layer dense", PER_TOKEN, (0,)),
     StepVariant("one route per token", PER_TOKEN),
+    StepVariant("one route per token, 8 descriptors", EIGHT_DESCRIPTORS),
 )
 # 8 heads of 32 in 2 groups; the vocabulary is that of configs/demo.yaml.
 STEP_MODEL = ModelConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_groups=2, sequence_length=8192)

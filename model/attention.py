@@ -62,8 +62,9 @@ def bi_level_attention(
         return flex_bi_level_attention(q, k, v, index, grid, return_lse=return_lse)
     if path == "masked" and return_lse:
         raise ValueError('path="masked" gives no log-sum-exp; use "query_major" or "region_major"')
+    rows = query_block_size * q.shape[1] // k.shape[1]
     if path == "masked" or (
-        path == "auto" and not return_lse and prefers_mask(q.shape[2], region_size, index.shape[3])
+        path == "auto" and not return_lse and prefers_mask(q.shape[2], region_size, rows, index.shape[3])
     ):
         return MaskedAttention.apply(q, k, v, index, grid)
     out, lse = _BiLevelAttention.apply(q, k, v, index, grid)

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from biroute.model.partial import RegionGrid, accumulator, store
 
-# Sequences up to this long are always masked, and longer ones up to the second only if the route covers half of them.
+# Sequences up to this long are always masked, none beyond the second.
 MASKED_TOKENS, LARGEST_MASKED_TOKENS = 512, 4096
+# Few rows to a route: up to so many tokens for each of its k regions, gathering takes longer than dense attention.
+GATHERED_TOKENS = 100
 HEADS_AT_ONCE = 2  # in backward
 CHUNK_TOKENS = 128  # query tokens at once: enough for the product's full speed, few enough for a small mask
 
@@ -28,9 +30,17 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def prefers_mask(num_tokens: int, region_size: int, topk: int) -> bool:
-    """The rule of `path="auto"` on the CPU: short sequences, and routes that cover half of the sequence."""
-    return num_tokens <= MASKED_TOKENS or num_tokens <= 2 * topk * region_size <= LARGEST_MASKED_TOKENS
+def prefers_mask(num_tokens: int, region_size: int, rows: int, topk: int) -> bool:
+    """The rule of `path="auto"` on the CPU, for routes shared by `rows` query rows (r heads of Lq tokens).
+
+    Short sequences; routes that cover half of the sequence; routes of fewer rows than a region has keys if they have
+    many regions, each of which is gathered by itself.
+    """
+    if num_tokens <= MASKED_TOKENS:
+        return True
+    wide = num_tokens <= 2 * topk * region_size
+    scattered = rows < region_size and num_tokens <= GATHERED_TOKENS * topk
+    return (wide or scattered) and num_tokens <= LARGEST_MASKED_TOKENS
 
 
 class MaskedAttention(torch.autograd.Function):

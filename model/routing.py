@@ -143,10 +143,9 @@ def route_query_blocks(
     per_region = rule.descriptors_per_region
     num_regions = num_descriptors // per_region
     num_blocks = q.shape[2] // lq
-    # fp64 products rounded to fp32: equal affinities for every chunk shape (see _exact_mean).
-    keys_BGDE = key_descriptors_BGED.double().transpose(2, 3)
+    keys_nBGDR = key_descriptors_BGED.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 4, 2)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
-    chunk = max(1, affinities // (batch * groups * num_descriptors))
+    chunk = max(1, affinities // (batch * groups * num_regions))
     index_BGNT = q.new_full((batch, groups, num_blocks, rule.topk), -1, dtype=torch.int64)
     for start in range(0, num_blocks, chunk):
         queries_BGCD = query_descriptors(q[:, :, start * lq : (start + chunk) * lq], groups, lq, rule.causal)
@@ -160,10 +159,20 @@ def route_query_blocks(
             affinity = random_affinity(rule.seed, group_G[:, None, None], block_C[:, None], region_R)
             affinity_BGCR = affinity.expand(batch, -1, -1, -1)
         else:
-            affinity_BGCE = (queries_BGCD.double() @ keys_BGDE[..., : columns * per_region]).float()
-            affinity_BGCR = affinity_BGCE.unflatten(-1, (columns, per_region)).amax(-1)
+            affinity_BGCR = _affinities(queries_BGCD, keys_nBGDR[..., :columns])
         index_BGNT[:, :, start : start + chunk] = select_regions(affinity_BGCR, own_C, rule)
     return index_BGNT
+
+
+def _affinities(queries_BGCD: Tensor, keys_nBGDR: Tensor) -> Tensor:
+    """fp32 [B, G, C, R]: the largest product with any of a region's n descriptors."""
+    # fp64 products rounded to fp32: equal affinities for every chunk shape (see _exact_mean). One descriptor of every
+    # region at a time: a maximum over many short rows takes longer than the products.
+    queries_BGCD = queries_BGCD.double()
+    best_BGCR = queries_BGCD @ keys_nBGDR[0]
+    for keys_BGDR in keys_nBGDR[1:]:
+        torch.maximum(best_BGCR, queries_BGCD @ keys_BGDR, out=best_BGCR)
+    return best_BGCR.float()
 
 
 def select_regions(affinity_BGCR: Tensor, own_C: Tensor, rule: RouteRule) -> Tensor:

@@ -302,12 +302,20 @@ def test_automatic_path_gathers_what_is_smaller(tokens, region_size, block, grou
 
 
 @pytest.mark.parametrize(
-    ("tokens", "region_size", "topk", "masked"),
-    [(512, 16, 4, True), (1024, 64, 8, True), (1024, 64, 7, False), (4096, 64, 32, True), (8192, 64, 64, False)],
+    ("tokens", "region_size", "rows", "topk", "masked"),
+    [
+        (512, 16, 4, 4, True),  # short
+        (1024, 64, 64, 8, True),  # half of the sequence
+        (1024, 64, 64, 7, False),
+        (4096, 64, 64, 32, True),
+        (8192, 64, 64, 64, False),  # too long
+        (2048, 16, 4, 32, True),  # many small regions for few rows
+        (2048, 16, 4, 16, False),
+        (2048, 16, 16, 32, False),
+    ],
 )
-def test_short_sequences_and_wide_routes_are_masked(tokens, region_size, topk, masked) -> None:
-    # Up to 512 tokens always; up to 4,096 if the route covers half of them.
-    assert prefers_mask(tokens, region_size, topk) == masked
+def test_what_is_masked(tokens: int, region_size: int, rows: int, topk: int, masked: bool) -> None:
+    assert prefers_mask(tokens, region_size, rows, topk) == masked
 
 
 def root_mean_square_error(got: Tensor, want: Tensor) -> float:

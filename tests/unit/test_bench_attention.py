@@ -23,19 +23,21 @@ def test_peak_bytes_counts_what_is_held_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("region_size", "topk", "block", "groups", "path"),
+    ("region_size", "topk", "block", "descriptors", "groups", "path"),
     [
-        (64, 8, 64, 2, "query_major"),
-        (64, 8, 64, 8, "query_major"),
-        (64, 8, 64, 8, "region_major"),
-        (64, 8, 1, 2, "region_major"),
-        (16, 16, 1, 2, "region_major"),
-        (64, 8, 1, 2, "masked"),
-        (64, 8, 1, 8, "masked"),
+        (64, 8, 64, 1, 2, "query_major"),
+        (64, 8, 64, 1, 8, "query_major"),
+        (64, 8, 64, 1, 8, "region_major"),
+        (64, 8, 1, 1, 2, "region_major"),
+        (16, 16, 1, 1, 2, "region_major"),
+        (64, 8, 1, 1, 2, "masked"),
+        (64, 8, 1, 1, 8, "masked"),
+        (64, 8, 1, 64, 2, "region_major"),
+        (16, 8, 1, 8, 8, "region_major"),
     ],
 )
-def test_routed_attention_holds_no_more_than_dense(region_size, topk, block, groups, path) -> None:
-    setting = Setting("", 1024, region_size, topk, block, num_kv_groups=groups)
+def test_routed_attention_holds_no_more_than_dense(region_size, topk, block, descriptors, groups, path) -> None:
+    setting = Setting("", 1024, region_size, topk, block, groups, descriptors_per_region=descriptors)
     inputs = bench_attention._inputs(setting, "heads_first")
     dense = peak_bytes(lambda: bench_attention._dense(inputs))
     assert peak_bytes(lambda: bench_attention._routed(inputs, setting, path)) <= dense
