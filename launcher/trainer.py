@@ -67,6 +67,7 @@ class Trainer:
         elif self.step >= train.steps:
             self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to go on")
         while self.step < train.steps:
+            self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
             # Before the step, as a rank that waits for data must be able to say no.
             with self.engine.clock.phase("data"):
                 self.loader.wait(give_up=lambda: bool(self.agreement.stop))
@@ -95,6 +96,7 @@ class Trainer:
         with self.engine.clock.phase("data"):
             microbatches = self._to_device(self.loader.step())
         report = self.engine.train_step(microbatches, rate)
+        self.engine.clock.end_step()
         if not math.isfinite(report.loss):
             self._say(f"warning: the loss of step {self.step} is {report.loss}")
         seconds = time.perf_counter() - started
@@ -102,8 +104,12 @@ class Trainer:
         self.watchdog.reached("training", self.step)
         if self.observer is not None:
             self.observer.step(self.step, self._values(report, rate, seconds))
-        if self.step == 1 or _due(self.step, self.config.train.log_every) or self.step == self.config.train.steps:
+        if self._to_log(self.step):
             self._log(report, rate)
+
+    def _to_log(self, step: int) -> bool:
+        train = self.config.train
+        return step in (1, train.steps) or _due(step, train.log_every)
 
     def _values(self, report: StepReport, rate: float, step_seconds: float) -> dict[str, float]:
         """Metrics of this step under the names that MLflow shows."""
@@ -125,7 +131,7 @@ class Trainer:
         steps = len(self._since_log)
         phases = self.engine.clock.take()
         device, ranks = self.engine.device, dist.get_world_size()
-        means = torch.tensor([phases[name] / steps for name in PHASES], dtype=torch.float64, device=device)
+        means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
         worst = torch.tensor(
             [sum(self._since_log) / steps, peak_memory_gib(device)], dtype=torch.float64, device=device
         )
@@ -164,7 +170,6 @@ class Trainer:
             "heldout/perplexity": math.exp(min(loss, 100.0)),
             "heldout/bits_per_byte": bits_per_byte,
         }
-        self.engine.clock.take()  # evaluation is not part of any step
         if self.observer is not None:
             self.observer.point(self.step, values)
             self.observer.message(

@@ -11,21 +11,32 @@ PHASES = ("data", "forward", "backward", "exchange", "optimizer")
 
 
 class PhaseClock:
-    """Adds up seconds per phase.
+    """Adds up seconds per phase over the steps that it measures.
 
-    `synchronize` waits for the device at each change of phase (torch.cuda.synchronize); on CPU there is nothing to
-    wait for. It costs overlap, so it is called only while `exact` is set: on the steps that are logged.
+    `synchronize` waits for the device (torch.cuda.synchronize) at each change of phase, without which a phase would
+    end before its kernels do. That costs overlap, so with it only the steps that are logged are measured.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.exact = True
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._steps = 0
+        self._measuring = True
         self._synchronize = synchronize
         self._running: list[str] = []
         self._since = time.perf_counter()
 
+    def begin_step(self, logged: bool) -> None:
+        """What follows belongs to a training step. `logged`: it ends with a log point."""
+        self._measuring = logged or self._synchronize is None
+        self._steps += self._measuring
+
+    def end_step(self) -> None:
+        """What follows belongs to no step: no phase of it counts."""
+        self._measuring = False
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """What runs inside counts as `name`."""
         self._charge()
         self._running.append(name)
         try:
@@ -35,15 +46,19 @@ class PhaseClock:
             self._running.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        taken = {name: self.seconds.get(name, 0.0) for name in PHASES}
-        self.seconds.clear()
+        """Seconds per phase of a step: the mean over the steps measured since the last call."""
+        steps = max(1, self._steps)
+        taken = {name: self._seconds.get(name, 0.0) / steps for name in PHASES}
+        self._seconds.clear()
+        self._steps = 0
         return taken
 
     def _charge(self) -> None:
-        if self._synchronize is not None and self.exact:
+        if not self._measuring:
+            return
+        if self._synchronize is not None:
             self._synchronize()
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
+            self._seconds[self._running[-1]] += now - self._since
         self._since = now
