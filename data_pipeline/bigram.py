@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from biroute.configs.errors import UserError
-from biroute.data_pipeline.loader import Dataset, check_evaluate_sequences
+from biroute.data_pipeline.dataset import Dataset
+from biroute.data_pipeline.loader import check_evaluate_sequences
 from biroute.data_pipeline.shards import TokenStream
 
 _CHUNK_TOKENS = 8_000_000

@@ -1,8 +1,7 @@
-"""From a dataset to the microbatches of a training step.
+"""From the sequences of a dataset to the microbatches of a training step.
 
-`open_dataset(config)` checks the dataset and hands out readers and loaders. The state of a loader is one integer, the
-number of sequences that finished steps consumed, over all ranks: a run may stop and go on with another number of data
-ranks, and every sequence is still seen exactly once per epoch.
+The state of a loader is one integer, the number of sequences that finished steps consumed, over all ranks: a run may
+stop and go on with another number of data ranks, and every sequence is still seen exactly once per epoch.
 
 Shapes: B sequences in a microbatch, S tokens in a sequence.
 """
@@ -20,17 +19,11 @@ from typing import Literal
 import numpy as np
 
 from biroute.configs.errors import UserError
-from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.build import dataset_settings
-from biroute.data_pipeline.manifest import TOKENIZER_NAME, Manifest, Split, load_manifest
+from biroute.data_pipeline.manifest import Split, load_manifest
 from biroute.data_pipeline.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.shards import TokenStream
-from biroute.data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from biroute.data_pipeline.verify import verify_dataset
 
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
-# Held-out sequences come in this order and masking whatever the run's seeds, so that runs compare.
-_HELDOUT_SEED = 0
 _CLOSE_SECONDS = 5.0  # for the thread to notice that it is to stop
 _LOOK_SECONDS = 0.2  # between two looks, while data are awaited, at whether they are still wanted
 
@@ -311,99 +304,3 @@ class HeldoutBatches:
     def __iter__(self) -> Iterator[Batch]:
         for microbatch in range(len(self)):
             yield make_batch(self._reader, self._shape.positions(0, microbatch), self._objective)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A checked dataset and the configuration that reads it."""
-
-    config: RunConfig
-    manifest: Manifest
-    tokenizer: Tokenizer
-    token_bytes: np.ndarray  # [vocab] int64
-
-    def reader(self, split: Split) -> SequenceReader:
-        """Sequences of a split: training mixed by the sources' weights, held-out as they come.
-
-        Raises:
-            UserError: the split is too small for one sequence.
-        """
-        data = self.config.data
-        weights = {source.name: source.weight for source in data.sources if source.weight is not None}
-        return SequenceReader(
-            data.dir,
-            split,
-            sequence_length=self.config.model.sequence_length,
-            seed=data.seed if split == "train" else _HELDOUT_SEED,
-            weights=(weights or None) if split == "train" else None,
-        )
-
-    def objective(self, split: Split) -> Objective:
-        """The model's objective on a split."""
-        seed = self.config.train.seed if split == "train" else _HELDOUT_SEED
-        model = self.config.model
-        mask_id = self.tokenizer.mask_id
-        return Objective(model.objective, self.token_bytes, mask_id, model.masked_tokens, seed)
-
-    def train_loader(self, *, data_rank: int, data_size: int, position: int = 0) -> MicrobatchLoader:
-        """The training loader of one data rank, from global position `position` on."""
-        return MicrobatchLoader(
-            self.reader("train"),
-            objective=self.objective("train"),
-            global_batch_size=self.config.train.global_batch_size,
-            microbatch_size=self.config.train.microbatch_size,
-            data_rank=data_rank,
-            data_size=data_size,
-            position=position,
-        )
-
-    def heldout_batches(self, *, data_rank: int, data_size: int) -> HeldoutBatches:
-        """The `train.evaluate_sequences` sequences of every evaluation, this data rank's part.
-
-        Raises:
-            UserError: the held-out split has fewer sequences.
-        """
-        train = self.config.train
-        shape = StepShape(train.evaluate_sequences, train.microbatch_size, data_rank, data_size)
-        return HeldoutBatches(self.reader("heldout"), self.objective("heldout"), shape)
-
-
-def open_dataset(config: RunConfig) -> Dataset:
-    """Check the dataset of `config` (cheaply) and open it.
-
-    Raises:
-        UserError: no dataset or a damaged one; made from other settings; a tokenizer without a mask piece for
-            model.objective=masked.
-    """
-    data = config.data
-    manifest = verify_dataset(data.dir)
-    _check_settings(config, manifest)
-    tokenizer = load_tokenizer(data.dir / TOKENIZER_NAME, data.tokenizer.vocab_size)
-    if config.model.objective == "masked" and tokenizer.mask_id is None:
-        raise UserError(
-            f"model.objective=masked, but the tokenizer in {data.dir} has no <mask> piece; "
-            "use one that has, or leave data.tokenizer.model_path out to train one"
-        )
-    return Dataset(config, manifest, tokenizer, tokenizer.token_bytes())
-
-
-def _check_settings(config: RunConfig, manifest: Manifest) -> None:
-    data = config.data
-    wanted = dataset_settings(data)
-    if not data.sources:  # the configuration does not say how the dataset is built, only what the model needs
-        wanted = {"data.tokenizer.vocab_size": wanted["data.tokenizer.vocab_size"]}
-    for field, value in wanted.items():
-        if field in manifest.settings and manifest.settings[field] != value:
-            raise UserError(
-                f"{field}={value}, but the dataset in {data.dir} was built with {manifest.settings[field]}; "
-                "run `biroute data build` with this configuration, or set the field back"
-            )
-    path = data.tokenizer.model_path
-    # The file may have stayed on the machine where the dataset was built.
-    if path is not None and path.exists():
-        given = load_tokenizer(path, data.tokenizer.vocab_size)
-        if given.fingerprint != manifest.tokenizer_fingerprint:
-            raise UserError(
-                f"data.tokenizer.model_path={path}: fingerprint {given.fingerprint[:12]}, but the dataset in "
-                f"{data.dir} was built with {manifest.tokenizer_fingerprint[:12]}; run `biroute data build`"
-            )

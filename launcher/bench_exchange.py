@@ -20,7 +20,7 @@ from biroute.configs.errors import UserError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import ParallelConfig, RunConfig
-from biroute.data_pipeline.loader import open_dataset
+from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench_exchange_plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench_exchange_ranks import RankJob, routed_layers, run_on_ranks
 from biroute.launcher.bench_quality import CPU, join_alone, set_router

@@ -17,7 +17,7 @@ from typing import Any
 from biroute.configs.errors import UserError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import load_config
-from biroute.data_pipeline.loader import open_dataset
+from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench_report import (
     COLOURS,
     circumstances,

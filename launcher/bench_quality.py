@@ -23,7 +23,8 @@ from torch import nn
 from biroute.configs.errors import UserError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.loader import Batch, open_dataset
+from biroute.data_pipeline.dataset import open_dataset
+from biroute.data_pipeline.loader import Batch
 from biroute.launcher.bench_quality_variants import VARIANTS, variant_config
 from biroute.launcher.bench_report import circumstances, each, mean, say, select
 from biroute.launcher.bench_rows import KeptRows

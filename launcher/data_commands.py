@@ -82,7 +82,7 @@ def inspect(
 
     Example: biroute data inspect configs/demo.yaml --sequences 5
     """
-    from biroute.data_pipeline.loader import open_dataset
+    from biroute.data_pipeline.dataset import open_dataset
 
     dataset = open_dataset(load_config(config, overrides or []))
     reader = dataset.reader("train")
@@ -108,7 +108,7 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
     from dataclasses import asdict
 
     from biroute.data_pipeline.bigram import score_bigram
-    from biroute.data_pipeline.loader import open_dataset
+    from biroute.data_pipeline.dataset import open_dataset
 
     score = score_bigram(open_dataset(load_config(config, overrides or [])))
     if as_json:

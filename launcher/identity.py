@@ -6,7 +6,7 @@ from typing import Any
 
 from biroute.configs.layout import Layout
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.loader import Dataset
+from biroute.data_pipeline.dataset import Dataset
 from biroute.model.flops import parameter_count
 
 _SHAPE_FIELDS = (

@@ -8,7 +8,7 @@ from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.loader import open_dataset
+from biroute.data_pipeline.dataset import open_dataset
 from biroute.data_pipeline.manifest import write_atomically
 from biroute.launcher.agreement import Agreement
 from biroute.launcher.attempts import Fence

@@ -11,7 +11,7 @@ from pathlib import Path
 from biroute.configs.layout import default_world_size, resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.loader import open_dataset
+from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.attempts import Fence, begin_attempt, end_attempt, make_run_dir
 from biroute.launcher.failures import explain_end, log_dir
 from biroute.launcher.identity import model_identity

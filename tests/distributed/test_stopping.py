@@ -38,7 +38,10 @@ def tree_of(corpus: Path, run_dir: Path, parallel: dict[str, Any]) -> dict[str, 
 
 
 def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number: int) -> str:
-    """Run, and send `number` to `rank` in the middle of the evaluation after `step`, or of the save."""
+    """Run, and send `number` to `rank` in the middle of the evaluation after `step`, or of the save.
+
+    What jobs patch here ends with the rank's process.
+    """
     import torch.distributed as dist
 
     from biroute.data_pipeline.loader import HeldoutBatches
@@ -59,10 +62,7 @@ def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number
 
     HeldoutBatches.__iter__ = signal_in_between  # type: ignore[method-assign]
     trainer.save_checkpoint = signal_then_save  # type: ignore[assignment]
-    try:
-        return run_job(tree)
-    finally:
-        HeldoutBatches.__iter__, trainer.save_checkpoint = batches, save  # type: ignore[method-assign]
+    return run_job(tree)
 
 
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2, "zero_stage": 1}], ids=str)
@@ -109,10 +109,7 @@ def starving_job(tree: dict[str, Any], blocked: Path) -> str:
         return read(self, positions)
 
     SequenceReader.sequences = stalled  # type: ignore[method-assign]
-    try:
-        return run_job(tree)
-    finally:
-        SequenceReader.sequences = read  # type: ignore[method-assign]
+    return run_job(tree)
 
 
 def test_stopped_while_waiting_for_data(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
@@ -177,10 +174,7 @@ def stale_run_job(tree: dict[str, Any]) -> str:
             begin_attempt(self.config.train.run_dir, nodes=["elsewhere"], world_size=2)
 
     Trainer._log = lose  # type: ignore[method-assign]
-    try:
-        return run_job(tree)
-    finally:
-        Trainer._log = log  # type: ignore[method-assign]
+    return run_job(tree)
 
 
 def test_a_run_that_lost_its_folder_ends_without_another_word(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,9 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` by its name, the lock left out."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def copy_of(data: DataConfig, folder: Path, **changes: Any) -> DataConfig:
+    """The dataset at another place, with the same sources."""
+    shutil.copytree(data.dir, folder)
+    return data.model_copy(update={"dir": folder, **changes})

@@ -22,15 +22,14 @@ from biroute.configs.schema import DataConfig
 from biroute.data_pipeline import bigram
 from biroute.data_pipeline.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
 from biroute.data_pipeline.build import build_dataset
+from biroute.data_pipeline.dataset import Dataset, open_dataset
 from biroute.data_pipeline.loader import (
     IGNORED_LABEL,
     Batch,
-    Dataset,
     MicrobatchLoader,
     Objective,
     SequenceReader,
     make_batch,
-    open_dataset,
 )
 from biroute.data_pipeline.progress import Progress
 from biroute.data_pipeline.shards import TokenStream

@@ -1,0 +1,18 @@
+"""Fixtures that several unit tests share."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.corpora import data_config
+
+from biroute.configs.schema import DataConfig
+from biroute.data_pipeline.build import build_dataset
+from biroute.data_pipeline.progress import Progress
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A dataset that tests read but do not change."""
+    data = data_config(tmp_path_factory.mktemp("built"))
+    build_dataset(data, Progress(quiet=True))
+    return data
