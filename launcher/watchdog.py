@@ -59,6 +59,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._changed = threading.Event()
         self._main = threading.main_thread().ident
+        self._shows_stack = False  # on SIGALRM, which without that would kill
         self._written: tuple[int, str] | None = None
 
     def watch(self, logs: Path, rank: int, world_size: int, *, hang_seconds: float, startup_seconds: float) -> None:
@@ -69,6 +70,7 @@ class Watchdog:
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # no file behind stderr
             # Only the thread that takes the signal, the main one: reading the frames of one that runs can crash.
             faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False)
+            self._shows_stack = True
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def reached(self, doing: str, step: int | None = None) -> None:
@@ -117,7 +119,7 @@ class Watchdog:
         looked = time.monotonic()
         while not self._closed.is_set():
             tick = self._tick()
-            if self._hang_seconds > 0:
+            if self._hang_seconds > 0 and self._shows_stack:
                 # Should something hold Python's lock for ever, this thread can't run, but a signal handler in C can.
                 signal.setitimer(signal.ITIMER_REAL, self._limit() + 2 * tick)
             self._changed.wait(tick)
