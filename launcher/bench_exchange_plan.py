@@ -84,11 +84,18 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
         if way == "auto":
             units = sum(plan.units.ship.numel() for plan in plans)
             row["shipped_units"] = sum(int(plan.units.ship.sum()) for plan in plans) / max(1, units)
+    row["descriptors"] = descriptor_bytes(config) * (ranks - 1) / ranks
     baselines = _baselines(config, ranks)
     for name in ("causal_fetch", "ring", "bound"):
         values = [float(getattr(one, name)) for one in baselines]
         row[name] = {"mean": mean(values), "worst": max(values)}
     return row
+
+
+def descriptor_bytes(config: RunConfig) -> int:
+    """Of all key descriptors of one layer and sequence, which every rank gathers: fp32."""
+    model = config.model
+    return model.num_regions * model.attention.descriptors_per_region * model.num_kv_groups * model.head_size * 4
 
 
 def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:

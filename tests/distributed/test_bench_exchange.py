@@ -13,7 +13,7 @@ from helpers.training import CPU, small_config, tokens_of_step
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.launcher.bench_exchange import recorded_routes
-from biroute.launcher.bench_exchange_plan import single_process_plan
+from biroute.launcher.bench_exchange_plan import descriptor_bytes, single_process_plan
 from biroute.launcher.bench_exchange_ranks import RankJob, forward_and_backward
 from biroute.model.language_model import loss_function, plan_layers
 from biroute.parallel.clock import PhaseClock
@@ -83,6 +83,9 @@ def test_measured_bytes_are_those_of_the_plan(count: int, way: str, ranks: Ranks
     assert all(route.shape == (2, 2, 96, 5) for route in routes.values()), "one pass was recorded, no more"
     for report in reports:
         assert report["payload"] == report["planned"]
+        # Two routed layers and two sequences.
+        gathered = 2 * 2 * descriptor_bytes(configuration(1)) * (count - 1) / count
+        assert report["received"]["descriptors"] == gathered
     assert sum(report["loss"] for report in reports) / count == pytest.approx(loss, rel=1e-5)
     if way == "auto":
         # Only affinities that are equal within rounding may be chosen differently.
