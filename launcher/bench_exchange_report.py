@@ -207,7 +207,7 @@ def _draw(answer: Mapping[str, Any], path: Path) -> None:
         axes.set_title(f"{table['run']}, {table['length']:,} tokens", fontsize=9)
         axes.set_xlabel("region ranks")
     parts[0].set_ylabel("bytes of a rank, causal-only fetch = 1")
-    parts[-1].legend(frameon=False, fontsize=8)
+    parts[0].legend(loc="lower left", frameon=False, fontsize=8, ncols=2)
     save_figure(figure, path)
 
 
