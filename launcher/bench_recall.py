@@ -90,6 +90,8 @@ VARIANTS = {
         _bi_level("token-4x4", "4x4"),
         _bi_level("token-4x4-parts4", "4x4", descriptors_per_region=4),
         _bi_level("token-2x8", "2x8"),
+        _bi_level("token-4x8-post-rope", "4x8", descriptor="post_rope"),
+        _bi_level("token-4x8-parts2-post-rope", "4x8", descriptors_per_region=2, descriptor="post_rope"),
         _bi_level("token-4x8-parts4-post-rope", "4x8", descriptors_per_region=4, descriptor="post_rope"),
         _bi_level("token-4x8-parts4-no-previous", "4x8", descriptors_per_region=4, force_previous=False),
         _bi_level("block4-4x8-parts4", "4x8", descriptors_per_region=4, query_block_size=4),
