@@ -32,7 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied, normed": {"tied_embeddings": False, "qk_norm": True},
     "masked": {"objective": "masked"},
-    "smeared": {"key_smear": True, "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2}},
+    "keys not smeared, two descriptors": {
+        "key_smear": False,
+        "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2},
+    },
 }
 
 

@@ -28,9 +28,9 @@ CAUSAL_MODELS: dict[str, dict[str, Any]] = {
     "random route": {"attention": {"region_size": 4, "topk": 4, "router": "random"}},
     "local": {"attention": {"region_size": 4, "topk": 3, "kind": "local"}},
     "dense": {"attention": {"region_size": 4, "kind": "dense"}},
-    "smeared keys": {"key_smear": True, "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2}},
-    "smeared keys, descriptors after RoPE": {
-        "key_smear": True,
+    "keys not smeared": {"key_smear": False},
+    "two descriptors": {"attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2}},
+    "four descriptors after RoPE": {
         "attention": {"region_size": 4, "topk": 3, "descriptor": "post_rope", "descriptors_per_region": 4},
     },
     "query and key norm": {"qk_norm": True, "tied_embeddings": False},
@@ -106,7 +106,7 @@ def counts_job(model: dict[str, Any]) -> list[tuple[str, int, int]]:
     [
         {},
         {"qk_norm": True, "tied_embeddings": False},
-        {"objective": "masked", "key_smear": True},
+        {"objective": "masked", "key_smear": False},
         {"attention": {"region_size": 8, "query_block_size": 4, "topk": 9}},
         {"attention": {"region_size": 4, "topk": 3, "kind": "local"}},
     ],

@@ -34,7 +34,6 @@ def small_config(**sections: dict[str, Any]) -> RunConfig:
             "init_std": 0.1,
             "dense_layers": [1],
             "local_layers": [2],
-            "key_smear": False,
             "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 1},
         },
         "data": {"tokenizer": {"vocab_size": VOCABULARY}},
