@@ -84,7 +84,8 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
         if way == "auto":
             units = sum(plan.units.ship.numel() for plan in plans)
             row["shipped_units"] = sum(int(plan.units.ship.sum()) for plan in plans) / max(1, units)
-    row["descriptors"] = descriptor_bytes(config) * (ranks - 1) / ranks
+    others = descriptor_bytes(config) * (ranks - 1) / ranks
+    row["descriptors"] = {"mean": others, "worst": others}
     baselines = _baselines(config, ranks)
     for name in ("causal_fetch", "ring", "bound"):
         values = [float(getattr(one, name)) for one in baselines]

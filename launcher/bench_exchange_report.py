@@ -18,6 +18,7 @@ from biroute.launcher.bench_report import (
 )
 
 PAGE_NAME, PICTURE_NAME = "exchange.md", "exchange.png"
+_BYTES = ("causal_fetch", "ring", "descriptors", "bound", "fetch", "ship", "auto")
 _HEADER = [
     "ranks", "regions of a rank", "causal-only fetch", "ring", "descriptors", "bound", "fetch", "ship", "auto",
     "auto / causal-only", "with random routes", "shipped", "worst rank", "hottest sender",
@@ -124,9 +125,7 @@ def _rows(table: Mapping[str, Any]) -> list[list[str]]:
             [
                 str(row["ranks"]),
                 str(row["regions_per_rank"]),
-                *(size(row[name]["mean"]) for name in ("causal_fetch", "ring")),
-                size(row["descriptors"]),
-                *(size(row[name]["mean"]) for name in ("bound", "fetch", "ship", "auto")),
+                *(size(row[name]["mean"]) for name in _BYTES),
                 f"{auto['mean'] / causal:.0%}",
                 f"{row['random_auto'] / causal:.0%}",
                 f"{row['shipped_units']:.0%}",
@@ -143,11 +142,11 @@ def _verdict(table: Mapping[str, Any]) -> str:
     if row is None:
         return ""
     causal = row["causal_fetch"]["mean"]
-    shares = {way: row[way]["mean"] / causal for way in ("auto", "fetch", "ship")}
+    shares = {way: row[way]["mean"] / causal for way in ("auto", "fetch", "ship", "descriptors")}
     text = (
         f"At 64 ranks the chosen plan moves {shares['auto']:.1%} of the causal-only fetch (fetching alone "
         f"{shares['fetch']:.1%}, shipping alone {shares['ship']:.1%}; with the descriptors "
-        f"{shares['auto'] + row['descriptors'] / causal:.1%})"
+        f"{shares['auto'] + shares['descriptors']:.1%})"
     )
     random = row["random_auto"] / causal
     if random <= _QUARTER < shares["auto"]:

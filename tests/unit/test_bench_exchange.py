@@ -111,7 +111,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
     assert "256 tokens (trained at 64), 64 regions of 4, topk 5, a route for every token" in text
     assert f"At 64 ranks the chosen plan moves {share:.1%} of the causal-only fetch" in text
     assert "- run tiny: 7 steps of 1,024 tokens, sequences of 64; 4.500 nats per token here, 4.750 under" in text
-    with_descriptors = share + row["descriptors"] / row["causal_fetch"]["mean"]
+    with_descriptors = share + row["descriptors"]["mean"] / row["causal_fetch"]["mean"]
     assert f"; with the descriptors {with_descriptors:.1%})" in text
     assert f"| {size(row['ship']['mean'])} |" in text
     assert "| tiny | 256 | 2 | 4,096 | 4,096 | 4,064 | 8,192 | 25% |" in text
