@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 data/demo/text/.complete: | $(INSTALLED)
-	$(BIN)/python -m biroute.data_pipeline.demo_corpora data/demo/text
+	$(BIN)/python -m biroute.data_pipeline.examples.demo_corpora data/demo/text
 	touch $@
 
 # The main job: real text -> shards -> a trained model that MLflow shows. Each part skips what is done.

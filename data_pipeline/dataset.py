@@ -8,11 +8,11 @@ import numpy as np
 
 from biroute.configs.errors import UserError
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.build import dataset_settings
-from biroute.data_pipeline.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
-from biroute.data_pipeline.manifest import TOKENIZER_NAME, Manifest, Split
-from biroute.data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from biroute.data_pipeline.verify import verify_dataset
+from biroute.data_pipeline.prepare.build import dataset_settings
+from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
+from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+from biroute.data_pipeline.prepare.verify import verify_dataset
 
 # Held-out sequences come in this order and masking whatever the run's seeds, so that runs compare.
 _HELDOUT_SEED = 0

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
-from biroute.model.layers import Block, megatron_config
+from biroute.model.block import Block, megatron_config
 from biroute.model.norm import RMSNorm
 from biroute.model.sharding import SequenceShard
 

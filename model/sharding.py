@@ -1,4 +1,4 @@
-"""What a layer asks of whoever shares its sequences out to ranks; `parallel/region.py` answers."""
+"""What a layer asks of whoever shares its sequences out to ranks; `parallel/region/shard.py` answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from biroute.model.partial import RegionGrid
+from biroute.model.attention.partial import RegionGrid
 
 
 class SequenceShard(Protocol):

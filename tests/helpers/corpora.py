@@ -14,7 +14,7 @@ from typing import Any
 import networkx
 
 from biroute.configs.schema import DataConfig, RunConfig
-from biroute.data_pipeline.demo_corpora import docstrings
+from biroute.data_pipeline.examples.demo_corpora import docstrings
 
 POEM = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n"
 

@@ -36,7 +36,7 @@ def data_section(folder: Path) -> dict[str, Any]:
 def build_corpus(folder: Path) -> Path:
     """Write the text and build its dataset; returns `folder`."""
     from biroute.configs.load import config_from_tree
-    from biroute.data_pipeline.build import build_dataset
+    from biroute.data_pipeline.prepare.build import build_dataset
 
     with open(folder / "docs.jsonl", "w", encoding="utf-8") as file:
         for text in standard_library_docstrings(600):

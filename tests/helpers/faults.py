@@ -11,7 +11,7 @@ from random import Random
 
 import psutil
 
-from biroute.launcher.failures import log_dir, read_pulses
+from biroute.launcher.attempts.failures import log_dir, read_pulses
 from helpers.slurm_cluster import wait_for
 from helpers.slurm_runs import START_SECONDS, ClusterRun
 
@@ -32,7 +32,7 @@ def rank_processes(run: ClusterRun) -> dict[int, int]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            if "biroute.launcher.worker" in words and config in words and "python" in process.name():
+            if "biroute.launcher.start.worker" in words and config in words and "python" in process.name():
                 found[int(process.environ()["SLURM_PROCID"])] = process.pid
         except (psutil.Error, KeyError):
             continue

@@ -17,12 +17,12 @@ def run_job(tree: dict[str, Any]) -> str:
 
     from biroute.configs.errors import FencedError, StoppedError
     from biroute.configs.load import config_from_tree
-    from biroute.launcher.attempts import Fence
-    from biroute.launcher.failures import log_dir
-    from biroute.launcher.preemption import StopRequest
-    from biroute.launcher.processes import Place, begin_joint_attempt
-    from biroute.launcher.run import run
-    from biroute.launcher.watchdog import Watchdog
+    from biroute.launcher.attempts.journal import Fence
+    from biroute.launcher.attempts.failures import log_dir
+    from biroute.launcher.ranks.stop_signal import StopRequest
+    from biroute.launcher.ranks.rendezvous import Place, begin_joint_attempt
+    from biroute.launcher.train.session import run
+    from biroute.launcher.attempts.watchdog import Watchdog
 
     config = config_from_tree(tree, "test")
     place = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-IMPORTED_BEFORE = ["biroute.launcher.run", "biroute.launcher.worker", "biroute.parallel.engine"]
+IMPORTED_BEFORE = ["biroute.launcher.train.session", "biroute.launcher.start.worker", "biroute.parallel.engine.engine"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -101,7 +101,7 @@ def _serve(connection: Connection, rank: int, world_size: int, rendezvous: Path,
         import torch
         import torch.distributed as dist
 
-        from biroute.parallel.megatron import prepare_megatron
+        from biroute.parallel.mesh.megatron import prepare_megatron
 
         torch.set_num_threads(1)
         prepare_megatron(torch.device("cpu"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from biroute.model.routing import RouteRule
+from biroute.model.attention.routing import RouteRule
 
 
 @dataclass(frozen=True)

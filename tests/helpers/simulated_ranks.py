@@ -23,8 +23,8 @@ def simulate(sizes: dict[str, int]) -> dict[str, Any]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from biroute.configs.layout import Layout
-    from biroute.parallel.megatron import prepare_megatron, stop_process_groups
-    from biroute.parallel.mesh import build_mesh
+    from biroute.parallel.mesh.megatron import prepare_megatron, stop_process_groups
+    from biroute.parallel.mesh.mesh import build_mesh
 
     prepare_megatron(torch.device("cpu"))
     layout = Layout(**sizes, zero_stage=1)
@@ -57,8 +57,8 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     """Plans of all region ranks of one layer, and what the owners learn of them."""
     import torch
 
-    from biroute.model.routing import route_regions
-    from biroute.parallel.region_plan import (
+    from biroute.model.attention.routing import route_regions
+    from biroute.parallel.region.plan import (
         ExchangeCosts,
         RegionLayout,
         pack_requests,

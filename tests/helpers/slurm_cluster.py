@@ -1,4 +1,4 @@
-"""A real Slurm cluster for tests: slurm/dev_cluster.sh with names, addresses and ports of its own."""
+"""A real Slurm cluster for tests: tests/system/slurm/dev_cluster.sh with names, addresses and ports of its own."""
 
 from __future__ import annotations
 

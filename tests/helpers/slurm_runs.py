@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from biroute.launcher.attempts import Attempt, read_attempts
-from biroute.launcher.failures import log_dir, read_pulses
+from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.launcher.attempts.failures import log_dir, read_pulses
 from helpers.corpus import small_run
 from helpers.slurm_cluster import Cluster, wait_for
 
@@ -109,7 +109,7 @@ def write_run(corpus: Path, folder: Path, name: str, *, steps: int, parallel: di
 
 def train_undisturbed(config: Path) -> dict[int, float]:
     """Train on this machine alone, without MLflow; the losses."""
-    command = [sys.executable, "-m", "biroute.launcher.cli", "train", str(config), "tracking.enabled=false"]
+    command = [sys.executable, "-m", "biroute.launcher.cli.main", "train", str(config), "tracking.enabled=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment, check=False)
     assert done.returncode == 0, done.stderr

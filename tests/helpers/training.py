@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
-from biroute.launcher.schedule import learning_rate
+from biroute.launcher.train.schedule import learning_rate
 from biroute.model.language_model import IGNORED_LABEL, loss_function, plan_layers
-from biroute.parallel.checkpoint import reshard
-from biroute.parallel.engine import Engine, LayerSequence, Microbatch, build_engine
-from biroute.parallel.mesh import Mesh, build_mesh
+from biroute.parallel.checkpoint.save import reshard
+from biroute.parallel.engine.engine import Engine, LayerSequence, Microbatch, build_engine
+from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 VOCABULARY = 300
 CPU = torch.device("cpu")

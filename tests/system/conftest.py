@@ -25,7 +25,7 @@ class Answer:
 def biroute(*arguments: object, **environment: str) -> Answer:
     """Run the command line as a user does."""
     done = subprocess.run(
-        [sys.executable, "-m", "biroute.launcher.cli", *map(str, arguments)],
+        [sys.executable, "-m", "biroute.launcher.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -62,7 +62,7 @@ def start(config_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start_training(*overrides: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "biroute.launcher.cli", "train", str(config_file), *overrides],
+            [sys.executable, "-m", "biroute.launcher.cli.main", "train", str(config_file), *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 from helpers.job import points_of, until
 
-from biroute.launcher.attempts import read_attempts
-from biroute.launcher.failures import log_dir, read_pulses
+from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.failures import log_dir, read_pulses
 
 from .conftest import Answer
 from .test_train import only_run
@@ -126,7 +126,7 @@ def test_ranks_started_by_hand(config_file: Path, run_dir: Path) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    arguments = [sys.executable, "-m", "biroute.launcher.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
+    arguments = [sys.executable, "-m", "biroute.launcher.start.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from biroute.launcher.attempts import begin_attempt
-from biroute.launcher.failures import bad_nodes, explain_end, log_dir
-from biroute.launcher.node_check import Findings, judge
+from biroute.launcher.attempts.journal import begin_attempt
+from biroute.launcher.attempts.failures import bad_nodes, explain_end, log_dir
+from biroute.slurm.node_check import Findings, judge
 
 Start = Callable[..., dict[int, tuple[int, str]]]
 NODES = ("n1", "n2", "n3")
@@ -68,7 +68,7 @@ def start(run_dir: Path, tmp_path: Path) -> Start:
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "biroute.launcher.preflight", (folders or {}).get(rank, run_dir), config],
+                [sys.executable, "-m", "biroute.slurm.preflight", (folders or {}).get(rank, run_dir), config],
                 env={**os.environ, **slurm, **(environments or {}).get(rank, {})},
                 stderr=subprocess.PIPE,
                 text=True,

@@ -19,9 +19,9 @@ import pytest
 from biroute.configs.errors import UserError
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
-from biroute.launcher.spool import read_points
-from biroute.launcher.tracking import open_tracker
-from biroute.launcher.ui import check_port, serve_ui
+from biroute.launcher.track.metrics_log import read_points
+from biroute.launcher.track.tracker import open_tracker
+from biroute.launcher.track.mlflow_ui import check_port, serve_ui
 
 LOG_SECONDS = 0.05  # what a log call may take, whatever the server does
 
@@ -95,7 +95,7 @@ class Server:
         if self._ui is not None:
             return
         call = f"serve_ui('sqlite:///{self.database}', {self.port})"
-        code = f"from biroute.launcher.ui import serve_ui; {call}"
+        code = f"from biroute.launcher.track.mlflow_ui import serve_ui; {call}"
         with self.output.open("wb") as output:
             self._ui = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -257,7 +257,7 @@ DIE_WITH_UNSENT_POINTS = """
 import os, signal, sys, time
 from pathlib import Path
 from biroute.configs.load import config_from_tree
-from biroute.launcher.tracking import open_tracker
+from biroute.launcher.track.tracker import open_tracker
 run_dir = Path(sys.argv[1])
 tracker = open_tracker(config_from_tree({"train": {"steps": 100}}, "child"), run_dir, tags={})
 for step in range(1, 51):
@@ -274,7 +274,7 @@ LOG_AND_CLOSE = """
 import sys, time
 from pathlib import Path
 from biroute.configs.load import config_from_tree
-from biroute.launcher.tracking import open_tracker
+from biroute.launcher.track.tracker import open_tracker
 config = config_from_tree({"tracking": {"flush_seconds": 60}}, "child")
 tracker = open_tracker(config, Path(sys.argv[1]), tags={})
 for step in range(1, 301):

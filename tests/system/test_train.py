@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from biroute.launcher.attempts import read_attempts
+from biroute.launcher.attempts.journal import read_attempts
 
 from .conftest import Answer
 

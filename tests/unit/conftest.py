@@ -6,8 +6,8 @@ import pytest
 from helpers.corpora import data_config
 
 from biroute.configs.schema import DataConfig
-from biroute.data_pipeline.build import build_dataset
-from biroute.data_pipeline.progress import Progress
+from biroute.data_pipeline.prepare.build import build_dataset
+from biroute.data_pipeline.prepare.progress_bar import Progress
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def test_help_imports_no_torch() -> None:
 )
 def test_every_command_has_help(command: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "biroute.launcher.cli", *command.split(), "--help"],
+        [sys.executable, "-m", "biroute.launcher.cli.main", *command.split(), "--help"],
         capture_output=True,
         text=True,
         check=True,

@@ -192,7 +192,7 @@ def test_two_machines_by_hand_without_slurm(cluster: Cluster, corpus: Path, tmp_
     undisturbed = train_undisturbed(plain)
     config = write_run(corpus, tmp_path, "by-hand", steps=6, parallel={"region": 2})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    address = ["--master-addr=node1", "--master-port=29500", "-m", "biroute.launcher.worker", str(config)]
+    address = ["--master-addr=node1", "--master-port=29500", "-m", "biroute.launcher.start.worker", str(config)]
     environment = {**cluster.environment, "DEV_CLUSTER_DIR": str(cluster.directory), "GLOO_SOCKET_IFNAME": "eth0"}
     machines = [
         subprocess.Popen(

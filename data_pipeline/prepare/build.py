@@ -1,0 +1,406 @@
+"""`biroute data build`: from the sources to a dataset.
+
+The build goes scan -> tokenizer -> for each source: parts (tokenised in parallel, one file each) -> shards. Each of
+these results is written whole or not at all and carries a key of all that it depends on, so an interrupted build
+continues with what is there, an unchanged one does nothing, and a changed one redoes what changed:
+
+- another file, size or time stamp in a source, or other document limits: the tokenizer (if trained here) and so
+  everything; with a given `data.tokenizer.model_path`, that source alone;
+- `tokens_per_sample`, `samples_per_shard`: the shards, with the tokenizer kept;
+- `weight`, `workers`, `seed`: nothing. They are no part of the dataset. (Weights do steer the sample that a new
+  tokenizer is trained on.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
+from biroute.data_pipeline.read.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    WORK_NAME,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    Split,
+    SplitEntry,
+    explain_write_errors,
+    load_manifest,
+    to_json,
+    write_atomically,
+)
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.read.shards import open_shard, write_stream
+from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, TrainingSample, load_tokenizer, train_tokenizer
+
+PART_BYTES = 2_000_000  # text in one part: about half a second of tokenising
+_VERSION = 1  # of everything that keys stand for
+_TOKENIZER_RECORD = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build did; `rebuilt` names the sources whose shards were made anew, none if nothing had changed."""
+
+    manifest: Manifest
+    rebuilt: tuple[str, ...]
+    seconds: float
+
+
+def build_dataset(data: DataConfig, progress: Progress | None = None) -> BuildResult:
+    """Build, continue or refresh the dataset in `data.dir`.
+
+    Raises:
+        UserError: bad sources, settings or texts, a full disk, or another build at work in the folder.
+    """
+    started = time.monotonic()
+    if not data.sources:
+        raise UserError("data.sources is empty; name at least one source of documents")
+    with explain_write_errors(data.dir):
+        data.dir.mkdir(parents=True, exist_ok=True)
+        with _lock(data.dir):
+            manifest, rebuilt = _Build(data, progress or Progress()).run()
+    return BuildResult(manifest, rebuilt, time.monotonic() - started)
+
+
+def dataset_settings(data: DataConfig) -> dict[str, str]:
+    """The settings that decide a dataset's content, apart from the sources' files: dotted name -> value."""
+    settings = {
+        "data.sources": ", ".join(source.name for source in data.sources),
+        "data.heldout_fraction": repr(data.heldout_fraction),
+        "data.min_document_bytes": repr(data.min_document_bytes),
+        "data.max_document_bytes": repr(data.max_document_bytes),
+        "data.tokenizer.vocab_size": repr(data.tokenizer.vocab_size),
+    }
+    if data.tokenizer.model_path is None:
+        for field in ("kind", "character_coverage", "training_bytes"):
+            settings[f"data.tokenizer.{field}"] = str(getattr(data.tokenizer, field))
+    return settings
+
+
+class _Build:
+    def __init__(self, data: DataConfig, progress: Progress) -> None:
+        self._data = data
+        self._progress = progress
+        self._folder = data.dir
+        self._work = data.dir / WORK_NAME
+        self._files = {source.name: resolve_files(source) for source in data.sources}
+        self._given: Tokenizer | None = None
+        if data.tokenizer.model_path is not None:
+            self._given = load_tokenizer(data.tokenizer.model_path, data.tokenizer.vocab_size)
+        self._tokenizer_key = self._make_tokenizer_key()
+        self._previous: Manifest | None = None
+
+    def run(self) -> tuple[Manifest, tuple[str, ...]]:
+        self._previous = self._load_previous()
+        if self._previous is not None and self._is_current(self._previous):
+            shutil.rmtree(self._work, ignore_errors=True)  # an interruption after the manifest was written
+            return self._previous, ()
+        self._work.mkdir(exist_ok=True)
+        if (self._folder / MANIFEST_NAME).exists():
+            # From here on the folder is no dataset until the build is complete.
+            (self._folder / MANIFEST_NAME).replace(self._work / MANIFEST_NAME)
+        tokenizer = self._tokenizer()
+        keys = {source.name: self._source_key(source, tokenizer.fingerprint) for source in self._data.sources}
+        entries, rebuilt = [], []
+        for source in self._data.sources:
+            entry = self._kept_entry(source.name, keys[source.name])
+            if entry is None:
+                entry = _SourceBuild(self, source, keys[source.name], tokenizer).run()
+                rebuilt.append(source.name)
+            entries.append(entry)
+        for split in SPLITS:
+            self._check_documents(split, sum(entry.splits[split].documents for entry in entries))
+        manifest = Manifest(
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer_key=self._tokenizer_key,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            dtype=token_dtype(tokenizer.vocab_size),
+            tokens_per_sample=self._data.tokens_per_sample,
+            samples_per_shard=self._data.samples_per_shard,
+            settings=dataset_settings(self._data),
+            sources=tuple(entries),
+        )
+        self._remove_stale_shards(manifest)
+        write_atomically(self._folder / MANIFEST_NAME, to_json(manifest))
+        shutil.rmtree(self._work)
+        return manifest, tuple(rebuilt)
+
+    # What is there already
+
+    def _load_previous(self) -> Manifest | None:
+        for folder in (self._folder, self._work):
+            if (folder / MANIFEST_NAME).exists():
+                try:
+                    return load_manifest(folder)
+                except UserError as error:  # nothing of it can be trusted: build all anew
+                    self._progress.note(f"warning: {error}")
+        return None
+
+    def _is_current(self, manifest: Manifest) -> bool:
+        if not (self._folder / MANIFEST_NAME).exists() or manifest.tokenizer_key != self._tokenizer_key:
+            return False
+        keys = [self._source_key(source, manifest.tokenizer_fingerprint) for source in self._data.sources]
+        if manifest.settings != dataset_settings(self._data) or [entry.key for entry in manifest.sources] != keys:
+            return False
+        tokenizer = self._stored_tokenizer()
+        return (
+            tokenizer is not None
+            and tokenizer.fingerprint == manifest.tokenizer_fingerprint
+            and all(self._is_whole(shard) for shard in manifest.shards())
+        )
+
+    def _is_whole(self, shard: ShardEntry) -> bool:
+        try:
+            open_shard(self._folder, shard).close()
+        except UserError as error:
+            self._progress.note(f"warning: {error}")
+            return False
+        return True
+
+    def _kept_entry(self, name: str, key: str) -> SourceEntry | None:
+        """The source as an earlier build finished it, if nothing that it depends on changed."""
+        candidates = [entry for entry in self._previous.sources if entry.key == key] if self._previous else []
+        record = self._work / f"{name}@{key}.json"
+        if record.exists():
+            candidates.append(SourceEntry.model_validate_json(record.read_bytes()))
+        for entry in candidates:
+            if all(self._is_whole(shard) for split in SPLITS for shard in entry.splits[split].shards):
+                return entry
+        return None
+
+    def forget(self, name: str, key: str) -> None:
+        """Drop every record of other versions of a source, whose shards are about to be overwritten."""
+        for path in self._work.glob(f"{name}@*"):
+            if path.name != f"{name}@{key}":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self._previous is not None and any(entry.name == name for entry in self._previous.sources):
+            kept = tuple(entry for entry in self._previous.sources if entry.name != name)
+            self._previous = self._previous.model_copy(update={"sources": kept})
+            write_atomically(self._work / MANIFEST_NAME, to_json(self._previous))
+
+    def _remove_stale_shards(self, manifest: Manifest) -> None:
+        """Delete what an earlier version of the dataset left: its listed shards, and ours of these sources."""
+        current = {shard.file for shard in manifest.shards()}
+        stale = {shard.file for shard in self._previous.shards()} if self._previous else set()
+        for source in manifest.sources:
+            found = (self._folder / source.name).glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar")
+            stale |= {f"{source.name}/{path.name}" for path in found}
+        for file in stale - current:
+            (self._folder / file).unlink(missing_ok=True)
+
+    # The tokenizer
+
+    def _make_tokenizer_key(self) -> str:
+        if self._given is not None:
+            return _key("given", self._given.fingerprint)
+        config = self._data.tokenizer
+        texts = [(self._files[source.name], source.text_field) for source in self._data.sources]
+        settings = (config.kind, config.vocab_size, config.character_coverage, config.training_bytes)
+        return _key("trained", settings, texts, self._document_settings())
+
+    def _source_key(self, source: SourceConfig, fingerprint: str) -> str:
+        layout = (self._data.tokens_per_sample, self._data.samples_per_shard)
+        files = self._files[source.name]
+        return _key(source.name, files, source.text_field, self._document_settings(), fingerprint, layout)
+
+    def _document_settings(self) -> tuple[Any, ...]:
+        return (self._data.heldout_fraction, self._data.min_document_bytes, self._data.max_document_bytes)
+
+    def _stored_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer in the dataset's folder, if it is the one that the configuration stands for."""
+        try:
+            record = json.loads((self._folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
+            tokenizer = load_tokenizer(self._folder / TOKENIZER_NAME)
+        except (UserError, OSError, ValueError):
+            return None
+        expected = {"key": self._tokenizer_key, "fingerprint": tokenizer.fingerprint}
+        return tokenizer if record == expected else None
+
+    def _tokenizer(self) -> Tokenizer:
+        stored = self._stored_tokenizer()
+        if stored is not None:
+            return stored
+        tokenizer = self._given or self._train_tokenizer()
+        write_atomically(self._folder / TOKENIZER_NAME, tokenizer.model_bytes)
+        record = {"key": self._tokenizer_key, "fingerprint": tokenizer.fingerprint}
+        write_atomically(self._folder / _TOKENIZER_RECORD, json.dumps(record).encode())
+        return tokenizer
+
+    def _train_tokenizer(self) -> Tokenizer:
+        config = self._data.tokenizer
+        samples = self._samples(config.training_bytes)
+        documents = dict.fromkeys(SPLITS, 0)
+        with self._progress.stage("reading the sources", self._total_bytes(self._data.sources)) as update:
+            done = 0
+
+            def on_bytes(count: int) -> None:
+                nonlocal done
+                done += count
+                update(done)
+
+            for source in self._data.sources:
+                for document in read_documents(source, self._data, SourceCounts(), on_bytes):
+                    documents["heldout" if document.heldout else "train"] += 1
+                    samples[source.name].add(document)
+        for split in SPLITS:  # before the work, not after
+            self._check_documents(split, documents[split])
+        distinct = {id(sample): sample for sample in samples.values()}.values()
+        size = sum(sample.size_bytes for sample in distinct)
+        what = f"{config.kind} tokenizer of {config.vocab_size} pieces"
+        self._progress.note(f"training a {what} on {size / 1e6:.1f} MB")
+        return train_tokenizer((text for sample in distinct for text in sample.texts()), config)
+
+    def _samples(self, budget: int) -> dict[str, TrainingSample]:
+        """One sample for all sources, which then share by size; with weights one each."""
+        weights = [source.weight for source in self._data.sources if source.weight is not None]
+        if not weights:
+            return dict.fromkeys((source.name for source in self._data.sources), TrainingSample(budget))
+        return {
+            source.name: TrainingSample(max(1, round(budget * source.weight / sum(weights))))
+            for source in self._data.sources
+            if source.weight is not None
+        }
+
+    def _check_documents(self, split: Split, documents: int) -> None:
+        fraction = self._data.heldout_fraction
+        if documents or (split == "heldout" and fraction == 0):
+            return
+        what = "no document for the held-out split" if split == "heldout" else "no document to train on"
+        remedy = "raise it" if split == "heldout" else "lower it"
+        raise UserError(
+            f"data.heldout_fraction={fraction} leaves {what}; {remedy}, give more documents, or lower "
+            "data.max_document_bytes so that long ones are split"
+        )
+
+    def _total_bytes(self, sources: Iterable[SourceConfig]) -> int:
+        return sum(file.size_bytes for source in sources for file in self._files[source.name])
+
+
+class _SourceBuild:
+    """Tokenise one source into parts, then write its shards."""
+
+    def __init__(self, build: _Build, source: SourceConfig, key: str, tokenizer: Tokenizer) -> None:
+        self._build = build
+        self._data = build._data
+        self._source = source
+        self._key = key
+        self._tokenizer = tokenizer
+        self._parts = build._work / f"{source.name}@{key}"
+
+    def run(self) -> SourceEntry:
+        self._build.forget(self._source.name, self._key)
+        self._parts.mkdir(exist_ok=True)
+        summary = self._parts / f"summary-{PART_BYTES}.json"
+        if not summary.exists():
+            num_parts, counts = self._tokenise()
+            write_atomically(summary, json.dumps({"parts": num_parts, "counts": counts.as_dict()}).encode())
+        record = json.loads(summary.read_bytes())
+        splits = {split: self._write_split(split, record["parts"]) for split in SPLITS}
+        entry = SourceEntry(name=self._source.name, key=self._key, counts=record["counts"], splits=splits)
+        write_atomically(self._parts.with_name(f"{self._parts.name}.json"), to_json(entry))
+        shutil.rmtree(self._parts)
+        return entry
+
+    def _part(self, number: int) -> Path:
+        # The grouping is in the name: parts of another one, left by another version, would mix in.
+        return self._parts / f"part-{PART_BYTES}-{number:06d}.npz"
+
+    def _tokenise(self) -> tuple[int, SourceCounts]:
+        counts = SourceCounts()
+        read_bytes = number = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal read_bytes
+            read_bytes += count
+
+        title = f"tokenising {self._source.name}"
+        total = self._build._total_bytes([self._source])
+        model = self._build._folder / TOKENIZER_NAME
+        dtype = token_dtype(self._tokenizer.vocab_size)
+        workers = 1 if total <= PART_BYTES else self._data.workers  # starting processes takes longer
+        with (
+            self._build._progress.stage(title, total) as update,
+            PartEncoder(model, dtype, workers, update) as encoder,
+        ):
+            documents = read_documents(self._source, self._data, counts, on_bytes)
+            for texts in group_documents(documents):
+                path = self._part(number)
+                number += 1
+                if not path.exists():
+                    encoder.submit(path, texts, read_bytes)
+            encoder.drain()
+            update(total)
+        return number, counts
+
+    def _write_split(self, split: Split, num_parts: int) -> SplitEntry:
+        def record(number: int) -> Path:
+            return self._parts / f"{split}-{number:06d}.json"
+
+        def done(number: int) -> ShardEntry | None:
+            if not record(number).exists():
+                return None
+            entry = ShardEntry.model_validate_json(record(number).read_bytes())
+            return entry if self._build._is_whole(entry) else None
+
+        return write_stream(
+            self._build._folder,
+            self._source.name,
+            split,
+            (read_part(self._part(number), split) for number in range(num_parts)),
+            (self._data.tokens_per_sample, self._data.samples_per_shard),
+            self._tokenizer.eos_id,
+            self._tokenizer.token_bytes(),
+            done,
+            lambda number, entry: write_atomically(record(number), to_json(entry)),
+        )
+
+
+def group_documents(documents: Iterable[Any]) -> Iterator[Texts]:
+    """Documents in groups of at least PART_BYTES of text; the grouping leaves no trace in the shards."""
+    group, size = Texts([], []), 0
+    for document in documents:
+        group.texts.append(document.text)
+        group.heldout.append(document.heldout)
+        size += document.size_bytes
+        if size >= PART_BYTES:
+            yield group
+            group, size = Texts([], []), 0
+    if group.texts:
+        yield group
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The smallest type that holds every token id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def _key(*parts: Sequence[Any] | str | SourceFile) -> str:
+    text = json.dumps([_VERSION, *parts], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder; the kernel releases the lock however the process ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"data.dir={folder}: another build is at work there; wait for it or stop it") from None
+        yield

@@ -1,0 +1,141 @@
+"""Tokenising in parallel: groups of documents in, one file of tokens for each group out."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biroute.configs.errors import UserError
+from biroute.data_pipeline.read.manifest import SPLITS, write_atomically
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents of one part and, for each, whether it is held out."""
+
+    texts: list[str]
+    heldout: list[bool]
+
+
+class PartEncoder:
+    """Encodes parts in `workers` processes (0: one per core), or in this one if that makes one."""
+
+    def __init__(self, model: Path, dtype: str, workers: int, on_finished: Callable[[int], None]) -> None:
+        """`on_finished` is called with the mark of each part, in order, when it and all before it are written."""
+        self._workers = workers or len(os.sched_getaffinity(0))
+        self._arguments = (str(model), dtype)
+        self._pool: ProcessPoolExecutor | None = None
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._on_finished = on_finished
+
+    def __enter__(self) -> PartEncoder:
+        if self._workers == 1:
+            _set_up(*self._arguments)
+        else:
+            # spawn: this process may have threads, which a fork does not survive.
+            self._pool = ProcessPoolExecutor(
+                self._workers, get_context("spawn"), initializer=_start_worker, initargs=self._arguments
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, path: Path, texts: Texts, mark: int) -> None:
+        """Have `texts` encoded into the file `path`; waits while too many parts are under way.
+
+        Raises:
+            OSError: a part could not be written.
+            UserError: a worker was killed.
+        """
+        if self._pool is None:
+            _encode_part(path, texts)
+            self._on_finished(mark)
+            return
+        with self._explain_death():
+            self._waiting.append((self._pool.submit(_encode_part, path, texts), mark))
+        while len(self._waiting) > 2 * self._workers:
+            self._take()
+
+    def drain(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._take()
+
+    def _take(self) -> None:
+        future, mark = self._waiting.popleft()
+        with self._explain_death():
+            future.result()
+        self._on_finished(mark)
+
+    @contextmanager
+    def _explain_death(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool:
+            raise UserError(
+                f"data.workers={self._workers}: a tokenising process was killed, perhaps for lack of memory; "
+                "lower data.workers and run the same command again, it continues"
+            ) from None
+
+
+def read_part(path: Path, split: str) -> np.ndarray:
+    """The tokens of one split in a part, whole documents."""
+    with np.load(path, allow_pickle=False) as arrays:
+        tokens: np.ndarray = arrays[split]
+    return tokens
+
+
+_tokenizer: Tokenizer
+_token_bytes: np.ndarray
+_dtype: np.dtype[Any]
+
+
+def _set_up(model: str, dtype: str) -> None:
+    global _tokenizer, _token_bytes, _dtype
+    _tokenizer = load_tokenizer(Path(model))
+    _token_bytes = _tokenizer.token_bytes()
+    _dtype = np.dtype(dtype)
+
+
+def _start_worker(model: str, dtype: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _set_up(model, dtype)
+
+
+def _die_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: a killed parent would leave it there for ever."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode_part(path: Path, texts: Texts) -> None:
+    streams: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    eos = np.array([_tokenizer.eos_id], dtype=_dtype)
+    for text, heldout, ids in zip(texts.texts, texts.heldout, _tokenizer.encode_batch(texts.texts), strict=True):
+        tokens = np.array(ids, dtype=_dtype)
+        if int(_token_bytes[tokens].sum()) != len(text.encode("utf-8")):
+            raise RuntimeError(f"the tokens of {text[:60]!r} do not carry its bytes")  # bits per byte rest on this
+        streams["heldout" if heldout else "train"] += [tokens, eos]
+    arrays = {split: np.concatenate(parts) if parts else np.empty(0, _dtype) for split, parts in streams.items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, content.getvalue())

@@ -1,0 +1,310 @@
+"""The tokenizer: a SentencePiece model, trained here or given, that loses nothing.
+
+`decode(encode(text)) == text` for every Unicode text, and the tokens of a text carry exactly its UTF-8 bytes, which
+is what makes bits per byte exact for any span of tokens. SentencePiece writes a space as U+2581 and so cannot tell
+the two apart; that one character is therefore always spelled by its three byte pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import TokenizerConfig
+
+if TYPE_CHECKING:
+    from biroute.data_pipeline.prepare.sources import Document
+
+SPACE_MARK = "\u2581"  # how SentencePiece spells a space
+UNK, EOS, PAD, MASK = "<unk>", "</s>", "<pad>", "<mask>"
+_MASK_SPELLINGS = (MASK, "[MASK]")
+# Pieces of white space, each one token: indentation is frequent, and no piece may reach across a line.
+_USER_PIECES = ("\n", "\n\n", "\r\n", "\t", *(SPACE_MARK * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)))
+# The trainer takes tab and U+2585 for its own marks and drops sentences that hold them (or NUL); it splits
+# nothing else. None of them would be learnt, so cutting there loses nothing.
+_TRAINING_BREAKS = re.compile("[\n\r\t\0\u2581\u2585]+")
+_MAX_SENTENCE_BYTES = 4192  # the trainer drops longer ones with no more than a warning
+# Unigram sums per thread in floating point: the number of threads is a part of the result.
+_TRAINING_THREADS = 4
+_PROBES = (
+    "two  spaces,   three \n\n new\tlines\r\n ",
+    " leading and trailing ",
+    "Ｆｕｌｌ　ｗｉｄｔｈ，。 汉字漢字 ﬁ ½ e\u0301 é \u0301 😀 \u2581 \0 \u00a0\u2028\ufeff",
+    "<unk></s><pad><mask><s><0x41>",
+)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: pieces, special ones included.
+        eos_id: end of a document; never comes out of `encode`.
+        unk_id, pad_id, mask_id: the other special ids; None where a given model lacks one.
+        fingerprint: SHA-256 over pieces, scores, kinds and normalisation: equal for equal tokenizations,
+            whatever file they come from.
+    """
+
+    def __init__(self, model: bytes, origin: str) -> None:
+        """`model` is a serialised SentencePiece model, `origin` what messages call it.
+
+        Raises:
+            UserError: not a SentencePiece model; no byte fallback, no end-of-document piece, or texts change.
+        """
+        import sentencepiece
+
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(model)
+            settings = _model_settings(model)
+        except (RuntimeError, ValueError, IndexError):
+            raise UserError(f"{origin}: not a SentencePiece model; name a .model file of SentencePiece") from None
+        processor = self._processor
+        self._origin = origin
+        self.model_bytes = model
+        self.vocab_size: int = processor.vocab_size()
+        self.unk_id = _id_or_none(processor.unk_id())
+        self.pad_id = _id_or_none(processor.pad_id())
+        self.mask_id = self._find_mask()
+        self._bytes_of_id = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        self.fingerprint = self._make_fingerprint(settings)
+        eos_id = _id_or_none(processor.eos_id())
+        if eos_id is None:
+            raise UserError(f"{origin}: the model has no end-of-sentence piece; BiRoute joins documents with it")
+        self.eos_id: int = eos_id
+        byte_ids = {processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_byte(i)}
+        if len(byte_ids) != 256:
+            raise UserError(
+                f"{origin}: the model has {len(byte_ids)} byte pieces, not 256; train it with byte_fallback=true"
+            )
+        self._mark_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode("utf-8")]
+        for probe in _PROBES:
+            if self.decode(self.encode(probe)) != probe:
+                raise UserError(
+                    f"{origin}: the model changes texts ({probe[:16]!r} comes back as "
+                    f"{self.decode(self.encode(probe))[:16]!r}); train it with normalization_rule_name=identity, "
+                    "add_dummy_prefix=false, remove_extra_whitespaces=false"
+                )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a valid Unicode text, without any special id."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, faster; in this thread only."""
+        if not any(SPACE_MARK in text for text in texts):
+            return self._processor.encode(list(texts), out_type=int, num_threads=1)
+        pieces = [text.split(SPACE_MARK) for text in texts]
+        flat = iter(self._processor.encode([piece for split in pieces for piece in split], num_threads=1))
+        encoded = []
+        for split in pieces:
+            ids = next(flat)
+            for _ in split[1:]:
+                ids = [*ids, *self._mark_ids, *next(flat)]
+            encoded.append(ids)
+        return encoded
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes that the tokens stand for; special tokens stand for none."""
+        return b"".join([self._bytes_of_id[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the tokens; U+FFFD where a span of tokens begins or ends inside a character."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of each token, [vocab_size] int64; 0 for special ones."""
+        return np.array([len(data) for data in self._bytes_of_id], dtype=np.int64)
+
+    def _piece_bytes(self, index: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(index) or processor.is_unknown(index):
+            return b""
+        piece: str = processor.id_to_piece(index)
+        if processor.is_byte(index):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE_MARK, " ").encode("utf-8")
+
+    def _find_mask(self) -> int | None:
+        for spelling in _MASK_SPELLINGS:
+            index = self._processor.piece_to_id(spelling)
+            if self._processor.is_control(index):
+                return index
+        return None
+
+    def _make_fingerprint(self, settings: bytes) -> str:
+        processor = self._processor
+        digest = hashlib.sha256(b"biroute tokenizer 1\0" + settings)
+        for i in range(self.vocab_size):
+            kinds = (processor.is_control(i), processor.is_unknown(i), processor.is_byte(i), processor.is_unused(i))
+            score = float(processor.get_score(i)).hex()
+            digest.update(f"\0{processor.id_to_piece(i)}\0{score}\0{kinds}".encode())
+        return digest.hexdigest()
+
+
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in the file `path`; `vocab_size` is what the configuration says, None: anything.
+
+    Raises:
+        UserError: file missing or no usable model, or another vocabulary size.
+    """
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the tokenizer cannot be read ({error.strerror}); correct data.tokenizer.model_path"
+        ) from None
+    tokenizer = Tokenizer(model, str(path))
+    if vocab_size is not None and tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"data.tokenizer.vocab_size={vocab_size}, but {path} has {tokenizer.vocab_size} pieces; "
+            f"set data.tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """Train on `texts`; the same texts in the same order give the same pieces on any machine.
+
+    Raises:
+        UserError: too little text for the vocabulary, or too small a vocabulary for the characters of the text.
+    """
+    import sentencepiece
+
+    options: dict[str, Any] = {
+        "model_type": config.kind,
+        "vocab_size": config.vocab_size,
+        "character_coverage": config.character_coverage,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": list(_USER_PIECES),
+        "control_symbols": [MASK],
+        "unk_id": 0,
+        "eos_id": 1,
+        "pad_id": 2,
+        "bos_id": -1,
+        "unk_piece": UNK,
+        "eos_piece": EOS,
+        "pad_piece": PAD,
+        "max_sentence_length": _MAX_SENTENCE_BYTES,
+        "shuffle_input_sentence": False,  # nothing else is random
+        "num_threads": _TRAINING_THREADS,
+        "minloglevel": 2,
+    }
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=training_sentences(texts), model_writer=model, **options
+        )
+    except RuntimeError as error:
+        raise UserError(_why_untrained(config, str(error))) from None
+    return Tokenizer(model.getvalue(), "the trained tokenizer")
+
+
+def training_sentences(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of `texts`, the long ones in pieces that the trainer takes, cut at a space where there is one."""
+    for text in texts:
+        for line in _TRAINING_BREAKS.split(text):
+            while len(line) * 4 > _MAX_SENTENCE_BYTES and len(line.encode("utf-8")) > _MAX_SENTENCE_BYTES:
+                end = _MAX_SENTENCE_BYTES // 4  # characters, of at most 4 bytes each
+                space = line.rfind(" ", end // 2, end)
+                end = space if space > 0 else end
+                yield line[:end]
+                line = line[end:]
+            if line:
+                yield line
+
+
+class TrainingSample:
+    """A sample of the training documents, of about a given size: those with the lowest hashes.
+
+    It depends on the texts alone, neither on the order of files nor on how they are read, and takes one pass.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._budget = size_bytes
+        self._heap: list[tuple[int, str, int]] = []  # the highest hash on top
+        self.size_bytes = 0
+
+    def add(self, document: Document) -> None:
+        """Offer a document; held-out ones are refused."""
+        if document.heldout:
+            return
+        heapq.heappush(self._heap, (-document.sample_rank, document.text, document.size_bytes))
+        self.size_bytes += document.size_bytes
+        while self.size_bytes - self._heap[0][2] >= self._budget:
+            self.size_bytes -= heapq.heappop(self._heap)[2]
+
+    def texts(self) -> list[str]:
+        """The sample, in an order of its own."""
+        return [text for _, text, _ in sorted(self._heap, reverse=True)]
+
+
+def _why_untrained(config: TokenizerConfig, message: str) -> str:
+    field = f"data.tokenizer.vocab_size={config.vocab_size}"
+    most = re.search(r"Vocabulary size too high.*<= (\d+)", message)
+    if most:
+        return f"{field}: the text yields only {most[1]} pieces; use at most that many or give more text"
+    least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if least:
+        return (
+            f"{field}: the characters of the text need {least[1]}; raise it to more than that, or lower "
+            f"data.tokenizer.character_coverage={config.character_coverage}"
+        )
+    if "sentences_.empty()" in message:
+        return "data.tokenizer: the sources hold no text to train on; give more, or set data.tokenizer.model_path"
+    return f"data.tokenizer: SentencePiece could not train ({' '.join(message.split())})"
+
+
+def _id_or_none(index: int) -> int | None:
+    return index if index >= 0 else None
+
+
+def _model_settings(model: bytes) -> bytes:
+    """What of a model, besides its pieces, decides a tokenization: kind, byte fallback, normalisation.
+
+    Read from the protocol buffer by field number; the Python classes for it would need another dependency.
+    """
+    kept = b""
+    for number, value in _fields(model):
+        if number == 2:  # trainer_spec: 3 model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback
+            kept += repr([field for field in _fields(value) if field[0] in (3, 24, 35)]).encode()
+        elif number in (3, 5):  # normalizer_spec, denormalizer_spec
+            kept += repr((number, [field for field in _fields(value) if field[0] != 1])).encode()  # 1: a name
+    return kept
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer: int, or bytes."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+
+    while position < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}.get(tag & 7)
+            size = varint() if size is None else size
+            yield tag >> 3, message[position : position + size]
+            position += size

@@ -1,0 +1,133 @@
+"""`biroute data verify`: is the dataset what its manifest says?
+
+webdataset reads a damaged tar without complaint and gives fewer samples, so damage has to be looked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from biroute.configs.errors import UserError
+from biroute.data_pipeline.read.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardEntry,
+    load_manifest,
+)
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.read.shards import check_header, open_shard, sample_key
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+
+_REMEDY = "remove it and run `biroute data build` to make it again"
+
+
+def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None = None) -> Manifest:
+    """Check the dataset in `folder` and return its manifest.
+
+    Cheap: the manifest is sound, the tokenizer is the one of the shards, every shard is there, of the right size and
+    begins with the right sample, and no other tar lies among them. Deep, reading every byte: SHA-256, then each
+    sample through webdataset itself, counting tokens, documents and bytes.
+
+    Raises:
+        UserError: on the first fault, naming the file.
+    """
+    manifest = load_manifest(folder)
+    tokenizer = check_tokenizer(folder, manifest)
+    for source in manifest.sources:
+        for split in SPLITS:
+            for number, shard in enumerate(source.splits[split].shards):
+                with open_shard(folder, shard) as file:
+                    first = sample_key(source.name, split, number * manifest.samples_per_shard)
+                    check_header(file, folder / shard.file, first)
+    _check_no_others(folder, manifest)
+    if deep:
+        _verify_deep(folder, manifest, tokenizer, progress or Progress(quiet=True))
+    return manifest
+
+
+def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The dataset's tokenizer, which is the one that made the shards.
+
+    Raises:
+        UserError: missing, damaged or another one.
+    """
+    tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"{folder / TOKENIZER_NAME}: fingerprint {tokenizer.fingerprint[:12]}, but the shards were made with "
+            f"{manifest.tokenizer_fingerprint[:12]}; put that tokenizer back or run `biroute data build`"
+        )
+    return tokenizer
+
+
+def _check_no_others(folder: Path, manifest: Manifest) -> None:
+    listed = {folder / shard.file for shard in manifest.shards()}
+    found = set(folder.glob("*/*.tar")) | set(folder.glob("*.tar"))
+    others = sorted(found - listed)
+    if others:
+        raise UserError(f"{others[0]}: a foreign shard that {MANIFEST_NAME} does not list; remove it")
+
+
+def _verify_deep(folder: Path, manifest: Manifest, tokenizer: Tokenizer, progress: Progress) -> None:
+    token_bytes = tokenizer.token_bytes()
+    done = 0
+    with progress.stage("verifying shards", sum(shard.size_bytes for shard in manifest.shards())) as update:
+        for source in manifest.sources:
+            for split in SPLITS:
+                begins = True
+                for number, shard in enumerate(source.splits[split].shards):
+                    _check_digest(folder, shard)
+                    first = sample_key(source.name, split, number * manifest.samples_per_shard)
+                    begins = _check_samples(folder, shard, first, manifest, token_bytes, begins)
+                    done += shard.size_bytes
+                    update(done)
+
+
+def _check_digest(folder: Path, shard: ShardEntry) -> None:
+    with open_shard(folder, shard) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != shard.sha256:
+        raise UserError(
+            f"{folder / shard.file}: checksum {found[:12]} instead of {shard.sha256[:12]}: the shard is damaged; "
+            f"{_REMEDY}"
+        )
+
+
+def _check_samples(
+    folder: Path, shard: ShardEntry, first_key: str, manifest: Manifest, token_bytes: np.ndarray, begins: bool
+) -> bool:
+    """Count what webdataset reads; `begins`: does the shard start with a document? Returns that of the next one."""
+    import webdataset
+
+    path = folder / shard.file
+    prefix, _, digits = first_key.rpartition("-")
+    samples = tokens = documents = text_bytes = 0
+    # Undecoded: decoding would unpickle what a foreign shard may hold.
+    for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+        expected = f"{prefix}-{int(digits) + samples:09d}"
+        if sample["__key__"] != expected:
+            raise UserError(f"{path}: sample {sample['__key__'][:60]!r} where {expected!r} belongs; {_REMEDY}")
+        array = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        if array.dtype != np.dtype(manifest.dtype) or (array >= manifest.vocab_size).any():
+            raise UserError(f"{path}: sample {expected!r} holds no tokens of this vocabulary; {_REMEDY}")
+        ends = array == manifest.eos_id
+        in_sample = int(begins) + int(ends[:-1].sum())
+        if json.loads(sample["json"])["documents"] != in_sample:
+            raise UserError(f"{path}: sample {expected!r} does not hold the documents that it says; {_REMEDY}")
+        begins = bool(ends[-1])
+        samples += 1
+        tokens += len(array)
+        documents += in_sample
+        text_bytes += int(token_bytes[array].sum())
+    counted = {"samples": samples, "tokens": tokens, "documents": documents, "text_bytes": text_bytes}
+    for field, found in counted.items():
+        if found != getattr(shard, field):
+            raise UserError(f"{path}: {found} {field} instead of {getattr(shard, field)}; {_REMEDY}")
+    return begins

@@ -1,0 +1,300 @@
+"""The attempts of a run: who owns the run folder, how each attempt ended, and whether another one follows. No torch.
+
+    <run>/attempts.jsonl           one line when an attempt begins, one when it ends; only ever appended to
+    <run>/attempt                  the fence: number of the attempt that owns the folder
+    <run>/logs/attempt-0001/       what its ranks wrote
+
+A rank on a node that the scheduler has given up may train on for minutes while the next attempt runs elsewhere. It
+may write nothing into the folder any more: whoever writes compares its own number with the fence first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, FencedError, UserError
+from biroute.launcher.attempts.failures import End, last_step, log_dir
+from biroute.launcher.attempts.file_lock import file_lock
+
+LEDGER_NAME = "attempts.jsonl"
+FENCE_NAME = "attempt"
+CANCELLED_MARK = Path("submission") / "cancelled"
+NO_END = "no end recorded: its node was lost or the job killed"
+ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # the number, for ranks whose launcher has begun the attempt
+_LOCK_SECONDS = 10.0  # a lost node may hold the lock for ever
+
+Decision = Literal["requeue", "stop", "finished"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run. `ended` and what follows are None until it ends; times are Unix seconds."""
+
+    number: int
+    began: float
+    job: str | None = None  # Slurm's job id
+    restart: int = 0  # Slurm's count of restarts of that job
+    nodes: tuple[str, ...] = ()
+    world_size: int = 0
+    ended: float | None = None
+    status: int | None = None
+    cause: str = ""
+    step: int | None = None  # last step that it is known to have reached
+    crash: bool = False  # it counts towards the limits on restarts
+    decision: Decision | None = None  # None: a run without scheduler is started again by its user
+    excluded: tuple[str, ...] = ()  # nodes that must not be used again
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on restarting after crashes of one job, and whether to restart at all; fields of section slurm."""
+
+    max_restarts: int
+    max_crashes_at_same_step: int
+    requeue: bool = True
+
+
+def make_run_dir(path: Path) -> None:
+    """Create the run folder. Raises UserError if it can't be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
+
+
+def begin_attempt(
+    run_dir: Path,
+    *,
+    nodes: Sequence[str],
+    world_size: int,
+    job: str | None = None,
+    restart: int = 0,
+) -> int:
+    """Take over the run folder; the new attempt's number. What earlier attempts write from now on is refused.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    try:
+        with folder_lock(run_dir):
+            attempts = read_attempts(run_dir)
+            number = max([fence_of(run_dir), *(attempt.number for attempt in attempts)]) + 1
+            _raise_fence(run_dir, number)
+            for attempt in attempts:
+                if attempt.ended is None:
+                    _append_end(
+                        run_dir, attempt.number, End(-1, NO_END, last_step(log_dir(run_dir, attempt.number))), None
+                    )
+            begin = {"attempt": number, "event": "begin", "time": time.time(), "job": job, "restart": restart}
+            _append(run_dir, begin | {"nodes": list(nodes), "world_size": world_size})
+        log_dir(run_dir, number).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
+    return number
+
+
+def given_attempt() -> int | None:
+    """The attempt that this rank's launcher has begun; None if it knows of none, as torchrun doesn't.
+
+    Raises:
+        UserError: the variable is no number.
+    """
+    text = os.environ.get(ATTEMPT_VARIABLE, "")
+    if text and not text.isdecimal():
+        raise UserError(f"{ATTEMPT_VARIABLE}={text!r} is not the number of an attempt; unset it")
+    return int(text) if text else None
+
+
+def end_attempt(run_dir: Path, number: int, end: End, limits: Limits | None) -> tuple[Decision | None, str]:
+    """Record how attempt `number` ended; whether the job is to be queued again, and why not, in words.
+
+    `limits` is None where no scheduler could start the run again. The first end recorded stands.
+    """
+    with folder_lock(run_dir):
+        owner = fence_of(run_dir)
+        if owner != number:
+            return "stop", f"attempt {number} no longer owns {run_dir}: attempt {owner} does"
+        attempts = read_attempts(run_dir)
+        this = next((attempt for attempt in attempts if attempt.number == number), Attempt(number, time.time()))
+        if this.ended is not None:
+            return this.decision, this.cause
+        decision: Decision | None = None
+        reason = ""
+        if limits is not None:
+            earlier = [attempt for attempt in attempts if attempt.number < number and attempt.job == this.job]
+            cancelled = (run_dir / CANCELLED_MARK).exists()
+            decision, reason = decide(end, earlier, cancelled=cancelled, limits=limits)
+        _append_end(run_dir, number, end, decision)
+    return decision, reason
+
+
+def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Limits) -> tuple[Decision, str]:
+    """Is the job to be queued again after `end`? `earlier` are the attempts of the same job before it."""
+    if end.status == EXIT_OK:
+        return "finished", "the run is at its last step"
+    if cancelled:
+        return "stop", "the run was cancelled; `biroute resume` goes on with it"
+    if end.status == EXIT_USER_FAULT:
+        return "stop", f"{end.cause}; put it right, then `biroute resume`"
+    if not limits.requeue:
+        return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on"
+    if end.status == EXIT_STOPPED or not end.crash:
+        return "requeue", f"{end.cause}; the next attempt goes on from there"
+    crashes = [attempt for attempt in earlier if attempt.crash]
+    same_step = 1 + sum(attempt.step == end.step for attempt in crashes)
+    if same_step >= limits.max_crashes_at_same_step and not end.excluded:  # without the bad nodes it's another job
+        where = "before the first step" if end.step is None else f"after step {end.step}"
+        return "stop", (
+            f"crash loop: {same_step} attempts ended {where} (slurm.max_crashes_at_same_step="
+            f"{limits.max_crashes_at_same_step}), the last one by {end.cause}; put it right, then `biroute resume`"
+        )
+    if len(crashes) >= limits.max_restarts:
+        return "stop", (
+            f"{len(crashes) + 1} attempts crashed, the last one by {end.cause}; slurm.max_restarts="
+            f"{limits.max_restarts} allows no further one; put it right, then `biroute resume`"
+        )
+    return "requeue", f"crash {len(crashes) + 1} of at most {limits.max_restarts + 1}: {end.cause}"
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """All attempts in order; empty if there was none. Damaged lines are passed over.
+
+    Raises:
+        OSError: the ledger is there and can't be read.
+    """
+    attempts: dict[int, Attempt] = {}
+    for record in _records(run_dir / LEDGER_NAME):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            _take_in(attempts, record)
+    return [attempts[number] for number in sorted(attempts)]
+
+
+def excluded_nodes(run_dir: Path, job: str | None) -> list[str]:
+    """Nodes that attempts of `job` found bad."""
+    return sorted({node for attempt in read_attempts(run_dir) if attempt.job == job for node in attempt.excluded})
+
+
+def fence_of(run_dir: Path) -> int:
+    """Number of the attempt that owns the folder; 0 if none does."""
+    try:
+        return int((run_dir / FENCE_NAME).read_text(encoding="ascii"))
+    except FileNotFoundError:
+        return 0
+    except ValueError:
+        raise UserError(f"{run_dir / FENCE_NAME}: not a number; write the newest number in {LEDGER_NAME}") from None
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The right of one attempt to write into the run folder."""
+
+    run_dir: Path
+    attempt: int
+
+    def holds(self) -> bool:
+        """May this attempt still write? True as long as the answer can't be read: the write will fail by itself."""
+        try:
+            return fence_of(self.run_dir) <= self.attempt
+        except (OSError, UserError):
+            return True
+
+    def check(self) -> None:
+        """Raises FencedError if another attempt owns the folder."""
+        if not self.holds():
+            raise FencedError(
+                f"attempt {self.attempt} no longer owns {self.run_dir}: attempt {fence_of(self.run_dir)} does; "
+                "nothing more is written"
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """The folder's lock around a change that must not overlap with the next attempt's begin.
+
+        Raises:
+            FencedError: another attempt owns the folder.
+        """
+        with folder_lock(self.run_dir):
+            self.check()
+            yield
+
+
+def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
+    """One process at a time changes fence, ledger or the list of checkpoints.
+
+    After some seconds it goes on without: a frozen holder must not stop the next attempt.
+    """
+    return file_lock(run_dir / f".{FENCE_NAME}.lock", _LOCK_SECONDS)
+
+
+def _raise_fence(run_dir: Path, number: int) -> None:
+    draft = run_dir / f".{FENCE_NAME}.tmp"
+    with draft.open("w", encoding="ascii") as file:
+        file.write(f"{number}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(run_dir / FENCE_NAME)
+
+
+def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None) -> None:
+    record = {"attempt": number, "event": "end", "time": time.time(), "status": end.status, "cause": end.cause}
+    record |= {"step": end.step, "crash": end.crash, "decision": decision, "excluded": list(end.excluded)}
+    _append(run_dir, record)
+
+
+def _append(run_dir: Path, record: dict[str, Any]) -> None:
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    with (run_dir / LEDGER_NAME).open("ab+") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # torn by a kill
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
+
+
+def _take_in(attempts: dict[int, Attempt], record: dict[str, Any]) -> None:
+    number = int(record["attempt"])
+    if record["event"] == "begin":
+        attempts[number] = Attempt(
+            number,
+            began=float(record["time"]),
+            job=record.get("job"),
+            restart=int(record.get("restart", 0)),
+            nodes=tuple(record.get("nodes", ())),
+            world_size=int(record.get("world_size", 0)),
+        )
+    elif record["event"] == "end" and number in attempts and attempts[number].ended is None:
+        attempts[number] = replace(
+            attempts[number],
+            ended=float(record["time"]),
+            status=int(record["status"]),
+            cause=str(record["cause"]),
+            step=record.get("step"),
+            crash=bool(record.get("crash")),
+            decision=record.get("decision"),
+            excluded=tuple(record.get("excluded", ())),
+        )

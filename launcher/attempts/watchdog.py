@@ -1,0 +1,244 @@
+"""Watches one rank: shows where it is, notices when nothing moves any more, and tells who is missing where. No torch.
+
+A thread writes the rank's *pulse* into the attempt's logs. When the rank has reached nothing new within the limit, it
+dumps all stacks into its log, writes down in which collective it waits, reads what the others wrote, names the rank
+that is not there and ends the process: a hang ends the attempt, and the next goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from biroute.configs.errors import EXIT_OUR_FAULT
+from biroute.launcher.attempts.failures import Failure, Pulse, read_pulses, record_failure, write_failure, write_pulse
+
+_SHORTEST_TICK, _LONGEST_TICK = 0.2, 15.0
+_RANK_0_TICK = 0.2  # its pulse tells the step of the run
+_REPORT_SECONDS = 10.0  # how long to wait for the others' reports
+
+
+@dataclass(frozen=True)
+class HangReport:
+    """What a rank was doing when it found that nothing moved."""
+
+    rank: int
+    host: str
+    step: int
+    doing: str
+    collective: str  # name of the collective that it waits in; "" if it is in none
+    place: str  # `launcher/train/trainer.py:120 in _evaluate`: the innermost line of our own code
+    waited: float  # seconds
+
+
+class Watchdog:
+    """One rank's pulse and its alarm. `reached` is called from the training thread."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._doing = "starting"
+        self._since = time.monotonic()
+        self._trained = False
+        self._allowance = 0.0
+        self._logs: Path | None = None
+        self._rank = self._world_size = 0
+        self._hang_seconds = self._startup_seconds = 0.0
+        self._closed = threading.Event()
+        self._changed = threading.Event()
+        self._main = threading.main_thread().ident
+        self._shows_stack = False  # on SIGALRM, which without that would kill
+        self._written: tuple[int, str] | None = None
+
+    def watch(self, logs: Path, rank: int, world_size: int, *, hang_seconds: float, startup_seconds: float) -> None:
+        """Start watching; `hang_seconds` = 0 leaves the pulse without the alarm."""
+        self._logs, self._rank, self._world_size = logs, rank, world_size
+        self._hang_seconds, self._startup_seconds = hang_seconds, startup_seconds
+        self._write_pulse()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no file behind stderr
+            # Only the thread that takes the signal, the main one: reading the frames of one that runs can crash.
+            faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False)
+            self._shows_stack = True
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def reached(self, doing: str, step: int | None = None) -> None:
+        """The rank has got on: it begins `doing`, or has done optimizer step `step`."""
+        first = step is not None and not self._trained
+        if step is not None:
+            self.step = step
+            self._trained = True
+        self._doing = doing
+        self._since = time.monotonic()
+        if self._rank == 0 or first:  # the first step shortens everybody's limit
+            self._changed.set()
+
+    def resumed(self, step: int) -> None:
+        """The attempt goes on after `step`, done by an earlier one."""
+        self.step = step
+        self.reached("training")
+
+    def allow(self, seconds: float) -> None:
+        """What comes next may take this much longer."""
+        self._allowance = seconds
+        self.reached("closing")
+
+    def failed(self, error: Exception) -> None:
+        """Leave word of the exception that ends this rank."""
+        self.close()
+        if self._logs is not None:
+            self._write_pulse()
+            record_failure(self._logs, self._rank, self.step, error)
+
+    def close(self) -> None:
+        """No alarm from now on."""
+        self._closed.set()
+        self._changed.set()
+
+    def _limit(self) -> float:
+        limit = self._hang_seconds if self._trained else max(self._startup_seconds, self._hang_seconds)
+        return limit + self._allowance
+
+    def _tick(self) -> float:
+        if self._hang_seconds <= 0:
+            return _LONGEST_TICK
+        return min(_LONGEST_TICK, max(_SHORTEST_TICK, self._limit() / 10))
+
+    def _run(self) -> None:
+        looked = time.monotonic()
+        while not self._closed.is_set():
+            tick = self._tick()
+            if self._hang_seconds > 0 and self._shows_stack:
+                # Should something hold Python's lock for ever, this thread can't run, but a signal handler in C can.
+                signal.setitimer(signal.ITIMER_REAL, self._limit() + 2 * tick)
+            self._changed.wait(tick)
+            self._changed.clear()
+            stopped = time.monotonic() - looked - tick
+            looked = time.monotonic()
+            if stopped > tick + 5:
+                self._since += stopped  # this process itself was stopped, as `scontrol suspend` does
+            if self._closed.is_set():
+                break
+            if self._hang_seconds > 0 and looked - self._since > self._limit():
+                self._end_hang()
+            self._write_pulse()
+            self._closed.wait(_RANK_0_TICK)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _write_pulse(self) -> None:
+        assert self._logs is not None
+        if self._written == (self.step, self._doing):
+            return
+        self._written = (self.step, self._doing)
+        with contextlib.suppress(OSError):  # training needs no pulse
+            write_pulse(
+                self._logs,
+                Pulse(self._rank, socket.gethostname(), os.getpid(), time.time(), self.step, self._doing),
+            )
+
+    def _end_hang(self) -> None:
+        assert self._logs is not None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        waited = time.monotonic() - self._since
+        self._write_pulse()
+        print(f"\nwatchdog: nothing new for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        frame = sys._current_frames().get(self._main or 0)
+        collective, place = where_in(frame)
+        report = HangReport(
+            self._rank, socket.gethostname(), self.step, self._doing, collective, place, round(waited, 1)
+        )
+        with contextlib.suppress(OSError):
+            write_report(self._logs, report)
+        reports = self._await_reports()
+        text = f"hang: {name_missing(reports, read_pulses(self._logs), self._world_size)}"
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        write_failure(
+            self._logs, Failure(self._rank, socket.gethostname(), time.time(), self.step, "hang", text, stack)
+        )
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_OUR_FAULT)
+
+    def _await_reports(self) -> dict[int, HangReport]:
+        assert self._logs is not None
+        deadline = time.monotonic() + _REPORT_SECONDS
+        while True:
+            reports = read_reports(self._logs)
+            if len(reports) >= self._world_size or time.monotonic() > deadline:
+                return reports
+            time.sleep(_SHORTEST_TICK)
+
+
+def where_in(frame: FrameType | None) -> tuple[str, str]:
+    """The collective that a thread is in ("" if in none), and the innermost line of our own code."""
+    collective = place = ""
+    while frame is not None and not place:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith("torch.distributed") and frame.f_code.co_name != "wrapper":
+            collective = frame.f_code.co_name  # the outermost one: broadcast_object_list rather than its broadcast
+        elif module.startswith("biroute."):
+            folder = module.split(".")[1]
+            place = f"{folder}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return collective, place
+
+
+def name_missing(reports: Mapping[int, HangReport], pulses: Sequence[Pulse], world_size: int) -> str:
+    """Who keeps the others waiting, and where they wait."""
+    waiting = [report for report in reports.values() if report.collective] or list(reports.values())
+    if not waiting:
+        return "no rank could say where it was"
+    where = waiting[0]
+    goal = f"{where.collective or where.place} of step {where.step + 1}"
+    if where.collective and where.place:
+        goal = f"{where.collective} ({where.place}) of step {where.step + 1}"
+    scene = f"{goal}, where rank {where.rank} on {where.host} has waited {where.waited:.0f} s"
+    silent = [rank for rank in range(world_size) if rank not in reports]
+    if silent:
+        last_seen = {pulse.rank: pulse for pulse in pulses}
+        first = last_seen.get(silent[0])
+        who = f"rank {silent[0]}" + (f" on {first.host}" if first else "")
+        who += f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        state = f"it is stopped or its node is lost (last seen: {first.doing})" if first else "it never started"
+        return f"{who} did not reach {scene}; {state}"
+    elsewhere = [report for report in reports.values() if not report.collective]
+    if elsewhere and len(elsewhere) < len(reports):
+        late = elsewhere[0]
+        return f"rank {late.rank} on {late.host} did not reach {scene}; it is in {late.place or late.doing}"
+    groups: dict[str, list[HangReport]] = defaultdict(list)
+    for report in reports.values():
+        groups[f"{report.collective} ({report.place})" if report.collective else report.place].append(report)
+    parts = [f"rank {found[0].rank} on {found[0].host} in {name}" for name, found in groups.items()]
+    return f"the ranks wait for each other after step {where.step}: {'; '.join(parts)}"
+
+
+def write_report(logs: Path, report: HangReport) -> None:
+    """Raises OSError."""
+    folder = logs / "hang"
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"rank-{report.rank:05d}.tmp"
+    draft.write_text(json.dumps(asdict(report)), encoding="utf-8")
+    draft.replace(draft.with_suffix(".json"))
+
+
+def read_reports(logs: Path) -> dict[int, HangReport]:
+    """Rank -> its report."""
+    found = {}
+    for path in (logs / "hang").glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            report = HangReport(**json.loads(path.read_text(encoding="utf-8")))
+            found[report.rank] = report
+    return found

@@ -1,0 +1,198 @@
+"""`biroute bench exchange`: bytes between the ranks that share a sequence, over real routes of trained models.
+
+Routes are those of held-out text in one process; from them pure plans give the bytes of every number of ranks and of
+every way, beside what other means would move. For a few small numbers of ranks the same model runs on gloo ranks,
+forward and backward, and what they measured stands beside the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from biroute.configs.errors import UserError
+from biroute.configs.layout import resolve_layout
+from biroute.configs.load import load_config
+from biroute.configs.schema import ParallelConfig, RunConfig
+from biroute.data_pipeline.dataset import open_dataset
+from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
+from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
+from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
+from biroute.launcher.bench.report import circumstances, say
+from biroute.launcher.train.identity import model_identity
+from biroute.model.block import CoreAttention
+from biroute.parallel.checkpoint.save import load_checkpoint
+from biroute.parallel.checkpoint.files import list_checkpoints
+from biroute.parallel.engine.engine import Microbatch, build_engine
+from biroute.parallel.mesh.mesh import build_mesh
+
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
+MEASURED_RANKS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run whose newest checkpoint gives the routes."""
+
+    name: str
+    config: RunConfig  # one process
+
+
+def open_run(path: Path, overrides: Sequence[str]) -> TrainedRun:
+    """The run of a configuration. Raises UserError: it has no checkpoint, or no layer that routes."""
+    config = load_config(path, list(overrides))
+    if not list_checkpoints(config.train.run_dir / "checkpoints"):
+        raise UserError(f"train.run_dir={config.train.run_dir}: no checkpoint there; run biroute train {path} first")
+    if not routed_layers(config):
+        raise UserError(f"{path}: no layer has model.attention.kind=bi_level; there is no route to measure")
+    return TrainedRun(config.train.run_dir.name, config.model_copy(update={"parallel": ParallelConfig()}))
+
+
+def at_length(config: RunConfig, length: int) -> RunConfig:
+    """The same with another sequence length. Raises UserError: not a whole number of regions."""
+    size = config.model.attention.region_size
+    if length % size:
+        raise UserError(f"--length {length} is not a multiple of model.attention.region_size={size}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"sequence_length": length})})
+
+
+@contextmanager
+def recorded_routes(module: nn.Module) -> Iterator[Routes]:
+    """Routes of the forward passes inside; those of several passes along B."""
+    routes: Routes = {}
+    cores = [core for core in module.modules() if isinstance(core, CoreAttention) and core.kind == "bi_level"]
+
+    def recorder(core: CoreAttention) -> Any:
+        def record(q: Tensor, k: Tensor) -> Tensor:
+            route = CoreAttention.route(core, q, k)
+            before = [routes[core.layer]] if core.layer in routes else []
+            routes[core.layer] = torch.cat([*before, route])
+            return route
+
+        return record
+
+    for core in cores:
+        core.route = recorder(core)  # type: ignore[method-assign]
+    try:
+        yield routes
+    finally:
+        for core in cores:
+            del core.route
+
+
+class Trained(NamedTuple):
+    """A trained model over held-out text: what it routed, what it has learned from, and the same work for ranks."""
+
+    routes: Routes
+    random_routes: Routes  # the same weights under a random router
+    nats_per_token: tuple[float, float]  # with the routes, with the random ones
+    steps: int
+    job: RankJob
+
+
+def trained_routes(config: RunConfig, sequences: int, weights: Path | None) -> Trained:
+    """The newest checkpoint over the first held-out sequences, in one process.
+
+    `weights`: a file to keep the trained weights in, for other ranks. Raises UserError: too little held-out text.
+    """
+    train = config.train.model_copy(
+        update={"microbatch_size": 1, "global_batch_size": 1, "evaluate_sequences": sequences}
+    )
+    config = config.model_copy(update={"train": train})
+    dataset = open_dataset(config)
+    engine = build_engine(config, build_mesh(resolve_layout(config, 1)), CPU)
+    about = {"model": model_identity(config, dataset)}
+    progress = load_checkpoint(engine, train.run_dir / "checkpoints", about, say)
+    assert progress is not None, "open_run saw a checkpoint"
+    batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
+    microbatches = [Microbatch(torch.from_numpy(b.inputs), torch.from_numpy(b.labels)) for b in batches]
+    with recorded_routes(engine.deepspeed) as routes:
+        loss = engine.evaluate(microbatches)
+    set_router(engine.deepspeed, "random")
+    with recorded_routes(engine.deepspeed) as random_routes:
+        random_loss = engine.evaluate(microbatches)
+    if weights is not None:
+        torch.save({name: p.detach().float() for name, p in engine.named_parameters()}, weights)
+    job = RankJob(config, weights, microbatches[0])
+    return Trained(routes, random_routes, (loss, random_loss), progress.step, job)
+
+
+def run_bench(
+    runs: Sequence[TrainedRun],
+    *,
+    lengths: Sequence[int] = (),
+    ranks: Sequence[int] = RANKS,
+    sequences: int = 2,
+    measured_ranks: Sequence[int] = MEASURED_RANKS,
+    weights: Path,
+) -> dict[str, Any]:
+    """Plans of every run at every length (none: its own), measured at the first length; the answer as plain values.
+
+    `weights`: a folder for trained weights on their way to the measuring ranks. Raises UserError: bad input.
+    """
+    about_run = circumstances()
+    join_alone(runs[0].config)
+    tables, measured = [], []
+    for run in runs:
+        own = run.config.model.sequence_length
+        for number, length in enumerate(lengths or [own]):
+            config = at_length(run.config, length)
+            measure = number == 0 and bool(measured_ranks)
+            kept = weights / f"{run.name}.pt" if measure else None
+            found = trained_routes(config, sequences, kept)
+            say(f"{run.name}: routes of {sequences} sequences of {length} tokens")
+            tables.append(
+                {
+                    "run": run.name,
+                    "length": length,
+                    "trained_length": own,
+                    "trained_steps": found.steps,
+                    "tokens_per_step": run.config.tokens_per_step,
+                    "num_regions": config.model.num_regions,
+                    "attention": config.model.attention.model_dump(mode="json"),
+                    "nats_per_token": found.nats_per_token,
+                    "rows": planned_rows(config, found.routes, found.random_routes, ranks),
+                }
+            )
+            if measure:
+                one = {layer: route[:1] for layer, route in found.routes.items()}
+                measured += [_measured_row(run.name, found.job, one, size) for size in measured_ranks]
+    model = runs[0].config.model
+    return {
+        "benchmark": "exchange",
+        "circumstances": about_run,
+        "settings": {
+            "model": model.model_dump(mode="json"),
+            "precision": runs[0].config.train.precision,
+            "sequences": sequences,
+        },
+        "tables": tables,
+        "measured": measured,
+    }
+
+
+def _measured_row(name: str, job: RankJob, routes: dict[int, Tensor], ranks: int) -> dict[str, Any]:
+    """What real ranks counted in one forward and backward pass of one sequence, beside the plans."""
+    reports = run_on_ranks(job, ranks)
+    row = {
+        "run": name,
+        "length": job.config.model.sequence_length,
+        "ranks": ranks,
+        "measured_payload": sum(report["payload"] for report in reports),
+        "planned_payload": sum(report["planned"] for report in reports),
+        "single_process_plan": single_process_plan(job.config, routes, ranks),
+        "received_by_kind": {
+            kind: sum(report["received"].get(kind, 0) for report in reports)
+            for kind in sorted({kind for report in reports for kind in report["received"]})
+        },
+        "wait_seconds": max(report["wait_seconds"] for report in reports),
+        "seconds": max(report["seconds"] for report in reports),
+    }
+    say(f"{name}: measured on {ranks} ranks")
+    return row

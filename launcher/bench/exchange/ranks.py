@@ -1,0 +1,113 @@
+"""One forward and backward pass of a trained model on real ranks that share a sequence, and what they counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from biroute.configs.layout import resolve_layout
+from biroute.configs.schema import RunConfig
+from biroute.launcher.ranks.rendezvous import join_processes
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_seat
+from biroute.launcher.start.worker import ignore_library_warnings
+from biroute.model.language_model import loss_function, plan_layers
+from biroute.parallel.engine.phase_clock import PhaseClock
+from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_exchange
+from biroute.parallel.mesh.megatron import prepare_megatron
+from biroute.parallel.mesh.mesh import build_mesh
+
+# The kinds of a plan's forward payload: what an asker receives, and what it sends.
+RECEIVED_PAYLOAD, SENT_PAYLOAD = ("keys", "results"), ("queries",)
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What the ranks do: the model of `config` with the weights in a file, over one microbatch."""
+
+    config: RunConfig
+    weights: Path | None
+    microbatch: Microbatch
+
+
+def routed_layers(config: RunConfig) -> list[int]:
+    """Layers that choose their regions."""
+    return [layer for layer in range(config.model.num_layers) if config.model.attention_kind(layer) == "bi_level"]
+
+
+def run_on_ranks(job: RankJob, ranks: int) -> list[dict[str, Any]]:
+    """Reports of `ranks` processes, started for it: each shares the sequences of the microbatch with the others."""
+    parallel = job.config.parallel.model_copy(update={"region": ranks, "data": 1})
+    job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.weights, job.microbatch)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries warn while the ranks import them
+    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
+        # Ends the others and raises if one fails.
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
+            _rank, args=(ranks, job, folder), nprocs=ranks, join=True, start_method="spawn"
+        )
+        return [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, job: RankJob, folder: str) -> None:
+    ignore_library_warnings()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
+    }
+    place = join_processes(find_seat(), job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1}))
+    report = forward_and_backward(job, place.device)
+    Path(folder, f"{rank}.json").write_text(json.dumps(report), "utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
+    """Run this rank's part; bytes by kind, payload as planned and as measured, seconds. Collective."""
+    config = job.config
+    prepare_megatron(device)
+    mesh = build_mesh(resolve_layout(config, dist.get_world_size()))
+    clock = PhaseClock()
+    exchange = region_exchange(config, mesh, clock)
+    assert exchange is not None
+    module = LayerSequence(plan_layers(config, mesh.groups, exchange))
+    if job.weights is not None:
+        weights = torch.load(job.weights, mmap=True, weights_only=True)
+        for name, layer in zip(module.names, module.layers, strict=True):
+            layer.load_state_dict({inner: weights[f"{name}.{inner}"] for inner, _ in layer.named_parameters()})
+    inputs, labels = (mesh.own_tokens(x) for x in (job.microbatch.inputs, job.microbatch.labels))
+    loss_of = loss_function(config.model, mesh.layout.region)
+    dist.barrier()
+    clock.take()
+    started = time.perf_counter()
+    loss = loss_of(module(inputs), labels)
+    log = exchange.log
+    routed = routed_layers(config)
+    # Before backward, where a recomputed layer would plan and move once more.
+    payload = sum(
+        int(count.sum())
+        for counts, kinds in ((log.received, RECEIVED_PAYLOAD), (log.sent, SENT_PAYLOAD))
+        for (layer, kind), count in counts.items()
+        if kind in kinds and layer in routed
+    )
+    planned = sum(log.planned[layer] for layer in routed)
+    loss.backward()
+    received: dict[str, int] = {}
+    for (_, kind), count in log.received.items():
+        received[kind] = received.get(kind, 0) + int(count.sum())
+    return {
+        "payload": payload,
+        "planned": planned,
+        "received": received,
+        "wait_seconds": clock.take()["exchange"],
+        "seconds": time.perf_counter() - started,
+        "loss": float(loss.detach()),
+    }

@@ -1,0 +1,118 @@
+"""The answer of `biroute bench quality` as a table, a page for docs/benchmarks and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from biroute.launcher.bench.report import (
+    BASELINE_COLOUR,
+    COLOURS,
+    each,
+    facts_list,
+    make_folder,
+    markdown_table,
+    mean,
+    new_figure,
+    print_table,
+    save_figure,
+)
+
+PAGE_NAME, PICTURE_NAME = "quality.md", "quality.png"
+_HEADER = ["variant", "L", "Lq", "topk", "bits per byte", "by seed", "over dense", "random route", "nats per token"]
+
+_INTRODUCTION = """\
+# Quality: held-out bits per byte on real text
+
+Made by `biroute bench quality`; do not edit. What follows from it: [routing.md](../routing.md).
+
+The real model, engine and loader on one process: {layers} layers, hidden size {hidden}, {heads} query heads in
+{groups} KV groups of head size {head}, sequences of {length} tokens, a vocabulary of {vocabulary}. All but `dense`
+see at most {seen} tokens, {share:.3g} of a sequence. Every variant starts from the same weights and trains on the
+same sequences; seeds differ in both. `token` has one descriptor for each region, `token-parts` four, `token-fine`
+regions a quarter of the size. Keys are smeared but in `no-smear`; `dense0`: the first layer is dense. *Random route*:
+the same trained weights under a random route. *Over dense*: mean over the seeds of the difference to dense with the
+same seed.
+"""
+
+
+def print_quality(answer: Mapping[str, Any]) -> None:
+    """The table in the terminal."""
+    settings = answer["settings"]
+    print_table(
+        f"held-out bits per byte after {settings['steps']} steps, {len(answer['seeds'])} seed(s)",
+        _HEADER,
+        _rows(answer),
+    )
+
+
+def write_quality(answer: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    make_folder(folder)
+    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
+    _draw(answer, picture)
+    settings, model = answer["settings"], answer["settings"]["model"]
+    introduction = _INTRODUCTION.format(
+        layers=model["num_layers"], hidden=model["hidden_size"], heads=model["num_heads"],
+        groups=model["num_kv_groups"], head=model["head_size"], length=model["sequence_length"],
+        vocabulary=settings["vocab_size"], seen=settings["tokens_seen"],
+        share=settings["tokens_seen"] / model["sequence_length"],
+    )  # fmt: skip
+    tokens = settings["steps"] * settings["tokens_per_step"]
+    facts = {
+        **answer["circumstances"],
+        "training": f"{settings['steps']} steps of {settings['tokens_per_step']:,} tokens, {tokens:,} in all, peak "
+        f"learning rate {settings['learning_rate']}: far too few for a good model, the same for all",
+        "seeds": ", ".join(map(str, answer["seeds"])),
+        "scored on": f"{settings['heldout_sequences']} held-out sequences, the same for every variant",
+    }
+    page.write_text(
+        f"{introduction}\n{facts_list(facts)}\n\n{markdown_table(_HEADER, _rows(answer))}\n\n"
+        f"![Bits per byte]({PICTURE_NAME})\n",
+        encoding="utf-8",
+    )
+    return [page, picture]
+
+
+def _rows(answer: Mapping[str, Any]) -> list[list[str]]:
+    dense = next((row["bits_per_byte"] for row in answer["rows"] if row["name"] == "dense"), None)
+    rows = []
+    for row in answer["rows"]:
+        routed = row["kind"] == "bi_level"
+        over = "–"
+        if dense is not None:
+            over = f"{mean([x - y for x, y in zip(row['bits_per_byte'], dense, strict=True)]):+.4f}"
+        rows.append(
+            [
+                row["name"],
+                str(row["region_size"]) if row["kind"] != "dense" else "–",
+                str(row["query_block_size"]) if routed else "–",
+                str(row["topk"]) if row["kind"] != "dense" else "–",
+                f"{mean(row['bits_per_byte']):.4f}",
+                each(row["bits_per_byte"], 4),
+                over,
+                f"{mean(row['random_route']):.4f}" if routed else "–",
+                f"{mean(row['nats_per_token']):.3f}",
+            ]
+        )
+    return rows
+
+
+def _draw(answer: Mapping[str, Any], path: Path) -> None:
+    """Each seed a dot, the random route a cross."""
+    rows = answer["rows"]
+    figure, (axes,) = new_figure(1, width=6.4, height=1.2 + 0.26 * max(6, len(rows)))
+    for place, row in zip(range(len(rows))[::-1], rows, strict=True):
+        routed = row["kind"] == "bi_level"
+        colour = COLOURS[0] if routed else BASELINE_COLOUR
+        axes.plot(row["bits_per_byte"], [place] * len(row["bits_per_byte"]), "o", color=colour, markersize=5)
+        if routed:
+            axes.plot(row["random_route"], [place] * len(row["random_route"]), "x", color=COLOURS[1], markersize=5)
+    axes.plot([], [], "o", color=COLOURS[0], label="routed, each seed")
+    axes.plot([], [], "o", color=BASELINE_COLOUR, label="not routed")
+    axes.plot([], [], "x", color=COLOURS[1], label="same weights, random route")
+    axes.set_yticks(list(range(len(rows)))[::-1], [row["name"] for row in rows])
+    axes.set_xlabel("held-out bits per byte (lower is better)")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=3)
+    save_figure(figure, path)

@@ -1,0 +1,165 @@
+"""`biroute data ...`: build, verify and look at datasets. What it computes is in biroute.data_pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from biroute.configs.load import load_config
+
+if TYPE_CHECKING:
+    from biroute.data_pipeline.read.manifest import Manifest
+
+data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at datasets.")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@data_app.command()
+def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Turn raw text into shards. Continues after an interruption; does nothing if nothing changed.
+
+    Example: biroute data build configs/demo.yaml data.workers=2
+    """
+    from biroute.data_pipeline.prepare.build import build_dataset
+
+    data = load_config(config, overrides or []).data
+    result = build_dataset(data)
+    answer: dict[str, Any] = {
+        "dir": str(data.dir),
+        "seconds": round(result.seconds, 3),
+        "rebuilt": list(result.rebuilt),
+    }
+    if as_json:
+        _print_json(answer | _summary(result.manifest))
+        return
+    done = f"built {', '.join(result.rebuilt)}" if result.rebuilt else "nothing to do"
+    typer.echo(f"{data.dir}: {done} ({result.seconds:.1f} s)")
+    _print_summary(_summary(result.manifest))
+
+
+@data_app.command()
+def verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="check names, sizes and fingerprints only, as training does")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every shard and compare it with the manifest: checksums, then samples through webdataset.
+
+    Example: biroute data verify configs/demo.yaml
+    """
+    from biroute.data_pipeline.prepare.progress_bar import Progress
+    from biroute.data_pipeline.prepare.verify import verify_dataset
+
+    data = load_config(config, overrides or []).data
+    manifest = verify_dataset(data.dir, deep=not quick, progress=Progress())
+    num_shards = sum(1 for _ in manifest.shards())
+    if as_json:
+        _print_json({"dir": str(data.dir), "ok": True, "deep": not quick, "shards": num_shards})
+    else:
+        typer.echo(f"{data.dir}: {num_shards} shards {'have the right names and sizes' if quick else 'are sound'}")
+
+
+@data_app.command()
+def inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    sequences: Annotated[int, typer.Option(min=0, help="training sequences to show as text")] = 3,
+    characters: Annotated[int, typer.Option(min=1, help="characters of each to show")] = 300,
+    as_json: AsJson = False,
+) -> None:
+    """Show counts by source and split, bytes per token, and the text of the first training sequences.
+
+    Example: biroute data inspect configs/demo.yaml --sequences 5
+    """
+    from biroute.data_pipeline.dataset import open_dataset
+
+    dataset = open_dataset(load_config(config, overrides or []))
+    reader = dataset.reader("train")
+    texts = [dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in range(sequences)]
+    summary = _summary(dataset.manifest)
+    summary["sequences"] = {"per_epoch": reader.num_sequences, "shares": reader.shares, "texts": texts}
+    if as_json:
+        _print_json(summary)
+        return
+    _print_summary(summary)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in reader.shares.items())
+    typer.echo(f"training: {reader.num_sequences:,} sequences of {reader.sequence_length} tokens; {shares}")
+    for n, text in enumerate(texts):
+        typer.echo(f"--- sequence {n}\n{text}")
+
+
+@data_app.command()
+def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Score a bigram model of the training tokens on the held-out sequences: the baseline of a trained model.
+
+    Example: biroute data bigram configs/demo.yaml
+    """
+    from dataclasses import asdict
+
+    from biroute.launcher.evaluate.bigram import score_bigram
+    from biroute.data_pipeline.dataset import open_dataset
+
+    score = score_bigram(open_dataset(load_config(config, overrides or [])))
+    if as_json:
+        _print_json(asdict(score))
+        return
+    typer.echo(
+        f"bigram: {score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per token on "
+        f"{score.target_tokens:,} held-out tokens ({score.target_bytes:,} bytes); "
+        f"counted on {score.training_tokens:,} tokens, {score.distinct_bigrams:,} distinct bigrams"
+    )
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    """What a dataset holds, as plain values."""
+    sources: dict[str, Any] = {}
+    for source in manifest.sources:
+        splits = {
+            name: {
+                "documents": split.documents,
+                "tokens": split.tokens,
+                "text_bytes": split.text_bytes,
+                "bytes_per_token": round(split.text_bytes / split.tokens, 4) if split.tokens else None,
+                "shards": len(split.shards),
+            }
+            for name, split in source.splits.items()
+        }
+        sources[source.name] = {**splits, "counts": source.counts}
+    return {
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        "sources": sources,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    typer.echo(f"vocabulary {summary['vocab_size']}, fingerprint {summary['tokenizer_fingerprint'][:12]}")
+    typer.echo(f"{'source':<20} {'split':<8} {'documents':>11} {'tokens':>15} {'bytes/token':>11} {'shards':>7}")
+    for name, source in summary["sources"].items():
+        for split in ("train", "heldout"):
+            row = source[split]
+            typer.echo(
+                f"{name:<20} {split:<8} {row['documents']:>11,} {row['tokens']:>15,} "
+                f"{row['bytes_per_token'] or 0:>11.3f} {row['shards']:>7,}"
+            )
+        odd = [
+            f"{count:,} {what.replace('_', ' ')}" for what, count in source["counts"].items() if what != "documents"
+        ]
+        met = [text for text in odd if not text.startswith("0 ")]
+        if met:
+            typer.echo(f"{name:<20} met {', '.join(met)}")
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    typer.echo(json.dumps(answer, ensure_ascii=False))

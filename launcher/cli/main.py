@@ -1,0 +1,84 @@
+"""The command line. Imports no torch, so that help, plans and checks answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biroute.configs.errors import EXIT_USER_FAULT, UserError
+from biroute.launcher.bench.commands import bench_app
+from biroute.launcher.cli.data import data_app
+from biroute.slurm.commands import COMMANDS
+
+app = typer.Typer(
+    name="biroute",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain long-context language models with bi-level routing attention.",
+    epilog="Exit status: 0 fine, 1 our fault, 2 yours, 75 stopped on a signal with the state saved (run me again).",
+)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+for command in COMMANDS:
+    app.command()(command)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="ranks on this machine; left out: what the layout needs, or one per GPU"),
+    ] = None,
+) -> None:
+    """Train, or go on with a run that was stopped. Starts the local ranks by itself.
+
+    Example: biroute train configs/debug.yaml parallel.tensor=2 train.steps=50
+
+    Under torchrun or srun it joins the ranks that they started instead.
+    """
+    from biroute.launcher.start.train import train_here
+
+    raise typer.Exit(train_here(config, overrides or [], processes))
+
+
+@app.command()
+def ui(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="TCP port to listen on")] = 5055,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+) -> None:
+    """Show the runs of a configuration's MLflow store in the browser.
+
+    Example: biroute ui configs/demo.yaml --port 5056
+    """
+    from biroute.configs.load import load_config
+    from biroute.launcher.track.uri import tracking_uri
+    from biroute.launcher.track.mlflow_ui import serve_ui
+
+    loaded = load_config(config, overrides or [])
+    serve_ui(tracking_uri(loaded, loaded.train.run_dir), port, host)
+
+
+def main() -> None:
+    """Entry point: a user's fault is one line and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_FAULT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The baseline that a trained model has to beat: a bigram model of the same tokens.
+
+Interpolated modified Kneser-Ney with three discounts at both levels and a uniform floor, counted over every token of
+the training split, scored on the very sequences that training evaluates on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from biroute.configs.errors import UserError
+from biroute.data_pipeline.dataset import Dataset
+from biroute.data_pipeline.read.loader import check_evaluate_sequences
+from biroute.data_pipeline.read.shards import TokenStream
+
+_CHUNK_TOKENS = 8_000_000
+
+
+@dataclass(frozen=True)
+class BigramScore:
+    """How well the bigram model predicts the held-out sequences."""
+
+    bits_per_byte: float
+    nats_per_token: float
+    target_tokens: int
+    target_bytes: int
+    training_tokens: int
+    distinct_bigrams: int
+
+
+class BigramModel:
+    """p(next token | token) by interpolated modified Kneser-Ney."""
+
+    def __init__(self, keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> None:
+        """Both [n] int64: `keys` sorted, first * vocab_size + second; `counts` of each, at least 1."""
+        self._keys = keys
+        self._counts = counts
+        self._vocab_size = vocab_size
+        first, second = np.divmod(keys, vocab_size)
+        discounts = _discounts(counts)
+        self._discount = discounts[np.minimum(counts, 3)]
+        self._context_total = np.bincount(first, weights=counts, minlength=vocab_size)
+        freed = np.bincount(first, weights=self._discount, minlength=vocab_size)
+        # What the discounts free is the weight of the lower order; a context never seen leaves all to it.
+        seen = self._context_total > 0
+        self._backoff = np.divide(freed, self._context_total, out=np.ones(vocab_size), where=seen)
+        self._unigram = _continuation(np.bincount(second, minlength=vocab_size))
+
+    def probability(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """p(second | first), elementwise; both [n] int64, the result [n] float64."""
+        wanted = first * self._vocab_size + second
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        found = self._keys[at] == wanted
+        direct = np.where(found, self._counts[at] - self._discount[at], 0.0)
+        total = np.maximum(self._context_total[first], 1.0)
+        return direct / total + self._backoff[first] * self._unigram[second]
+
+
+def count_bigrams(streams: Iterator[TokenStream], vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Distinct bigrams as sorted keys, their counts, and the number of tokens read."""
+    keys = np.empty(0, dtype=np.int64)
+    counts = np.empty(0, dtype=np.int64)
+    num_tokens = 0
+    for stream in streams:
+        num_tokens += stream.num_tokens
+        for start in range(0, stream.num_tokens - 1, _CHUNK_TOKENS):
+            tokens = stream.read(start, min(start + _CHUNK_TOKENS + 1, stream.num_tokens))
+            new_keys, new_counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
+            keys, inverse = np.unique(np.concatenate([keys, new_keys]), return_inverse=True)
+            counts = np.bincount(inverse, weights=np.concatenate([counts, new_counts])).astype(np.int64)
+    return keys, counts, num_tokens
+
+
+def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
+    """The model over all training tokens, their number, and that of distinct bigrams.
+
+    Raises:
+        UserError: the training split has no two tokens.
+    """
+    manifest = dataset.manifest
+    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
+    streams = (
+        TokenStream(dataset.config.data.dir, source.name, "train", source.splits["train"], manifest.dtype, layout)
+        for source in manifest.sources
+    )
+    keys, counts, num_tokens = count_bigrams(streams, manifest.vocab_size)
+    if not len(keys):
+        raise UserError(f"data.dir={dataset.config.data.dir}: the training split is too small for a bigram model")
+    return BigramModel(keys, counts, manifest.vocab_size), num_tokens, len(keys)
+
+
+def score_bigram(dataset: Dataset) -> BigramScore:
+    """Train on the training split, score on the first `train.evaluate_sequences` held-out sequences.
+
+    The targets are those of objective=causal: every token of a sequence but its first, given the one before.
+
+    Raises:
+        UserError: too few held-out sequences.
+    """
+    reader = dataset.reader("heldout")
+    wanted = dataset.config.train.evaluate_sequences
+    check_evaluate_sequences(reader, wanted)
+    model, training_tokens, distinct = train_bigram(dataset)
+    nats = 0.0
+    target_tokens = target_bytes = 0
+    for position in range(wanted):
+        tokens = reader.sequence(position)
+        nats -= float(np.log(model.probability(tokens[:-1], tokens[1:])).sum())
+        target_tokens += len(tokens) - 1
+        target_bytes += int(dataset.token_bytes[tokens[1:]].sum())
+    return BigramScore(
+        bits_per_byte=nats / math.log(2) / target_bytes,
+        nats_per_token=nats / target_tokens,
+        target_tokens=target_tokens,
+        target_bytes=target_bytes,
+        training_tokens=training_tokens,
+        distinct_bigrams=distinct,
+    )
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """Discounts of counts 0, 1, 2 and 3 or more, [4]; by the counts of counts (Chen and Goodman 1998)."""
+    ones, twos, threes, fours = (float((counts == n).sum()) for n in (1, 2, 3, 4))
+    if not (ones and twos and threes and fours):
+        return np.array([0.0, 0.5, 0.5, 0.5])  # too little text to estimate: any discount below 1 is a model
+    y = ones / (ones + 2 * twos)
+    estimates = [1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes]
+    # Odd counts of counts give discounts out of range; they must leave a positive count, and free something.
+    bounded = [min(max(estimate, 0.05), n - 0.05) for n, estimate in zip((1, 2, 3), estimates, strict=True)]
+    return np.array([0.0, *bounded])
+
+
+def _continuation(contexts: np.ndarray) -> np.ndarray:
+    """Unigram of Kneser-Ney, [vocab]: by the number of different tokens before each, smoothed to the uniform."""
+    discount = _discounts(contexts[contexts > 0])[np.minimum(contexts, 3)]
+    total = contexts.sum()
+    return (contexts - discount) / total + discount.sum() / total / len(contexts)

@@ -1,0 +1,127 @@
+"""Start the ranks of one machine as processes, watch them, pass signals on. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_STOPPED, EXIT_USER_FAULT
+from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
+from biroute.launcher.attempts.failures import ending, first_failure, log_file, tail_of_log
+from biroute.launcher.ranks.stop_signal import STOP_SIGNALS
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE
+
+GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
+POLL_SECONDS = 0.1
+
+
+def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attempt: int) -> int:
+    """Run `processes` ranks of `python -m biroute.launcher.start.worker <arguments>`; the exit status of the whole.
+
+    Rank 0 writes to this terminal, the others to `logs/rank-<n>.log`. If a rank fails, the others are ended and
+    what the first failing one wrote last is shown.
+    """
+    with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
+        # Blocked until there is somebody to pass them on; the ranks inherit that and take them in when they can.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        ranks = [_start(arguments, rank, processes, Path(folder), logs, attempt) for rank in range(processes)]
+        previous = {number: signal.signal(number, _forwarder(ranks)) for number in STOP_SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        try:
+            return _watch(ranks, logs)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                rank.wait()
+
+
+def _start(
+    arguments: Sequence[str], rank: int, processes: int, folder: Path, logs: Path, attempt: int
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        ATTEMPT_VARIABLE: str(attempt),
+        RENDEZVOUS_FILE: str(folder / "rendezvous"),  # a file: no port to guess, none to be taken
+        # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
+    }
+    command = [sys.executable, "-m", "biroute.launcher.start.worker", *arguments]
+    if rank == 0:
+        return subprocess.Popen(command, env=environment)
+    with open(log_file(logs, rank), "ab") as log:
+        # A session of its own: Ctrl-C reaches the launcher and rank 0, which agree with the others on a step.
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _forwarder(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped-def]
+    def forward(number: int, _: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    return forward
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
+    """Wait for all ranks; after a failure, end those still running."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(rank.poll() is None for rank in ranks):
+        if failed is None:
+            failed = _first_failed(ranks)
+            if failed is not None:
+                deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(POLL_SECONDS)
+    if failed is None:
+        failed = _first_failed(ranks)
+    if failed is None:
+        return EXIT_OK
+    codes = [rank.returncode for rank in ranks]
+    if codes[failed] in (EXIT_STOPPED, EXIT_USER_FAULT):
+        if failed != 0 and codes[0] != codes[failed]:
+            _show_log(failed, codes[failed], logs)
+        return codes[failed]
+    first = first_failure(logs)
+    if codes[failed] == EXIT_OUR_FAULT and first is not None:  # by their own clocks, not by who was looked at first
+        print(f"error: {first}", file=sys.stderr)
+        failed = first.rank
+    _show_log(failed, codes[failed], logs)
+    return EXIT_OUR_FAULT
+
+
+def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """The rank to name of those that have failed by now, or None.
+
+    A failing rank takes its peers along within milliseconds, when their connections to it close: so one that a
+    signal killed or that gave a user's error is the cause, and one with a mere exception may be the consequence.
+    """
+    if all(rank.poll() in (None, EXIT_OK) for rank in ranks):
+        return None
+    # A second look at all: the cause may have ended after it was looked at, but before its victim was.
+    failures = [(code, n) for n, rank in enumerate(ranks) if (code := rank.poll()) not in (None, EXIT_OK)]
+    return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_OUR_FAULT, failure[1]))[1]
+
+
+def _show_log(rank: int, code: int, logs: Path) -> None:
+    print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
+    if rank != 0:  # it wrote to this terminal
+        print(tail_of_log(logs, rank), file=sys.stderr)

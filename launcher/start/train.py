@@ -1,0 +1,72 @@
+"""`biroute train`: check everything that can be checked without torch, then start the ranks or join them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from biroute.configs.layout import default_world_size, resolve_layout
+from biroute.configs.load import load_config
+from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.dataset import open_dataset
+from biroute.launcher.attempts.journal import Fence, begin_attempt, end_attempt, make_run_dir
+from biroute.launcher.attempts.failures import explain_end, log_dir
+from biroute.launcher.train.identity import model_identity
+from biroute.launcher.start.local import run_local_ranks
+from biroute.launcher.ranks.environment import started_by_launcher
+from biroute.launcher.track.tracker import close_after_crash
+from biroute.launcher.track.uri import tracking_uri
+from biroute.launcher.start.worker import train_rank
+from biroute.parallel.checkpoint.files import check_newest
+
+
+def train_here(config_path: Path, overrides: Sequence[str], processes: int | None) -> int:
+    """Train with the ranks of this machine, or as one rank if another launcher started us; the exit status.
+
+    Raises:
+        UserError: the configuration, the layout or the dataset is not usable.
+    """
+    config = load_config(config_path, overrides)
+    if started_by_launcher():
+        return train_rank(str(config_path), list(overrides))
+    world_size = processes or _processes_wanted(config)
+    layout = resolve_layout(config, world_size)
+    dataset = open_dataset(config)
+    dataset.heldout_batches(data_rank=0, data_size=layout.data)  # enough held-out text?
+    make_run_dir(config.train.run_dir)
+    check_newest(config.train.run_dir / "checkpoints", model_identity(config, dataset))
+    if config.tracking.enabled:
+        tracking_uri(config, config.train.run_dir)  # a URI that can't work is an error now, not in a minute
+    return _run_attempt(config.train.run_dir, [str(config_path), *overrides], world_size)
+
+
+def _run_attempt(run_dir: Path, arguments: Sequence[str], world_size: int) -> int:
+    attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
+    fence, logs = Fence(run_dir, attempt), log_dir(run_dir, attempt)
+    status = run_local_ranks(arguments, world_size, logs, attempt)
+    end = explain_end(logs, status)
+    end_attempt(run_dir, attempt, end, limits=None)
+    if end.crash and fence.holds():
+        print(f"attempt {attempt} ended: {end.cause}; run the same command again to go on", file=sys.stderr)
+        close_after_crash(fence)
+    return status
+
+
+def _processes_wanted(config: RunConfig) -> int:
+    """Ranks to start when nobody says how many: one per GPU if data parallelism may take them, else the layout's."""
+    needed = default_world_size(config)
+    gpus = 0 if config.train.device == "cpu" else _visible_gpus()
+    if config.parallel.data is None and gpus > needed:
+        return gpus - gpus % needed
+    return needed
+
+
+def _visible_gpus() -> int:
+    """GPUs of this machine, found without importing torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([device for device in named.split(",") if device.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

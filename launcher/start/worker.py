@@ -1,0 +1,83 @@
+"""One rank: `python -m biroute.launcher.start.worker CONFIG [overrides]`, started by the local launcher or by srun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from biroute.configs.errors import (
+    EXIT_OK,
+    EXIT_OUR_FAULT,
+    EXIT_STOPPED,
+    EXIT_USER_FAULT,
+    FencedError,
+    StoppedError,
+    UserError,
+)
+from biroute.launcher.ranks.stop_signal import StopRequest
+
+_PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its parent dies
+
+
+def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
+    """Run `action` and turn how it ends into an exit status, with one line for a user's fault.
+
+    `failed` is told of an error that is neither a stop nor the fence.
+    """
+    try:
+        action()
+    except StoppedError as error:
+        print(str(error), file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except FencedError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_OUR_FAULT
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        failed(error)
+        return EXIT_USER_FAULT
+    except Exception as error:
+        traceback.print_exc()
+        failed(error)
+        return EXIT_OUR_FAULT
+    return EXIT_OK
+
+
+def train_rank(config_path: str, overrides: list[str]) -> int:
+    """Train as one rank among those that the environment describes; the exit status."""
+    ignore_library_warnings()
+    stop = StopRequest()  # before the slow imports: a signal during them must not kill the rank
+    from biroute.launcher.start.rank import Rank
+
+    rank = Rank(stop)
+    status = exit_status_of(lambda: rank.train(config_path, overrides), rank.watchdog.failed)
+    rank.close(status)
+    return status
+
+
+def ignore_library_warnings() -> None:
+    """Deprecations inside our dependencies and optional kernels that Megatron-core misses are no user's business."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed)\..*")
+
+
+def main() -> None:
+    # If the launcher is killed, the ranks save and stop rather than train on unwatched.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    status = train_rank(sys.argv[1], sys.argv[2:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skip the teardown of gloo and of DeepSpeed's hooks: everything is on disk, and a hung thread must not keep
+    # the rank alive.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

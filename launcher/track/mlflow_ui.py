@@ -1,0 +1,129 @@
+"""`biroute ui`: MLflow's web pages on the runs of an SQLite file, with settings that suit one machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import FrameType
+
+from biroute.configs.errors import UserError
+from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path, without_password
+
+_START_SECONDS = 120.0  # it takes about ten; a busy machine is slow
+_STOP_SECONDS = 10.0
+
+
+def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
+    """Serve the runs of the tracking URI `uri` until interrupted; prints the address of the training view.
+
+    Raises:
+        UserError: `uri` cannot be served, or the port is in use or not allowed.
+        RuntimeError: the server did not start; its own messages are on the terminal.
+    """
+    command = server_command(uri, port, host)
+    check_port(host, port)
+    # Its own session: Ctrl-C reaches only us, and we end all of its processes in order.
+    server = subprocess.Popen(command, env=server_environment(), start_new_session=True)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _wait_until_up(server, host, port)
+        print(f"MLflow: {training_view(host, port)}  (Ctrl-C stops it)", flush=True)
+        status = server.wait()
+        raise RuntimeError(f"the MLflow server ended by itself with status {status}")
+    except KeyboardInterrupt:
+        print("MLflow stopped", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        stop_server(server)
+
+
+def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
+    """The command that serves `uri` with one worker.
+
+    Raises:
+        UserError: `uri` is a server already, or names no database.
+    """
+    check_uri(uri, "--uri")
+    if uri.startswith("http"):
+        raise UserError(f"--uri={without_password(uri)} is a server already; open it in a browser")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    database = sqlite_path(uri)
+    if database is not None:
+        if not database.is_file():
+            raise UserError(f"{database}: no MLflow database there; train a run first, or name another with --uri")
+        command += ["--artifacts-destination", artifacts_dir(database).as_uri()]
+    return [*command, "--host", host, "--port", str(port), "--workers", "1"]
+
+
+def server_environment() -> dict[str, str]:
+    """This process's environment, with the parts of the server switched off that training has no use for."""
+    # Job execution alone is a dozen processes and over 2 GB.
+    light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return light | dict(os.environ)
+
+
+def check_port(host: str, port: int) -> None:
+    """Make sure that `port` of `host` can be listened on.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"port {port} is out of range; choose one from 1024 to 65535 with --port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
+    with socket.socket(family, kind, protocol) as probe:
+        # As servers do: a port in TIME_WAIT after a restart is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError:
+            raise UserError(f"port {port} needs root; choose one above 1023 with --port") from None
+        except OSError as error:
+            if error.errno == 98 or "in use" in str(error):
+                raise UserError(f"port {port} is in use; choose another with --port") from None
+            raise UserError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
+
+
+def training_view(host: str, port: int) -> str:
+    """Address of the experiments page in the view for training; by itself MLflow opens the one for GenAI."""
+    shown = "127.0.0.1" if host in ("0.0.0.0", "") else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/#/experiments?workflowType=machine_learning"
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers (one process group), politely first."""
+    for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(seconds)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    address = training_view(host, port).split("/#")[0] + "/health"
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"the MLflow server did not start (status {server.returncode}); see its lines above")
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the MLflow server did not answer within {_START_SECONDS:g} s")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

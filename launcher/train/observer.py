@@ -1,0 +1,58 @@
+"""Rank 0's view of a run: each step to the progress line, each point to MLflow, the curve redrawn as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts.journal import Fence
+from biroute.launcher.track.loss_plot import CURVE_NAME, draw_curves
+from biroute.launcher.track.progress_line import ProgressLine
+from biroute.launcher.track.metrics_log import SPOOL_NAME
+from biroute.launcher.track.tracker import Status, open_tracker
+
+
+class Observer:
+    """Opens the record of a run in its folder. Nothing here ever ends training.
+
+    Nothing is written, either, once another attempt owns the folder.
+    """
+
+    def __init__(self, config: RunConfig, tags: Mapping[str, str], fence: Fence) -> None:
+        """Raises UserError for a tracking URI that can't work or a folder that can't be written."""
+        self._run_dir = config.train.run_dir
+        self._fence = fence
+        self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
+        self._tracker = open_tracker(config, self._run_dir, tags=tags, notify=self.message, fence=fence)
+        self._tracker.log_artifact(self._run_dir / "config.yaml")
+        self._tracker.log_artifact(config.data.dir / "tokenizer.model")
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """One optimizer step is done."""
+        self._progress.update(step, values)
+
+    def point(self, step: int, values: Mapping[str, float]) -> None:
+        """Metrics to keep."""
+        self._tracker.log(step, values)
+
+    def message(self, text: str) -> None:
+        """A line for people."""
+        self._progress.message(text)
+
+    def draw(self) -> None:
+        """Draw the loss curve so far, into the run folder and MLflow."""
+        path = self._run_dir / CURVE_NAME
+        if not self._fence.holds():
+            return
+        try:
+            draw_curves(self._run_dir / SPOOL_NAME, path, title=self._run_dir.name)
+        except (UserError, OSError) as error:
+            self.message(f"warning: no loss curve: {error}")
+            return
+        self._tracker.log_artifact(path)
+
+    def close(self, status: Status, cause: str) -> None:
+        """End the record of this attempt; what MLflow has not got yet goes with the next one."""
+        self._progress.close()
+        self._tracker.close(status, cause)

@@ -1,0 +1,212 @@
+"""The training loop: steps, log lines, held-out evaluation, checkpoints, and stopping when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from biroute.configs.errors import StoppedError
+from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
+from biroute.launcher.ranks.stop_consensus import Agreement
+from biroute.launcher.train.memory import peak_memory_gib
+from biroute.launcher.train.observer import Observer
+from biroute.launcher.train.schedule import learning_rate
+from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.model.flops import train_flops_per_step
+from biroute.parallel.checkpoint.save import Progress, save_checkpoint
+from biroute.parallel.engine.phase_clock import PHASES
+from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
+from biroute.parallel.region.traffic_metrics import exchange_metrics
+
+
+@dataclass
+class Trainer:
+    """One attempt of a run. `about` describes the model for its checkpoints; `observer` is None but on rank 0."""
+
+    config: RunConfig
+    engine: Engine
+    loader: MicrobatchLoader
+    heldout: Iterable[Batch]
+    checkpoints: Path
+    about: dict[str, Any]
+    agreement: Agreement
+    watchdog: Watchdog
+    observer: Observer | None = None
+    step: int = 0
+    _evaluation_pending: bool = False
+    _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
+    _saved_step: int = -1
+
+    def resume(self, progress: Progress) -> None:
+        """Go on after a loaded checkpoint."""
+        self.step = self._saved_step = progress.step
+        self._evaluation_pending = progress.evaluation_pending
+        self.watchdog.resumed(progress.step)
+        self._say(f"resumed after step {progress.step}")
+
+    def fit(self) -> None:
+        """Train to the last step. Collective.
+
+        Raises:
+            StoppedError: a signal asked to stop; the state is saved.
+            FencedError: another attempt owns the run folder; nothing is written.
+            UserError: a checkpoint could not be written.
+        """
+        train, checkpoint = self.config.train, self.config.checkpoint
+        if self._evaluation_pending:
+            self._evaluate()
+        elif self.step >= train.steps:
+            self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to go on")
+        while self.step < train.steps:
+            self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
+            # Before the step, as a rank that waits for data must be able to say no.
+            with self.engine.clock.phase("data"):
+                self.loader.wait(give_up=lambda: bool(self.agreement.stop))
+            self._stop_if_agreed()
+            self._train_one_step()
+            last = self.step == train.steps
+            if last or _due(self.step, train.evaluate_every):
+                self._evaluate()
+            if last or _due(self.step, checkpoint.every_steps):
+                self._save()
+
+    def _stop_if_agreed(self) -> None:
+        """Save and raise StoppedError, on all ranks, if one was asked to stop. Collective."""
+        if not self.agreement.to_stop():
+            return
+        self._save()
+        raise StoppedError(
+            f"stopped by {self.agreement.signal_name} after step {self.step}; the state is saved: "
+            "run the same command again to go on"
+        )
+
+    def _train_one_step(self) -> None:
+        started = time.perf_counter()
+        self.step += 1
+        rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        with self.engine.clock.phase("data"):
+            microbatches = self._to_device(self.loader.step())
+        report = self.engine.train_step(microbatches, rate)
+        self.engine.clock.end_step()
+        if not math.isfinite(report.loss):
+            self._say(f"warning: the loss of step {self.step} is {report.loss}")
+        seconds = time.perf_counter() - started
+        self._since_log.append(seconds)
+        self.watchdog.reached("training", self.step)
+        if self.observer is not None:
+            self.observer.step(self.step, self._values(report, rate, seconds))
+        if self._to_log(self.step):
+            self._log(report, rate)
+
+    def _to_log(self, step: int) -> bool:
+        train = self.config.train
+        return step in (1, train.steps) or _due(step, train.log_every)
+
+    def _values(self, report: StepReport, rate: float, step_seconds: float) -> dict[str, float]:
+        """Metrics of this step under the names that MLflow shows."""
+        ranks = dist.get_world_size()
+        tokens_per_second = self.config.tokens_per_step / step_seconds
+        return {
+            "train/loss": report.loss,
+            "optim/learning_rate": rate,
+            "optim/grad_norm": report.gradient_norm,
+            "progress/tokens": float(self.step * self.config.tokens_per_step),
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/tokens_per_second_per_rank": tokens_per_second / ranks,
+            "throughput/tflops_per_rank": train_flops_per_step(self.config) / step_seconds / ranks / 1e12,
+            "time/step_seconds": step_seconds,
+        }
+
+    def _log(self, report: StepReport, rate: float) -> None:
+        """One metric point: the values of this step, the times averaged since the last point. Collective."""
+        steps = len(self._since_log)
+        phases = self.engine.clock.take()
+        device, ranks = self.engine.device, dist.get_world_size()
+        means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
+        worst = torch.tensor(
+            [sum(self._since_log) / steps, peak_memory_gib(device)], dtype=torch.float64, device=device
+        )
+        self._since_log.clear()
+        dist.all_reduce(means)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        step_seconds, memory = worst.tolist()
+        values = self._values(report, rate, step_seconds) | {"memory/peak_gib": memory}
+        values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
+        if self.engine.exchange is not None:
+            values |= exchange_metrics(self.engine.exchange, steps)
+        if self.observer is not None:
+            self.observer.point(self.step, values)
+
+    def _evaluate(self) -> None:
+        """Loss on the same held-out sequences each time. Collective.
+
+        A stop cuts it off between two batches; the next attempt begins with it.
+        """
+        self._evaluation_pending = True
+        heldout = iter(self.heldout)
+        total, count, counts = 0.0, 0, torch.zeros(2, dtype=torch.float64, device=self.engine.device)
+        while batches := list(islice(heldout, self.engine.microbatches_per_evaluation)):
+            self._stop_if_agreed()
+            total += self.engine.evaluate(self._to_device(batches)) * len(batches)
+            count += len(batches)
+            counts += torch.tensor([[b.target_tokens, b.target_bytes] for b in batches]).sum(0).to(counts)
+            self.watchdog.reached(f"evaluating after step {self.step}")
+        self._evaluation_pending = False
+        loss = total / count
+        dist.all_reduce(counts, group=self.engine.mesh.groups.dp)
+        targets, target_bytes = counts.tolist()
+        bits_per_byte = loss * targets / target_bytes / math.log(2)
+        values = {
+            "heldout/loss": loss,
+            "heldout/perplexity": math.exp(min(loss, 100.0)),
+            "heldout/bits_per_byte": bits_per_byte,
+        }
+        if self.observer is not None:
+            self.observer.point(self.step, values)
+            self.observer.message(
+                f"step {self.step}: held-out loss {loss:.4f}, perplexity {values['heldout/perplexity']:.1f}, "
+                f"{bits_per_byte:.4f} bits per byte"
+            )
+            self.observer.draw()
+
+    def _save(self) -> None:
+        if self._saved_step == self.step:
+            return
+        progress = Progress(self.step, self.loader.position, self._evaluation_pending)
+        self.watchdog.reached(f"saving after step {self.step}")
+        path = save_checkpoint(
+            self.engine,
+            self.checkpoints,
+            progress,
+            self.about,
+            self.config.checkpoint.keep,
+            owner=self.agreement.fence,
+        )
+        self._saved_step = self.step
+        self.watchdog.reached("training")
+        self._say(f"step {self.step}: saved {path}")
+
+    def _to_device(self, batches: Sequence[Batch]) -> list[Microbatch]:
+        """This rank's tokens of the batches of its data rank."""
+        device, mesh = self.engine.device, self.engine.mesh
+        return [
+            Microbatch(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in (batch.inputs, batch.labels)))
+            for batch in batches
+        ]
+
+    def _say(self, text: str) -> None:
+        if self.observer is not None:
+            self.observer.message(text)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

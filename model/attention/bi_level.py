@@ -1,0 +1,114 @@
+"""Level two: softmax attention over the tokens of the routed regions, each exactly once; and its dense counterpart.
+
+How it is computed: `partial.py`. Legend: B batch, H query heads, G KV groups, S tokens, D head size, Lq query block
+size, N query blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from biroute.model.attention.flex import flex_bi_level_attention
+from biroute.model.attention.masked import MaskedAttention, prefers_mask
+from biroute.model.attention.partial import (
+    Path,
+    RegionGrid,
+    attention_delta,
+    partial_attention,
+    partial_attention_backward,
+)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
+    """q [B, H, S, D], k, v [B, G, S, D] -> [B, H, S, D]: PyTorch's own attention."""
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def bi_level_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    *,
+    region_size: int,
+    query_block_size: int,
+    causal: bool,
+    scale: float | None = None,
+    path: Path = "auto",
+    return_lse: bool = False,
+) -> Any:
+    """Attention of every query block over the regions of its route.
+
+    q [B, H, S, D], k, v [B, G, S, D] (RoPE applied), index int64 [B, G, S // Lq, topk] as from `route_regions`
+    -> out [B, H, S, D] in q's dtype, or with `return_lse` the pair (out, fp32 log-sum-exp [B, H, S]); differentiable.
+    A query without a route gives 0 (and -inf). Deterministic on the CPU.
+
+    `path`: "query_major" or "region_major" (`tiles.py`), "masked" (`masked.py`, no log-sum-exp), "flex" (`flex.py`);
+    "auto" takes flex on CUDA, masked where `prefers_mask` says so, and otherwise the one of the first two that
+    gathers less (`partial.use_region_major`).
+
+    Raises ValueError for shapes that do not fit, an index that is not ascending or out of range, and a causal index
+    without every block's own region.
+    Source: BiFormer (CVPR 2023, arXiv:2303.08810), MoBA (arXiv:2502.13189).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grid = RegionGrid(region_size, query_block_size, causal, scale, path)
+    check_route(q, k, v, index, grid)
+    if path == "flex" or (path == "auto" and q.device.type == "cuda"):
+        return flex_bi_level_attention(q, k, v, index, grid, return_lse=return_lse)
+    if path == "masked" and return_lse:
+        raise ValueError('path="masked" gives no log-sum-exp; use "query_major" or "region_major"')
+    rows = query_block_size * q.shape[1] // k.shape[1]
+    if path == "masked" or (
+        path == "auto" and not return_lse and prefers_mask(q.shape[2], region_size, rows, index.shape[3])
+    ):
+        return MaskedAttention.apply(q, k, v, index, grid)
+    out, lse = _BiLevelAttention.apply(q, k, v, index, grid)
+    return (out, lse) if return_lse else out
+
+
+def check_route(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> None:
+    """Raises ValueError unless shapes, sizes and the form of the index fit together."""
+    batch, num_heads, num_tokens, head_size = q.shape
+    groups, key_tokens = k.shape[1:3]
+    num_blocks = num_tokens // grid.query_block_size
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_size or num_heads % groups:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if key_tokens != num_tokens or num_tokens % grid.region_size or grid.region_size % grid.query_block_size:
+        raise ValueError(
+            f"{num_tokens} query and {key_tokens} key tokens, region_size={grid.region_size} and "
+            f"query_block_size={grid.query_block_size} do not divide one another"
+        )
+    if index.shape[:3] != (batch, groups, num_blocks):
+        raise ValueError(f"index {tuple(index.shape)} is not [{batch}, {groups}, {num_blocks}, topk]")
+    rising = (index[..., 1:] > index[..., :-1]) | (index[..., 1:] == -1)
+    if not bool(rising.all()) or int(index.max()) >= num_tokens // grid.region_size:
+        raise ValueError("index is not ascending with -1 last, or names a region that is not there")
+    own_N1 = grid.own_region(num_blocks, index.device)[:, None]
+    if grid.causal and not bool((index == own_N1).any(-1).all()):
+        raise ValueError("a causal index must hold every block's own region")
+
+
+class _BiLevelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
+        # Detached: views of what requires a gradient are slower to make.
+        out, lse = partial_attention(q.detach(), k.detach(), v.detach(), index, grid)
+        ctx.save_for_backward(q, k, v, index, out, lse)
+        ctx.grid = grid
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, index, out, lse = (x.detach() for x in ctx.saved_tensors)
+        dout = torch.zeros_like(out) if dout is None else dout
+        delta = attention_delta(out, dout)
+        if dlse is not None:
+            delta -= dlse
+        dq, dk, dv = partial_attention_backward(q, k, v, index, ctx.grid, dout=dout, lse=lse, delta=delta)
+        return dq, dk, dv, None, None

@@ -1,0 +1,118 @@
+"""The slow twins of routing and attention: plain loops, a boolean mask, fp64. Obviously right, for tests only.
+
+Legend: B batch, H query heads, G KV groups, S tokens, D head size, L region size, R regions, Lq query block size,
+Nq query blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def route_regions(
+    q: Tensor,
+    k: Tensor,
+    *,
+    region_size: int,
+    query_block_size: int,
+    topk: int,
+    causal: bool,
+    force_own: bool = True,
+    force_previous: bool = True,
+    force_first: bool = False,
+    descriptors_per_region: int = 1,
+) -> Tensor:
+    """q [B, H, S, D], k [B, G, S, D] -> index int64 [B, G, S // Lq, topk], ascending, -1 = empty.
+
+    Affinities are compared in fp32, as in `biroute.model.attention.routing`.
+    Source: BiFormer (CVPR 2023, arXiv:2303.08810), MoBA (arXiv:2502.13189).
+    """
+    batch, num_heads, num_tokens, _ = q.shape
+    groups = k.shape[1]
+    rep = num_heads // groups
+    num_regions, num_blocks = num_tokens // region_size, num_tokens // query_block_size
+    part = region_size // descriptors_per_region
+    index = torch.full((batch, groups, num_blocks, topk), -1, dtype=torch.int64)
+    for b in range(batch):
+        for g in range(groups):
+            q_rSD = q[b, g * rep : (g + 1) * rep].double()
+            k_SD = k[b, g].double()
+            keys = [
+                [k_SD[t : t + part].mean(0).float() for t in range(j * region_size, (j + 1) * region_size, part)]
+                for j in range(num_regions)
+            ]
+            for i in range(num_blocks):
+                first = i * query_block_size
+                asked = q_rSD[:, first] if causal else q_rSD[:, first : first + query_block_size].mean(1)
+                query = asked.mean(0).float().double()
+                own = first // region_size
+                forced = {own} if force_own else set()
+                if force_previous and own > 0:
+                    forced.add(own - 1)
+                if force_first:
+                    forced.add(0)
+                candidates = [j for j in range(own if causal else num_regions) if j not in forced]
+                affinity = {
+                    j: max(float((query * key.double()).sum().float()) for key in keys[j]) for j in candidates
+                }
+                candidates.sort(key=lambda j: (-affinity[j], j))
+                chosen = sorted(forced | set(candidates[: max(0, topk - len(forced))]))
+                index[b, g, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return index
+
+
+def smear_keys(k: Tensor, share: Tensor) -> Tensor:
+    """k_t + share * k_(t-1), token by token: k [B, G, S, D], share [G, D] -> fp64 [B, G, S, D]; differentiable."""
+    k, share = k.double(), share.double()
+    tokens = [k[:, :, 0]]
+    for t in range(1, k.shape[2]):
+        tokens.append(k[:, :, t] + share * k[:, :, t - 1])
+    return torch.stack(tokens, 2)
+
+
+def visibility(index: Tensor, *, num_tokens: int, region_size: int, query_block_size: int, causal: bool) -> Tensor:
+    """index [B, G, Nq, topk] -> bool [B, G, S, S]: may this query token see that key token?"""
+    batch, groups, num_blocks, _ = index.shape
+    visible = torch.zeros(batch, groups, num_tokens, num_tokens, dtype=torch.bool)
+    for b in range(batch):
+        for g in range(groups):
+            for i in range(num_blocks):
+                queries = slice(i * query_block_size, (i + 1) * query_block_size)
+                for j in index[b, g, i].tolist():
+                    if j >= 0:
+                        visible[b, g, queries, j * region_size : (j + 1) * region_size] = True
+    if causal:
+        visible &= torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    return visible
+
+
+def bi_level_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    *,
+    region_size: int,
+    query_block_size: int,
+    causal: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """q [B, H, S, D], k, v [B, G, S, D], index [B, G, S // Lq, topk] -> fp64 [B, H, S, D]; differentiable.
+
+    A query that sees nothing gives 0.
+    """
+    num_heads, num_tokens, head_size = q.shape[1:]
+    rep = num_heads // k.shape[1]
+    scale = head_size**-0.5 if scale is None else scale
+    visible_BGSS = visibility(
+        index, num_tokens=num_tokens, region_size=region_size, query_block_size=query_block_size, causal=causal
+    )
+    visible_BHSS = visible_BGSS.repeat_interleave(rep, dim=1)
+    k_BHSD = k.double().repeat_interleave(rep, dim=1)
+    v_BHSD = v.double().repeat_interleave(rep, dim=1)
+    score_BHSS = q.double() @ k_BHSD.transpose(2, 3) * scale
+    # A finite stand-in for -inf keeps the gradient of a query without keys at 0 instead of NaN.
+    weight_BHSS = score_BHSS.masked_fill(~visible_BHSS, -1e300).softmax(-1).masked_fill(~visible_BHSS, 0.0)
+    return weight_BHSS @ v_BHSD

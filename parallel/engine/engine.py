@@ -1,0 +1,292 @@
+"""The model on its mesh, ready to train: DeepSpeed with or without a pipeline, behind one class.
+
+`build_engine` is the whole order of application: plan the layers, build this rank's, hand them to DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from biroute.configs.schema import RunConfig
+from biroute.model.language_model import LayerPlan, loss_function, plan_layers
+from biroute.parallel.engine.phase_clock import PhaseClock
+from biroute.parallel.engine.deepspeed_setup import (
+    partitioned_construction,
+    pipeline_specs,
+    quietly,
+    start,
+    start_engine,
+)
+from biroute.parallel.mesh.mesh import Mesh
+from biroute.parallel.region.shard import RegionExchange, RegionLayout
+from biroute.parallel.engine.zero_state import OptimizerState, decay_groups
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Input of one forward pass on this data rank."""
+
+    inputs: Tensor  # [B, S / region ranks] int64: this rank's tokens
+    labels: Tensor  # the same shape, -100 = no target
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Result of one optimizer step, equal on all ranks."""
+
+    loss: float  # nats per target token, mean over the whole step
+    gradient_norm: float  # of the whole gradient, before clipping
+
+
+def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
+    """The model of `config` on `mesh`, its weights initialised from the seed. Collective."""
+    start()
+    clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
+    exchange = region_exchange(config, mesh, clock)
+    plans = plan_layers(config, mesh.groups, exchange)
+    loss = loss_function(config.model, mesh.layout.region)
+    kind = StagedEngine if mesh.layout.pipe > 1 else WholeEngine
+    with quietly():
+        engine = kind(config, mesh, device, plans, loss, clock)
+    engine.exchange = exchange
+    return engine
+
+
+def region_exchange(config: RunConfig, mesh: Mesh, clock: PhaseClock) -> RegionExchange | None:
+    """This rank's part in sharing sequences; None where every rank has them whole."""
+    if mesh.layout.region == 1:
+        return None
+    layout = RegionLayout(config.model.num_regions, config.model.attention.region_size, mesh.layout.region)
+    return RegionExchange(layout, mesh.groups.cp, way=config.parallel.region_exchange, clock=clock)
+
+
+class Engine:
+    """What the two engines share: optimizer, state by parameter name, reports."""
+
+    exchange: RegionExchange | None = None  # where region ranks share sequences
+    microbatches_per_evaluation = 1  # enough for one call of `evaluate` to keep all ranks busy
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, device: torch.device, module: nn.Module, clock: PhaseClock
+    ) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.device = device
+        self.clock = clock
+        self._adam = _adam(config, module, device)
+        self._gradient_norm = 0.0
+        if config.parallel.zero_stage == 0:
+            self._adam.register_step_pre_hook(lambda *_: self._clip_gradients())
+        self.deepspeed = start_engine(config, mesh, module, self._adam)
+        self.state = OptimizerState(self.deepspeed, self._adam, config.parallel.zero_stage)
+
+    def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepReport:
+        """One optimizer step over this data rank's microbatches. Collective."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._forward_backward_step(microbatches)
+        if self.config.parallel.zero_stage > 0:
+            self._gradient_norm = float(self.deepspeed.get_global_grad_norm())
+        return StepReport(loss=float(loss), gradient_norm=self._gradient_norm)
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+        """Mean loss in nats per target token over all data ranks' microbatches. Collective."""
+        with nullcontext() if self.exchange is None else self.exchange.log.paused():
+            return self._evaluate(microbatches)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under names that no layout changes: `block.3.layer.mlp.linear_fc1.weight`."""
+        raise NotImplementedError
+
+    def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        raise NotImplementedError
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+        raise NotImplementedError
+
+    def _clip_gradients(self) -> None:
+        """ZeRO 0: norm over all ranks, each parameter counted once, then clipping.
+
+        DeepSpeed's own clipping without ZeRO counts tied weights of a pipeline twice and drops the norms' weights
+        of its later stages.
+        """
+        mine = torch.zeros((), device=self.device)
+        gradients = [p.grad for _, p in self.named_parameters() if p.grad is not None]
+        for _, parameter in self.named_parameters():
+            replica = getattr(parameter, "ds_pipe_replicated", False)
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if parameter.grad is not None and not replica and (split or self.mesh.at.tensor == 0):
+                mine += parameter.grad.float().square().sum()
+        dist.all_reduce(mine, group=self.mesh.groups.tp)
+        dist.all_reduce(mine, group=self.mesh.groups.pp)
+        norm = mine.sqrt()
+        self._gradient_norm = float(norm)
+        limit = self.config.optim.gradient_clip
+        if limit > 0:
+            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+
+
+class WholeEngine(Engine):
+    """No pipeline: each rank holds (its shards of) every layer."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        device: torch.device,
+        plans: list[LayerPlan],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        clock: PhaseClock,
+    ) -> None:
+        with partitioned_construction(config, mesh):
+            module = LayerSequence(plans)
+        super().__init__(config, mesh, device, module, clock)
+        self._loss = loss
+        self._module = module
+        # The reduction over data ranks runs inside backward; count it as exchange.
+        _time_method(self.deepspeed, "allreduce_gradients", self.clock, "exchange")
+
+    def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        self.deepspeed.train()
+        total = torch.zeros((), device=self.device)
+        for microbatch in microbatches:
+            with self.clock.phase("forward"):
+                loss = self._loss(self.deepspeed(microbatch.inputs), microbatch.labels)
+            with self.clock.phase("backward"):
+                self.deepspeed.backward(loss)
+            with self.clock.phase("optimizer"):
+                self.deepspeed.step()
+            total += loss.detach()
+        return self._mean(total / len(microbatches))
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+        self.deepspeed.eval()
+        total = torch.zeros((), device=self.device)
+        with torch.no_grad():
+            for microbatch in microbatches:
+                total += self._loss(self.deepspeed(microbatch.inputs), microbatch.labels)
+        self.deepspeed.train()
+        return float(self._mean(total / len(microbatches)))
+
+    def _mean(self, value: Tensor) -> Tensor:
+        group = self.mesh.groups.dp_cp
+        dist.all_reduce(value, group=group)
+        return value / group.size()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, module in zip(self._module.names, self._module.layers, strict=True):
+            yield from module.named_parameters(prefix=name)
+
+
+class StagedEngine(Engine):
+    """A pipeline: each rank holds some consecutive layers, DeepSpeed moves activations and gradients."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        device: torch.device,
+        plans: list[LayerPlan],
+        loss: Callable[[Tensor, Tensor], Tensor],
+        clock: PhaseClock,
+    ) -> None:
+        self._plans = plans
+        self.microbatches_per_evaluation = 2 * mesh.layout.pipe
+        self._pipeline = PipelineModule(
+            layers=pipeline_specs(plans),
+            topology=PipeModelDataParallelTopology(
+                num_pp=mesh.layout.pipe,
+                num_dp=mesh.layout.data * mesh.layout.region,
+                num_mp=mesh.layout.tensor,
+            ),
+            loss_fn=loss,
+            partition_method="type:Block",
+        )
+        super().__init__(config, mesh, device, self._pipeline, clock)
+        self._time_instructions()
+
+    def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        return self.deepspeed.train_batch(iter([(mb.inputs, mb.labels) for mb in microbatches]))
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+        batches = iter([(mb.inputs, mb.labels) for mb in microbatches])
+        loss = self.deepspeed.eval_batch(batches, num_micro_batches=len(microbatches))
+        self._pipeline.train()
+        return float(loss)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        seen = set()
+        for position in range(self._pipeline._local_start, self._pipeline._local_stop):
+            name = self._plans[position].name
+            if name in seen:
+                continue
+            seen.add(name)
+            tied = self._pipeline.tied_modules
+            module = tied[name] if name in tied else getattr(self._pipeline, str(position))
+            yield from module.named_parameters(prefix=name)
+
+    def _time_instructions(self) -> None:
+        phases = {
+            schedule.LoadMicroBatch: "data",
+            schedule.ForwardPass: "forward",
+            schedule.BackwardPass: "backward",
+            schedule.OptimizerStep: "optimizer",
+        }
+        table = type(self.deepspeed)._INSTRUCTION_MAP
+        self.deepspeed._INSTRUCTION_MAP = {
+            instruction: _timed(method, self.clock, phases.get(instruction, "exchange"))
+            for instruction, method in table.items()
+        }
+
+
+class LayerSequence(nn.Module):
+    """The planned layers one after the other; layers of the same name are one module."""
+
+    def __init__(self, plans: list[LayerPlan]) -> None:
+        super().__init__()
+        self.names = list(dict.fromkeys(plan.name for plan in plans))
+        self.order = [self.names.index(plan.name) for plan in plans]
+        first = {plan.name: plan for plan in reversed(plans)}
+        self.layers = nn.ModuleList(first[name].build() for name in self.names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, S] -> logits [S, B, V / T]."""
+        for position in self.order:
+            x = self.layers[position](x)
+        return x
+
+
+def _adam(config: RunConfig, module: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        decay_groups(module.parameters(), config.optim.weight_decay),
+        lr=0.0,  # set at every step
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.epsilon,
+        fused=device.type == "cuda",
+    )
+
+
+def _timed(method: Callable[..., Any], clock: PhaseClock, phase: str) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase(phase):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _time_method(target: Any, name: str, clock: PhaseClock, phase: str) -> None:
+    method = getattr(type(target), name)
+    setattr(target, name, MethodType(_timed(method, clock, phase), target))

@@ -1,0 +1,44 @@
+"""The one place that makes Megatron-core run without CUDA, and that starts its process groups."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from biroute.configs.layout import Layout
+from biroute.parallel.mesh.rank_order import MEGATRON_ORDER
+
+_CPU = torch.device("cpu")
+
+
+def prepare_megatron(device: torch.device) -> None:
+    """Let Megatron-core build its layers on `device`.
+
+    Without CUDA it still asks `torch.cuda.current_device()` where buffers go; the answer "cpu" is all it needs.
+    """
+    if device.type == "cpu":
+        torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+
+
+def start_process_groups(layout: Layout) -> ProcessGroupCollection:
+    """Create Megatron-core's process groups for `layout`. Collective over all ranks.
+
+    Its context-parallel axis is our region axis; ranks count in the order tensor, region, data, pipe.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipe,
+        context_parallel_size=layout.region,
+        order=MEGATRON_ORDER,
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp", "dp", "dp_cp"])
+
+
+def stop_process_groups() -> None:
+    """Forget Megatron-core's process groups, so that another layout can be started in this process."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,184 @@
+"""`biroute submit`, `status`, `logs`, `cancel`, `resume`: a run on a Slurm cluster, from a login node. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from biroute.configs.errors import UserError
+
+if TYPE_CHECKING:
+    from biroute.slurm.client import Job
+    from biroute.slurm.submit import Submission
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
+]
+RUN = "[RUN_DIR|CONFIG|JOB]"
+Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="runs, by any of these")]
+Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, by any of these")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print all that would be written; write and submit nothing")
+    ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="ask Slurm whether and when it could run the job; submit nothing")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a run to Slurm; it goes on by itself through time limits, preemption and lost nodes to its last step.
+
+    Example: biroute submit my.yaml slurm.profile=cluster.yaml slurm.nodes=4
+
+    The configuration and the code are frozen into the run folder, train.run_dir; what holds for the whole cluster is
+    in the profile.
+    """
+    from biroute.slurm import client as slurm
+    from biroute.slurm.submit import check_run_dir, prepare, submit_run
+
+    submission = prepare(config, overrides or [], Path.cwd())
+    request = submission.request
+    answer: dict[str, Any] = {
+        "run_id": request.job_name,
+        "run_dir": str(request.run_dir),
+        "nodes": request.nodes,
+        "ranks_per_node": request.ranks_per_node,
+        "layout": str(submission.layout),
+    }
+    if dry_run:
+        _print_dry_run(submission, answer, as_json)
+        return
+    check_run_dir(request.run_dir)
+    if test:
+        verdict = slurm.test_script(submission.script)
+        typer.echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
+        return
+    answer["job_id"] = submit_run(submission)
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    typer.echo(
+        f"job {answer['job_id']}, run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, "
+        f"{submission.layout}\n"
+        f"run folder {request.run_dir}\n"
+        f"follow it with: biroute logs --follow {request.run_dir}"
+    )
+
+
+def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool) -> None:
+    from biroute.configs.load import dump_config
+    from biroute.configs.cluster_profile import dump_profile
+
+    folder = submission.request.script.parent
+    files = {
+        "job.sbatch": submission.script,
+        "config.yaml": dump_config(submission.config),
+        "profile.yaml": dump_profile(submission.profile),
+    }
+    if as_json:
+        typer.echo(json.dumps(answer | {"files": files}))
+        return
+    for name, text in files.items():
+        typer.echo(f"==> {folder / name} <==\n{text}")
+    typer.echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
+
+
+def status(targets: Targets = None, as_json: AsJson = False) -> None:
+    """Show runs: state, step, tokens per second, time left, jobs, and why each attempt ended.
+
+    Example: biroute status runs/large
+
+    Without a name: all runs that have jobs, and those in ./runs.
+    """
+    from biroute.slurm.run_folder import find_run, known_runs
+    from biroute.slurm.status import status_of, tell_status
+
+    runs = [find_run(target) for target in targets] if targets else known_runs()
+    queue = _queue()
+    found = [status_of(run, queue) for run in runs]
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found]))
+        return
+    for one in found:
+        typer.echo(tell_status(one))
+    if not found:
+        typer.echo(
+            "no runs: you have no job of one, and ./runs holds none; name a run folder, a configuration or a job"
+        )
+
+
+def logs(
+    target: Target,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on with what comes, attempt after attempt, until the run ends")
+    ] = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; left out: the newest")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="lines of the past")] = 30,
+) -> None:
+    """Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.
+
+    Example: biroute logs --follow runs/large
+    """
+    from biroute.slurm.run_folder import find_run
+    from biroute.slurm.logs import follow_logs, tell_logs
+
+    run = find_run(target)
+    if not follow:
+        typer.echo(tell_logs(run, attempt, rank, lines))
+        return
+    try:
+        follow_logs(run, rank, lines, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("")
+
+
+def cancel(
+    target: Target,
+    now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
+) -> None:
+    """Cancel a run: its jobs save, end, and are not queued again. `biroute resume` goes on with it.
+
+    Example: biroute cancel runs/large
+    """
+    from biroute.slurm.control import cancel_run
+    from biroute.slurm.run_folder import find_run
+
+    for line in cancel_run(find_run(target), now=now):
+        typer.echo(line)
+
+
+def resume(target: Target) -> None:
+    """Submit a cancelled, stopped or lost run again; it goes on from its newest checkpoint.
+
+    Example: biroute resume runs/large
+
+    It submits RUN_DIR/submission/job.sbatch as it stands: edit the script or config.yaml beside it to change limits.
+    """
+    from biroute.slurm.control import resume_run
+    from biroute.slurm.run_folder import find_run
+
+    run = find_run(target)
+    typer.echo(f"job {resume_run(run)}, run {run.name}")
+
+
+def _queue() -> list[Job] | None:
+    """This user's jobs; None where Slurm does not answer."""
+    from biroute.slurm import client as slurm
+
+    try:
+        return slurm.queue()
+    except UserError:
+        return None
+
+
+COMMANDS = (submit, status, logs, cancel, resume)

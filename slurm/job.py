@@ -1,0 +1,86 @@
+"""Begin and end of an attempt, for the batch script. Standard output is for the script, standard error for people.
+
+    python -m biroute.slurm.job begin RUN_DIR                    prints the attempt's number
+    python -m biroute.slurm.job end RUN_DIR ATTEMPT STATUS       prints requeue, stop or finished
+    python -m biroute.slurm.job excluded RUN_DIR                 prints the bad nodes, comma-separated
+
+`end` takes `--signal NAME` where the batch shell itself got a signal. Job, nodes and ranks come from Slurm's
+variables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from biroute.configs.errors import EXIT_OK, EXIT_USER_FAULT, UserError
+from biroute.configs.load import load_config
+from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts.journal import Fence, Limits, begin_attempt, end_attempt, excluded_nodes
+from biroute.launcher.attempts.failures import explain_end, log_dir, tell_first_failure
+from biroute.launcher.ranks.environment import expand_nodes
+from biroute.launcher.track.tracker import close_after_crash
+
+
+def begin(run_dir: Path) -> int:
+    """Take over the run folder for this job; the attempt's number."""
+    env = os.environ
+    return begin_attempt(
+        run_dir,
+        nodes=expand_nodes(env.get("SLURM_JOB_NODELIST", "")),
+        world_size=int(env.get("SLURM_NTASKS", "0")),
+        job=env.get("SLURM_JOB_ID"),
+        restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+    )
+
+
+def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
+    """Record the end, tell its cause; what the script is to do."""
+    config = job_config(run_dir)
+    logs = log_dir(run_dir, attempt)
+    found = explain_end(logs, status, signal_name)
+    slurm = config.slurm
+    limits = Limits(slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue)
+    decision, reason = end_attempt(run_dir, attempt, found, limits)
+    if found.crash and (told := tell_first_failure(logs)):
+        print(told, file=sys.stderr)
+    print(f"attempt {attempt}: {decision}: {reason}", file=sys.stderr)
+    if decision == "stop" and found.crash:
+        close_after_crash(Fence(run_dir, attempt))
+    return decision or "stop"
+
+
+def job_config(run_dir: Path) -> RunConfig:
+    """The configuration that the job trains with."""
+    frozen = run_dir / "submission" / "config.yaml"
+    return load_config(frozen if frozen.exists() else run_dir / "config.yaml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="attempt_job", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("verb", choices=("begin", "end", "excluded"))
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("attempt", type=int, nargs="?")
+    parser.add_argument("status", type=int, nargs="?")
+    parser.add_argument("--signal", default="", metavar="NAME")
+    given = parser.parse_args(arguments)
+    try:
+        if given.verb == "begin":
+            print(begin(given.run_dir))
+        elif given.verb == "excluded":
+            print(",".join(excluded_nodes(given.run_dir, os.environ.get("SLURM_JOB_ID"))))
+        elif given.attempt is None or given.status is None:
+            parser.error("end needs ATTEMPT and STATUS")
+        else:
+            print(end(given.run_dir, given.attempt, given.status, given.signal))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_FAULT
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""`biroute logs`: why an attempt failed, then what its ranks print, across the attempts of a run. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from biroute.configs.errors import UserError
+from biroute.slurm import client as slurm
+from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.launcher.attempts.failures import log_dir, log_file, tell_first_failure
+from biroute.slurm.run_folder import RunFolder
+from biroute.slurm.status import status_of
+
+_POLL_SECONDS = 0.5
+_QUEUE_SECONDS = 10.0  # between questions to the controller
+
+
+def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str:
+    """The first failing rank's error, if any, and the last `lines` that `rank` printed in an attempt (None: newest).
+
+    Raises:
+        UserError: no such attempt, or nothing was printed.
+    """
+    found = _attempt(run, attempt)
+    if found is None:
+        output = _job_output(run)
+        if output is None:
+            raise UserError(f"run {run.name} has no logs yet: no attempt of it has begun")
+        return _last_lines(output, lines)
+    logs = log_dir(run.path, found.number)
+    parts = [_heading(found)]
+    failure = tell_first_failure(logs)
+    if failure:
+        parts += ["first failure:", failure]
+    path = log_file(logs, rank)
+    if path.exists():
+        parts.append(_last_lines(path, lines))
+    elif not failure:
+        output = _job_output(run)
+        parts.append(_last_lines(output, lines) if output else f"{path}: not there (yet)")
+    return "\n".join(parts)
+
+
+def follow_logs(run: RunFolder, rank: int, lines: int, say: Callable[[str], None]) -> None:
+    """Pass what `rank` prints to `say`, from one attempt to the next, until the run is over; `lines` of the past."""
+    queue = _QueueWatch(run)
+    number = 0
+    while (attempt := _next_attempt(run, number, queue)) is not None:
+        say(_heading(attempt))
+        _follow_attempt(run, attempt, rank, lines if number == 0 else None, queue, say)
+        number = attempt.number
+    say(f"run {run.name}: {status_of(run, []).state}")
+
+
+class _QueueWatch:
+    """Asks the controller now and then whether the run has a job. Where it can't be asked, the run has one."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._asked = -_QUEUE_SECONDS
+        self._live = True
+
+    def live(self) -> bool:
+        if self._live and time.monotonic() - self._asked > _QUEUE_SECONDS:
+            self._asked = time.monotonic()
+            with contextlib.suppress(UserError):
+                self._live = bool(self._run.jobs_in(slurm.queue()))
+        return self._live
+
+
+def _next_attempt(run: RunFolder, number: int, queue: _QueueWatch) -> Attempt | None:
+    """Wait for the attempt after `number`; None if there will be none."""
+    while True:
+        newest = _attempt(run, None)
+        if newest is not None and newest.number > number:
+            return newest
+        over = newest is not None and newest.ended is not None and newest.decision in ("finished", "stop", None)
+        if over or not queue.live():
+            return None
+        time.sleep(_POLL_SECONDS)
+
+
+def _follow_attempt(
+    run: RunFolder, attempt: Attempt, rank: int, lines: int | None, queue: _QueueWatch, say: Callable[[str], None]
+) -> None:
+    """Pass on the log of one attempt until it has ended, then say why; `lines` of what is there, None: all."""
+    logs = log_dir(run.path, attempt.number)
+    position = 0
+    while True:
+        newest = _attempt(run, None)
+        this = _attempt(run, attempt.number) or attempt
+        ended = this.ended is not None or (newest is not None and newest.number > attempt.number)
+        over = ended or (attempt.job is not None and not queue.live())  # asked before the last look at the log
+        text, position = _read_from(log_file(logs, rank), position)
+        if text:
+            say(text if lines is None else "\n".join(text.splitlines()[-lines:]))
+            lines = None
+        elif over:
+            break
+        else:
+            time.sleep(_POLL_SECONDS)
+    if this.crash and (failure := tell_first_failure(logs)):
+        say(f"first failure:\n{failure}")
+    if this.ended is not None:
+        say(f"attempt {this.number} ended: {this.cause}" + (f" -> {this.decision}" if this.decision else ""))
+
+
+def _read_from(path: Path, position: int) -> tuple[str, int]:
+    """The whole lines after `position`, and where they end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            data = file.read()
+    except OSError:
+        return "", position
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode("utf-8", errors="replace").rstrip("\n"), position + len(whole)
+
+
+def _attempt(run: RunFolder, number: int | None) -> Attempt | None:
+    """The attempt of that number; the newest (None: there is none yet) if no number is given."""
+    attempts = read_attempts(run.path)
+    if number is None:
+        return attempts[-1] if attempts else None
+    found = next((attempt for attempt in attempts if attempt.number == number), None)
+    if found is None:
+        known = ", ".join(str(attempt.number) for attempt in attempts) or "none"
+        raise UserError(f"run {run.name} has no attempt {number}; it has {known}")
+    return found
+
+
+def _heading(attempt: Attempt) -> str:
+    nodes = f" on {', '.join(attempt.nodes)}" if attempt.nodes else ""
+    job = f", job {attempt.job}" if attempt.job else ""
+    return f"==> attempt {attempt.number}{job}{nodes} <=="
+
+
+def _job_output(run: RunFolder) -> Path | None:
+    """What the newest job's script printed."""
+    outputs = sorted((run.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    return outputs[-1] if outputs else None
+
+
+def _last_lines(path: Path, lines: int) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return "\n".join([f"last lines of {path}:", *text])

@@ -1,0 +1,179 @@
+"""The check of all nodes before training, one process a node:
+
+    srun --ntasks-per-node=1 python -m biroute.slurm.preflight RUN_DIR CONFIG
+
+Each looks at itself (`node_check`), then all meet at the first node and do a small all-reduce with a time-out. The
+verdict names every bad node and what is wrong there. It lies in `preflight/<node>.json` of the attempt's logs, where
+the end of the attempt finds it, so that the next one runs elsewhere. Exit status 0: all is well, 1: bad nodes, 2:
+wrong use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_USER_FAULT, UserError
+from biroute.configs.load import load_config
+from biroute.launcher.attempts.journal import fence_of, given_attempt
+from biroute.launcher.attempts.failures import log_dir
+from biroute.slurm.node_check import Findings, inspect_node, judge
+from biroute.launcher.ranks.environment import Seat, expand_nodes, find_seat
+
+_CLOCK_ROUNDS = 5  # the best of some: a busy machine may answer late, never early
+_POLL_SECONDS = 0.05
+_REDUCE_SHARE = 0.25  # of the whole time, for the all-reduce
+
+
+class Meeting:
+    """The nodes around a key-value store on the first one."""
+
+    def __init__(self, seat: Seat, seconds: float) -> None:
+        self.seat = seat
+        self._deadline = time.monotonic() + seconds
+        self._reduce_seconds = max(5.0, seconds * _REDUCE_SHARE)
+        left = timedelta(seconds=seconds)
+        self._store = dist.TCPStore(
+            seat.address, seat.port, seat.world_size, seat.rank == 0, timeout=left, wait_for_workers=False
+        )
+
+    def tell(self, what: str, text: str) -> None:
+        """Say `text` about oneself."""
+        self._store.set(f"{what}/{self.seat.rank}", text)
+
+    def gather(self, what: str) -> dict[int, str]:
+        """What each node said, by rank, without those that said nothing in time. For rank 0."""
+        ranks = range(self.seat.world_size)
+        missing = set(ranks)
+        reserved = self._reduce_seconds if what == "findings" else 0.0  # the all-reduce wants its time, too
+        while missing and time.monotonic() < self._deadline - reserved:
+            missing = {rank for rank in missing if not self._store.check([f"{what}/{rank}"])}
+            time.sleep(_POLL_SECONDS if missing else 0.0)
+        return {rank: self._store.get(f"{what}/{rank}").decode() for rank in ranks if rank not in missing}
+
+    def announce(self, what: str, text: str) -> None:
+        """Rank 0's word to all."""
+        self._store.set(what, text)
+
+    def hear(self, what: str) -> str:
+        """Wait for rank 0's word."""
+        left = max(1.0, self._deadline - time.monotonic() + 2 * self._reduce_seconds)
+        self._store.wait([what], timedelta(seconds=left))
+        return self._store.get(what).decode()
+
+    def reduce(self) -> tuple[str, float]:
+        """A small all-reduce: the error here or "", and by how many seconds this clock is ahead of rank 0's."""
+        limit = timedelta(seconds=self._reduce_seconds)
+        try:
+            store = dist.PrefixStore("reduce", self._store)
+            dist.init_process_group(
+                "gloo", store=store, rank=self.seat.rank, world_size=self.seat.world_size, timeout=limit
+            )
+            total = torch.arange(1000, dtype=torch.float64) + self.seat.rank
+            dist.all_reduce(total)
+            ranks = self.seat.world_size
+            if not torch.equal(total, torch.arange(1000, dtype=torch.float64) * ranks + ranks * (ranks - 1) / 2):
+                return "its result is wrong", 0.0
+            return "", min((self._compare_clock() for _ in range(_CLOCK_ROUNDS)), key=abs)
+        except Exception as error:
+            return " ".join(str(error).split()), 0.0
+
+    def _compare_clock(self) -> float:
+        dist.barrier()
+        now = torch.tensor([time.time()], dtype=torch.float64)
+        first = now.clone()
+        dist.broadcast(first, src=0)
+        return float(now - first)
+
+
+def check_nodes(seat: Seat, nodes: Sequence[str], mine: Findings, seconds: float) -> dict[str, list[str]]:
+    """Bad nodes of the job and what is wrong with each. Collective over all nodes.
+
+    Raises:
+        dist.DistError: the first node can't be reached.
+    """
+    meeting = Meeting(seat, seconds)
+    meeting.tell("findings", json.dumps(asdict(mine)))
+    findings = []
+    if seat.rank == 0:
+        findings = [Findings(**json.loads(text)) for text in meeting.gather("findings").values()]
+        meeting.announce("all here", str(len(findings) == seat.world_size))
+    reach: dict[int, str] | None = None
+    clocks: dict[int, float] = {}
+    if meeting.hear("all here") == "True" and seat.world_size > 1:
+        error, ahead = meeting.reduce()
+        meeting.tell("reduced", json.dumps([error, ahead]))
+        if seat.rank == 0:
+            said = {rank: json.loads(text) for rank, text in meeting.gather("reduced").items()}
+            reach = {rank: said[rank][0] if rank in said else "no answer" for rank in range(seat.world_size)}
+            clocks = {rank: said[rank][1] for rank in said if not any(reach.values())}
+    if seat.rank == 0:
+        meeting.announce("verdict", json.dumps(judge(nodes, findings, reach, clocks)))
+    verdict: dict[str, list[str]] = json.loads(meeting.hear("verdict"))
+    meeting.tell("left", "")
+    if seat.rank == 0:
+        meeting.gather("left")  # the store ends with this process
+    return verdict
+
+
+def preflight(run_dir: Path, config_path: Path) -> int:
+    """Check this node and the others; the exit status."""
+    config = load_config(config_path)
+    seat = find_seat()
+    attempt = given_attempt() or fence_of(run_dir)
+    folder = log_dir(run_dir, attempt) / "preflight"
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    listed = expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
+    nodes = listed if len(listed) == seat.world_size else [f"node {rank}" for rank in range(seat.world_size)]
+    mine = inspect_node(seat.rank, host, run_dir, attempt, config)
+    _write(folder, nodes[seat.rank], [*mine.problems])
+    try:
+        bad = check_nodes(seat, nodes, mine, config.slurm.preflight_timeout_seconds)
+    except dist.DistError as error:
+        # If the first node has got as far as to write its file, it is its part to name who is missing.
+        if not (folder / f"{nodes[0]}.json").exists():
+            _write(folder, nodes[0], [f"{nodes[seat.rank]} could not reach it at {seat.address}:{seat.port}"])
+        print(f"preflight: {nodes[0]} at {seat.address}:{seat.port} can't be reached: {error}", file=sys.stderr)
+        return EXIT_OUR_FAULT
+    for node, problems in bad.items():
+        # A bad node may be unable to write: every node that can writes the same.
+        _write(folder, node, problems)
+        if seat.rank == 0 or node == nodes[seat.rank]:
+            print(f"preflight: node {node}: {'; '.join(problems)}", file=sys.stderr)
+    return EXIT_OUR_FAULT if bad else EXIT_OK
+
+
+def _write(folder: Path, node: str, problems: Sequence[str]) -> None:
+    # Not made anew: on a node that does not see the shared folder, that would be another one.
+    with contextlib.suppress(OSError):
+        if folder.parent.is_dir():
+            folder.mkdir(exist_ok=True)
+            draft = folder / f".{node}.{os.getpid()}.{socket.gethostname()}.tmp"
+            draft.write_text(json.dumps({"host": node, "problems": list(problems)}), encoding="utf-8")
+            draft.replace(folder / f"{node}.json")
+
+
+def main() -> None:
+    try:
+        status = preflight(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (UserError, IndexError) as error:
+        text = "use: preflight RUN_DIR CONFIG" if isinstance(error, IndexError) else str(error)
+        print(f"error: {text}", file=sys.stderr)
+        status = EXIT_USER_FAULT
+    sys.stderr.flush()
+    os._exit(status)  # without gloo's teardown, which may wait for a node that is bad
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The batch script of a run: a pure function from a request to text. No torch.
+
+Values get into the script only through filters that quote them: an expression without one is an error. So no value
+can end a line, a directive or a word of the shell.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from biroute.configs.cluster_profile import ClusterProfile
+
+TEMPLATE = "train.sbatch.j2"
+SUBMISSION = "submission"
+SCRIPT_NAME = "job.sbatch"
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What to ask Slurm for, and where the run is. Paths are absolute; `python` are the words that start it."""
+
+    run_dir: Path
+    working_dir: Path
+    profile: ClusterProfile
+    python: tuple[str, ...]
+    nodes: int
+    ranks_per_node: int
+    time_limit: str | None
+    signal_seconds: int
+    requeue: bool
+
+    @property
+    def script(self) -> Path:
+        return self.run_dir / SUBMISSION / SCRIPT_NAME
+
+    @property
+    def job_name(self) -> str:
+        return self.run_dir.name
+
+
+def render_job(request: JobRequest) -> str:
+    """The batch script. The same request gives the same text."""
+    profile = request.profile
+    return _template().render(
+        run_name=request.job_name,
+        script=str(request.script),
+        run_dir=str(request.run_dir),
+        options=list(_options(request)),
+        requeue=request.requeue,
+        python=request.python,
+        cpus_per_rank=str(profile.cpus_per_rank),
+        network_interface=profile.network_interface,
+        environment=sorted(profile.environment.items()),
+        setup=profile.setup,
+        venv=str(profile.venv) if profile.venv else None,
+        srun_options=profile.srun_options,
+    )
+
+
+def _options(request: JobRequest) -> Iterator[str]:
+    """sbatch's options, `--name=value`, in the order of the script."""
+    profile = request.profile
+    gpus = f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
+    values: list[tuple[str, Any]] = [
+        ("job-name", request.job_name),
+        ("account", profile.account),
+        ("partition", profile.partition),
+        ("qos", profile.qos),
+        ("constraint", profile.constraint),
+        ("reservation", profile.reservation),
+        ("nodes", request.nodes),
+        ("ntasks-per-node", request.ranks_per_node),
+        ("cpus-per-task", profile.cpus_per_rank),
+        ("gpus-per-node", gpus if profile.gpus_per_node else None),
+        ("mem", profile.memory_per_node),
+        ("time", request.time_limit),
+        ("signal", f"B:USR1@{request.signal_seconds}"),
+        ("chdir", request.working_dir),
+        # A restarted job appends. A percent sign in a path is none of Slurm's patterns.
+        ("output", str(request.run_dir / "logs").replace("%", "%%") + "/slurm-%j.out"),
+        ("open-mode", "append"),
+    ]
+    yield from (f"--{name}={value}" for name, value in values if value is not None)
+    yield "--requeue" if request.requeue else "--no-requeue"
+    if profile.exclusive:
+        yield "--exclusive"
+    yield from profile.sbatch_options
+
+
+class _Quoted(str):
+    """Text that is safe where the template puts it."""
+
+
+def _sh(value: str) -> _Quoted:
+    return _Quoted(shlex.quote(value))
+
+
+def _directive(option: str) -> _Quoted:
+    """One option on an #SBATCH line: sbatch knows double quotes and backslashes there, and no line's end."""
+    if re.fullmatch(r"[\w./:,=@%+&|*\[\]()-]+", option, re.ASCII):
+        return _Quoted(option)
+    return _Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
+
+
+def _comment(value: str) -> _Quoted:
+    return _Quoted(_one_line(value))
+
+
+def _one_line(value: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", value)
+
+
+def _refuse_unquoted(value: Any) -> Any:
+    if not isinstance(value, _Quoted | jinja2.Undefined):
+        raise TypeError(f"{TEMPLATE}: {value!r} is put into the script without a filter that quotes it")
+    return value
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_refuse_unquoted,
+        autoescape=False,  # it is for HTML
+    )
+    # verbatim: the profile's own lines of shell.
+    environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": _Quoted}
+    text = resources.files("biroute.slurm").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(text)

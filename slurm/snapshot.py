@@ -1,0 +1,26 @@
+"""An exact copy of the code that a run was submitted with, so that no later edit changes a run half-way. No torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+from biroute.launcher.track.run_metadata import REVISION_NAME, git_tags
+
+PARTS = ("configs", "data_pipeline", "launcher", "model", "parallel", "slurm")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def snapshot_code(folder: Path) -> None:
+    """Copy every file of the installed packages to `folder`/biroute; with `folder` on PYTHONPATH it is imported.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for part in PARTS:
+        source = Path(str(import_module(f"biroute.{part}").__file__)).parent
+        shutil.copytree(source, folder / "biroute" / part, ignore=_LEFT_OUT)
+    tags = git_tags(Path(__file__))
+    (folder / "biroute" / REVISION_NAME).write_text(json.dumps(tags, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,230 @@
+"""`biroute submit`: check a run against what it asks of a cluster, freeze it into its folder, submit it. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from biroute.configs.errors import DISK_FULL, UserError
+from biroute.configs.layout import Layout, default_world_size, resolve_layout
+from biroute.configs.load import dump_config, load_config
+from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.read.manifest import load_manifest
+from biroute.slurm import client as slurm
+from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
+from biroute.slurm.snapshot import snapshot_code
+from biroute.slurm.script import SCRIPT_NAME, SUBMISSION, JobRequest, render_job
+
+JOBS_NAME = "jobs.jsonl"
+CANCELLED_NAME = "cancelled"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All that a submission writes: decided before anything is touched."""
+
+    config: RunConfig  # resolved, with absolute paths
+    profile: ClusterProfile
+    layout: Layout
+    request: JobRequest
+    script: str
+
+
+def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> Submission:
+    """Check configuration, dataset, layout and request, and render the script. Writes nothing.
+
+    Raises:
+        UserError: any of them is not usable.
+    """
+    config = load_config(config_path, overrides)
+    profile = load_profile(config.slurm.profile)
+    ranks_per_node = _ranks_per_node(config, profile)
+    layout = _layout(config, profile, ranks_per_node)
+    time_limit = config.slurm.time_limit or profile.time_limit
+    _check_signal(config, time_limit)
+    load_manifest(config.data.dir)
+    config = _with_absolute_paths(config, working_dir)
+    if any(sign in str(config.train.run_dir) for sign in "\\\n\r"):
+        raise UserError(
+            f"train.run_dir={str(config.train.run_dir)!r}: Slurm takes no backslash or line break in a path"
+        )
+    request = JobRequest(
+        run_dir=config.train.run_dir,
+        working_dir=working_dir,
+        profile=profile,
+        python=_python(profile),
+        nodes=config.slurm.nodes,
+        ranks_per_node=ranks_per_node,
+        time_limit=time_limit,
+        signal_seconds=config.slurm.signal_seconds,
+        requeue=config.slurm.requeue,
+    )
+    return Submission(config, profile, layout, request, render_job(request))
+
+
+def submit_run(submission: Submission) -> str:
+    """Freeze the run into its folder and submit it; the job's id.
+
+    Raises:
+        UserError: the folder belongs to another run or can't be written, or Slurm refuses the job; nothing is left.
+    """
+    run_dir = submission.request.run_dir
+    check_run_dir(run_dir)
+    _check_partition(submission.request)
+    folder = run_dir / SUBMISSION
+    try:
+        with explain_run_dir_errors(run_dir):
+            _freeze(submission, folder)
+        job_id = slurm.submit(submission.request.script)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for left in (run_dir / "logs", run_dir):
+            with contextlib.suppress(OSError):
+                left.rmdir()  # only if it is empty
+        raise
+    record_job(run_dir, job_id, "submit")
+    return job_id
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Refuse a run folder that holds something. Raises UserError."""
+    try:
+        content = sorted(entry.name for entry in run_dir.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
+    if SUBMISSION in content:
+        raise UserError(
+            f"train.run_dir={run_dir} holds a submitted run; go on with it by `biroute resume {run_dir}`, or set "
+            "train.run_dir to a new folder"
+        )
+    if content:
+        raise UserError(
+            f"train.run_dir={run_dir} is not empty ({', '.join(content[:3])}{', ...' if content[3:] else ''}); "
+            "set train.run_dir to a new folder"
+        )
+
+
+def record_job(run_dir: Path, job_id: str, by: str) -> None:
+    """Append to the list of the run's jobs; `by` is submit or resume."""
+    line = json.dumps({"job_id": job_id, "submitted": time.time(), "by": by})
+    with open(run_dir / SUBMISSION / JOBS_NAME, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into a UserError."""
+    try:
+        yield
+    except (OSError, shutil.Error) as error:
+        full = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)
+        cause = "the disk is full; free some space" if full else f"{getattr(error, 'strerror', None) or error}"
+        raise UserError(f"train.run_dir={run_dir}: {cause}, or set train.run_dir to another folder") from None
+
+
+def _freeze(submission: Submission, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder.parent / "logs").mkdir(exist_ok=True)
+    snapshot_code(folder / "code")
+    profile = folder / "profile.yaml"
+    profile.write_text(dump_profile(submission.profile), encoding="utf-8")
+    frozen_slurm = submission.config.slurm.model_copy(update={"profile": str(profile)})
+    config = submission.config.model_copy(update={"slurm": frozen_slurm})
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    script = folder / SCRIPT_NAME
+    script.write_text(submission.script, encoding="utf-8")
+    script.chmod(0o755)
+
+
+def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:
+    nodes, wanted = config.slurm.nodes, config.slurm.ranks_per_node
+    if wanted is None and profile.gpus_per_node:
+        wanted = profile.gpus_per_node
+    if wanted is None:
+        ranks = default_world_size(config)
+        if config.parallel.data is None and ranks < nodes:
+            ranks = nodes  # one rank a node, data parallel
+        if ranks % nodes:
+            raise UserError(
+                f"slurm.nodes={nodes} does not divide the layout's {ranks} ranks; set slurm.ranks_per_node, or other "
+                "sizes in parallel"
+            )
+        wanted = ranks // nodes
+    if profile.gpus_per_node and wanted > profile.gpus_per_node:
+        raise UserError(
+            f"slurm.ranks_per_node={wanted} is more than the profile's gpus_per_node={profile.gpus_per_node}; "
+            "a rank needs a GPU"
+        )
+    return wanted
+
+
+def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> Layout:
+    """The layout on nodes x ranks. Raises UserError if they don't fit."""
+    parallel, nodes = config.parallel, config.slurm.nodes
+    ranks = nodes * ranks_per_node
+    needed = default_world_size(config)
+    fits = ranks == needed if parallel.data is not None else ranks % needed == 0
+    if not fits:
+        kind = "a multiple of " if parallel.data is None else ""
+        sizes = f"{parallel.tensor} x {parallel.pipeline} x {parallel.region} x {parallel.data or 'data'}"
+        raise UserError(
+            f"slurm.nodes x slurm.ranks_per_node = {nodes} x {ranks_per_node} = {ranks} ranks, but the layout "
+            f"tensor x pipeline x region x data = {sizes} needs {kind}{needed}; change either"
+        )
+    return resolve_layout(config, ranks)
+
+
+def _check_partition(request: JobRequest) -> None:
+    """Slurm would queue a job of too many nodes, for ever."""
+    largest = slurm.largest_partition(request.profile.partition)
+    if largest is not None and request.nodes > largest[1]:
+        raise UserError(
+            f"slurm.nodes={request.nodes}, but partition {largest[0]} has {largest[1]} nodes; ask for fewer, or name "
+            "another partition in the profile"
+        )
+
+
+def _check_signal(config: RunConfig, time_limit: str | None) -> None:
+    seconds = slurm.seconds_of(time_limit) if time_limit else None
+    if seconds and seconds <= config.slurm.signal_seconds:
+        raise UserError(
+            f"slurm.signal_seconds={config.slurm.signal_seconds} is not below the time limit {time_limit} "
+            f"({seconds} s): the job would stop as soon as it starts; lower it or raise slurm.time_limit"
+        )
+
+
+def _python(profile: ClusterProfile) -> tuple[str, ...]:
+    if profile.python:
+        interpreter = profile.python
+    elif profile.venv:
+        interpreter = str(profile.venv / "bin" / "python")
+    else:
+        interpreter = "python3" if profile.container else sys.executable
+    return (*profile.container, interpreter)
+
+
+def _with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """The configuration as any working folder would read it."""
+
+    def absolute(path: Path | str) -> str:
+        return os.path.normpath(base / path)
+
+    data = config.data
+    tokenizer = data.tokenizer
+    if tokenizer.model_path is not None:
+        tokenizer = tokenizer.model_copy(update={"model_path": Path(absolute(tokenizer.model_path))})
+    sources = tuple(
+        source.model_copy(update={"paths": tuple(absolute(path) for path in source.paths)}) for source in data.sources
+    )
+    data = data.model_copy(update={"dir": Path(absolute(data.dir)), "sources": sources, "tokenizer": tokenizer})
+    train = config.train.model_copy(update={"run_dir": Path(absolute(config.train.run_dir))})
+    return config.model_copy(update={"data": data, "train": train})

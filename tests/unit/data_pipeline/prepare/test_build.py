@@ -1,0 +1,399 @@
+"""Building datasets: what webdataset reads back, what is kept, redone and continued, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import webdataset
+from helpers.corpora import chinese_texts, copy_of, data_config, english_texts, tree_bytes, write_jsonl
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig
+from biroute.data_pipeline.prepare import build as build_module
+from biroute.data_pipeline.prepare import encode
+from biroute.data_pipeline.read import shards
+from biroute.data_pipeline.prepare.build import build_dataset
+from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, load_manifest
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.read.shards import TokenStream
+from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+from biroute.data_pipeline.prepare.verify import verify_dataset
+
+QUIET = Progress(quiet=True)
+# A build in a process of its own, with parts small enough that many are made.
+SCRIPT = """
+import sys
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig
+from biroute.data_pipeline.prepare import build
+if __name__ == "__main__":
+    build.PART_BYTES = 8_000
+    try:
+        build.build_dataset(DataConfig.model_validate_json(sys.argv[1]))
+    except UserError as error:
+        sys.exit(f"UserError: {error}")
+"""
+
+
+def start_build(data: DataConfig, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, data.model_dump_json()]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def expected_streams(data: DataConfig, tokenizer: Tokenizer) -> dict[tuple[str, str], list[int]]:
+    """What the shards must hold, the slow and obvious way."""
+    streams: dict[tuple[str, str], list[int]] = {}
+    for source in data.sources:
+        for document in read_documents(source, data, SourceCounts()):
+            key = (source.name, "heldout" if document.heldout else "train")
+            streams.setdefault(key, []).extend([*tokenizer.encode(document.text), tokenizer.eos_id])
+    return streams
+
+
+def stream_of(data: DataConfig, manifest: Manifest, name: str, split: Any) -> TokenStream:
+    entry = next(source for source in manifest.sources if source.name == name).splits[split]
+    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
+    return TokenStream(data.dir, name, split, entry, manifest.dtype, layout)
+
+
+def test_webdataset_and_the_memory_map_read_exactly_the_documents(built: DataConfig) -> None:
+    manifest = load_manifest(built.dir)
+    tokenizer = load_tokenizer(built.dir / "tokenizer.model", 512)
+    token_bytes = tokenizer.token_bytes()
+    for (name, split), expected in expected_streams(built, tokenizer).items():
+        entry = next(source for source in manifest.sources if source.name == name).splits[split]
+        files = [str(built.dir / shard.file) for shard in entry.shards]
+        samples = list(webdataset.WebDataset(files, shardshuffle=False).decode())
+        assert [sample["json"]["index"] for sample in samples] == list(range(len(samples)))
+        assert {sample["json"]["source"] for sample in samples} == {name}
+        assert all(len(sample["npy"]) == 1000 for sample in samples[:-1])
+        assert all(sample["npy"].dtype == np.uint16 for sample in samples)
+        assert np.concatenate([sample["npy"] for sample in samples]).tolist() == expected
+        documents = expected.count(tokenizer.eos_id)
+        assert sum(sample["json"]["documents"] for sample in samples) == documents == entry.documents
+        assert (entry.tokens, entry.text_bytes) == (len(expected), int(token_bytes[expected].sum()))
+        stream = stream_of(built, manifest, name, split)
+        assert stream.read(0, stream.num_tokens).tolist() == expected
+        draw = random.Random(2)
+        for _ in range(50):
+            begin, end = sorted(draw.choices(range(len(expected) + 1), k=2))
+            assert stream.read(begin, end).tolist() == expected[begin:end]
+        with pytest.raises(IndexError):
+            stream.read(0, stream.num_tokens + 1)
+    assert len(load_manifest(built.dir).sources[0].splits["train"].shards) > 2
+
+
+def test_shards_are_plain_tars_without_clock_or_dots(built: DataConfig) -> None:
+    with tarfile.open(built.dir / "english" / "train-000001.tar") as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members[:2]] == ["english-train-000000016.json", "english-train-000000016.npy"]
+    assert {member.mtime for member in members} == {0}
+
+
+def test_bytes_do_not_depend_on_workers_or_parts(
+    built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "PART_BYTES", 30_000)
+    for workers in (1, 3):
+        data = built.model_copy(update={"dir": tmp_path / str(workers), "workers": workers})
+        build_dataset(data, QUIET)
+        assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+def test_wide_vocabularies_take_four_bytes() -> None:
+    assert build_module.token_dtype(1 << 16) == "uint16"
+    assert build_module.token_dtype((1 << 16) + 1) == "uint32"
+
+
+def test_four_byte_shards_read_back(tmp_path: Path) -> None:
+    tokens = np.arange(70_000, 70_257, dtype=np.uint32)
+    token_bytes = np.ones(80_000, dtype=np.int64)
+    entry = shards.write_stream(
+        tmp_path,
+        "s",
+        "train",
+        [tokens[:100], tokens[100:]],
+        (64, 2),
+        70_256,
+        token_bytes,
+        lambda n: None,
+        lambda n, e: None,
+    )
+    stream = TokenStream(tmp_path, "s", "train", entry, "uint32", (64, 2))
+    assert stream.read(0, 257).tolist() == tokens.tolist()
+    assert (len(entry.shards), entry.documents, entry.text_bytes) == (3, 1, 257)
+
+
+# Nothing changed, something changed
+
+
+def test_unchanged_build_does_nothing(built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = copy_of(built, tmp_path / "d", workers=2, seed=9)
+    stamps = {path: path.stat().st_mtime_ns for path in data.dir.rglob("*.tar")}
+
+    def no_reading(*_: Any) -> None:
+        raise AssertionError("an unchanged build read a source")
+
+    monkeypatch.setattr(build_module, "read_documents", no_reading)
+    result = build_dataset(data, QUIET)
+    assert result.rebuilt == ()
+    assert result.seconds < 2
+    assert result.manifest == load_manifest(built.dir)
+    assert {path: path.stat().st_mtime_ns for path in data.dir.rglob("*.tar")} == stamps
+
+
+def test_a_lost_shard_is_made_again(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    (data.dir / "chinese" / "train-000000.tar").unlink()
+    assert build_dataset(data, QUIET).rebuilt == ("chinese",)
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+def test_another_layout_keeps_the_tokenizer_and_leaves_no_stale_shard(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d", tokens_per_sample=5000)
+    result = build_dataset(data, QUIET)
+    assert result.rebuilt == ("english", "chinese")
+    assert result.manifest.tokenizer_fingerprint == load_manifest(built.dir).tokenizer_fingerprint
+    verify_dataset(data.dir, deep=True)
+    assert not (data.dir / WORK_NAME).exists()
+
+
+def test_with_a_given_tokenizer_only_the_changed_source_is_redone(built: DataConfig, tmp_path: Path) -> None:
+    shutil.copy(built.dir / "tokenizer.model", tmp_path / "given.model")
+    data = data_config(tmp_path, tokenizer={"model_path": tmp_path / "given.model", "vocab_size": 512})
+    first = build_dataset(data, QUIET).manifest
+    write_jsonl(tmp_path / "chinese.jsonl", chinese_texts(300))
+    second = build_dataset(data, QUIET)
+    assert second.rebuilt == ("chinese",)
+    assert second.manifest.sources[0] == first.sources[0]
+    assert second.manifest.sources[1].counts["documents"] == 300
+    fewer = data.model_copy(update={"sources": data.sources[:1]})
+    assert build_dataset(fewer, QUIET).rebuilt == ()
+    assert not list((data.dir / "chinese").glob("*.tar"))
+    verify_dataset(data.dir, deep=True)
+
+
+def test_changed_text_trains_another_tokenizer(built: DataConfig, tmp_path: Path) -> None:
+    data = data_config(tmp_path)
+    build_dataset(data, QUIET)
+    write_jsonl(tmp_path / "english.jsonl", english_texts(150))
+    result = build_dataset(data, QUIET)
+    assert result.rebuilt == ("english", "chinese")
+    assert result.manifest.tokenizer_fingerprint != load_manifest(built.dir).tokenizer_fingerprint
+    verify_dataset(data.dir, deep=True)
+
+
+def test_weights_share_out_the_tokenizers_sample(tmp_path: Path) -> None:
+    def pieces(english: float, chinese: float) -> int:
+        data = data_config(tmp_path, dir=tmp_path / f"{english}")
+        weighted = [
+            source.model_copy(update={"weight": weight})
+            for source, weight in zip(data.sources, (english, chinese), strict=True)
+        ]
+        tokenizer = data.tokenizer.model_copy(update={"training_bytes": 40_000})
+        data = data.model_copy(update={"sources": tuple(weighted), "tokenizer": tokenizer})
+        build_dataset(data, QUIET)
+        return len(load_tokenizer(data.dir / "tokenizer.model").encode("床前明月光，疑是地上霜。"))
+
+    assert pieces(1.0, 9.0) < pieces(99.0, 1.0)
+
+
+def test_changing_back_in_mid_build_is_no_mixture(
+    built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = copy_of(built, tmp_path / "d")
+    written: list[str] = []
+    write_shard = shards.write_shard
+
+    def interrupted(folder: Path, file: str, *rest: Any) -> Any:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(file)
+        return write_shard(folder, file, *rest)
+
+    monkeypatch.setattr(shards, "write_shard", interrupted)
+    # Other texts in shards of the same names and sizes.
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(data.model_copy(update={"min_document_bytes": 60}), QUIET)
+    assert written[0] == "english/train-000000.tar"
+    with pytest.raises(UserError, match="is not finished; run `biroute data build`"):
+        verify_dataset(data.dir)
+    monkeypatch.setattr(shards, "write_shard", write_shard)
+    build_dataset(data, QUIET)
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_builds_continue_to_the_same_bytes(built: DataConfig, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    data = built.model_copy(update={"dir": tmp_path / "d", "workers": 1 + seed % 2, "samples_per_shard": 2})
+    whole = data.model_copy(update={"dir": tmp_path / "whole", "workers": 1})
+    build_dataset(whole, QUIET)
+    seen: set[str] = set()
+    for _ in range(2):
+        process = start_build(data)
+        target = len(seen) + draw.randrange(1, 25)  # files that must have come before the kill
+        while process.poll() is None and len(seen) < target:
+            seen |= {f"{root}/{name}" for root, _, names in os.walk(data.dir) for name in names}
+            time.sleep(0.001)
+        workers = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive, "workers outlive a killed build"
+    assert not (data.dir / "manifest.json").exists(), "killed too late to show anything"
+    build_dataset(data, QUIET)
+    assert tree_bytes(data.dir) == tree_bytes(whole.dir)
+    verify_dataset(data.dir, deep=True)
+
+
+def test_continuing_keeps_finished_parts_and_shards(
+    built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "PART_BYTES", 20_000)
+    data = built.model_copy(update={"dir": tmp_path / "d"})
+    encoded: list[str] = []
+    encode_part, write_shard = encode._encode_part, shards.write_shard
+
+    def stop_after_five(path: Path, texts: encode.Texts) -> None:
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        encoded.append(path.name)
+        encode_part(path, texts)
+
+    monkeypatch.setattr(encode, "_encode_part", stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(data, QUIET)
+    monkeypatch.setattr(
+        encode, "_encode_part", lambda path, texts: (encoded.append(path.name), encode_part(path, texts))
+    )
+    written: list[str] = []
+
+    def stop_after_two(folder: Path, file: str, *rest: Any) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file)
+        return write_shard(folder, file, *rest)
+
+    monkeypatch.setattr(shards, "write_shard", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(data, QUIET)
+    assert len(encoded) > 5
+    assert sorted(set(encoded)) == encoded  # each part once
+    monkeypatch.setattr(shards, "write_shard", lambda *args: (written.append(args[1]), write_shard(*args))[1])
+    build_dataset(data, QUIET)
+    assert len(written) == len(set(written)) == sum(1 for _ in load_manifest(data.dir).shards())
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+def test_two_builds_at_once_are_refused(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    with build_module._lock(data.dir), pytest.raises(UserError, match="another build is at work"):
+        build_dataset(data, QUIET)
+    build_dataset(data, QUIET)
+
+
+def test_killed_worker_is_one_clear_line(tmp_path: Path, built: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "PART_BYTES", 8_000)
+    submit = encode.PartEncoder.submit
+    others = set(psutil.Process().children())  # of this test session, such as ranks waiting for jobs
+
+    def kill_one(self: encode.PartEncoder, path: Path, texts: encode.Texts, mark: int) -> None:
+        submit(self, path, texts, mark)
+        if path.name.endswith("-000004.npz"):
+            [child for child in psutil.Process().children() if child not in others][-1].kill()
+
+    monkeypatch.setattr(encode.PartEncoder, "submit", kill_one)
+    data = built.model_copy(update={"dir": tmp_path / "d", "workers": 2})
+    with pytest.raises(UserError, match="a tokenising process was killed"):
+        build_dataset(data, QUIET)
+    monkeypatch.setattr(encode.PartEncoder, "submit", submit)
+    build_dataset(data, QUIET)
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+# Bad input
+
+
+def test_full_disk_is_one_clear_line_and_the_build_continues(built: DataConfig, tmp_path: Path) -> None:
+    # The kernel's limit on file sizes stands in for a full disk: writing fails in the same places.
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))\n" + SCRIPT
+    data = built.model_copy(update={"dir": tmp_path / "d"})
+    command = [sys.executable, "-c", limited, data.model_dump_json()]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"UserError: data.dir={data.dir}: the disk is full (File too large)"), run.stderr
+    assert run.returncode == 1
+    build_dataset(data, QUIET)
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heldout_fraction": 1e-9}, r"heldout_fraction=1e-09 leaves no document for the held-out split; raise it"),
+        ({"heldout_fraction": 1.0}, r"heldout_fraction=1.0 leaves no document to train on; lower it"),
+        ({"sources": []}, "data.sources is empty"),
+        ({"sources": [{"name": "x", "paths": ["no-such/*.txt"]}]}, r"data.sources\[x\].paths: 'no-such/\*.txt'"),
+        ({"tokenizer": {"vocab_size": 100_000}}, r"vocab_size=100000: the text yields only"),
+        ({"tokenizer": {"model_path": "no-such.model"}}, r"no-such\.model: the tokenizer cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build_dataset(data_config(tmp_path, **changes), QUIET)
+    assert "\n" not in str(error.value)
+
+
+def test_given_model_of_another_size(built: DataConfig, tmp_path: Path) -> None:
+    given = {"model_path": built.dir / "tokenizer.model", "vocab_size": 4096}
+    with pytest.raises(UserError, match=r"vocab_size=4096, but .* has 512 pieces; set .*vocab_size=512"):
+        build_dataset(data_config(tmp_path, tokenizer=given), QUIET)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"data.dir=.*file/dataset: cannot write"):
+        build_dataset(data_config(tmp_path, dir=tmp_path / "file" / "dataset"), QUIET)
+
+
+def test_dirt_is_reported_in_the_manifest(tmp_path: Path) -> None:
+    data = data_config(tmp_path)
+    with (tmp_path / "chinese.jsonl").open("ab") as file:
+        file.write(b'{"text": "\xff\xfe bad"}\n{"text": ""}\nnonsense\n')
+    counts = build_dataset(data, QUIET).manifest.sources[1].counts
+    found = {name: counts[name] for name in ("invalid_utf8_documents", "empty_documents", "malformed_lines")}
+    assert found == {"invalid_utf8_documents": 1, "empty_documents": 1, "malformed_lines": 1}
+
+
+def test_progress_prints_plain_lines(capfd: pytest.CaptureFixture[str], built: DataConfig, tmp_path: Path) -> None:
+    build_dataset(built.model_copy(update={"dir": tmp_path / "d"}))
+    err = capfd.readouterr().err
+    assert "tokenising english: " in err
+    assert "MB/s" in err
+    assert "\x1b" not in err
+
+
+def test_no_name_of_a_source_gets_in_the_way(tmp_path: Path) -> None:
+    data = data_config(tmp_path)
+    names = ("work", "manifest")
+    sources = [source.model_copy(update={"name": name}) for name, source in zip(names, data.sources, strict=True)]
+    data = data.model_copy(update={"sources": tuple(sources)})
+    assert build_dataset(data, QUIET).rebuilt == names
+    assert build_dataset(data, QUIET).rebuilt == ()
+    verify_dataset(data.dir, deep=True)

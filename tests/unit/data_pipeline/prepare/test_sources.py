@@ -1,0 +1,190 @@
+"""Reading documents: kinds of files, dirt, damage, the held-out split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from helpers.corpora import english_texts, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.prepare.sources import Document, SourceCounts, read_documents, resolve_files
+
+
+def read(*paths: Path | str, text_field: str = "text", **limits: float) -> tuple[list[Document], SourceCounts]:
+    counts = SourceCounts()
+    source = SourceConfig(name="s", paths=tuple(map(str, paths)), text_field=text_field)
+    return list(read_documents(source, DataConfig.model_validate(limits), counts)), counts
+
+
+def texts_of(*paths: Path | str, **limits: float) -> list[str]:
+    return [document.text for document in read(*paths, **limits)[0]]
+
+
+def zstd_frames(data: bytes) -> bytes:
+    """Two frames, as `cat a.zst b.zst` makes."""
+    compressor = zstandard.ZstdCompressor()
+    return compressor.compress(data[: len(data) // 2]) + compressor.compress(data[len(data) // 2 :])
+
+
+def gzip_members(data: bytes) -> bytes:
+    return gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip_members, ".zst": zstd_frames}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_reads_txt_and_jsonl_in_every_compression(tmp_path: Path, suffix: str) -> None:
+    texts = list(english_texts(50))
+    lines = "".join(json.dumps({"id": 1, "body": text}) + "\n" for text in texts).encode()
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(COMPRESSIONS[suffix](lines))
+    (tmp_path / f"a.txt{suffix}").write_bytes(COMPRESSIONS[suffix](texts[0].encode()))
+    documents, counts = read(tmp_path / f"b.jsonl{suffix}", text_field="body")
+    assert [document.text for document in documents] == texts
+    assert counts == SourceCounts(documents=50)
+    assert texts_of(tmp_path / f"a.txt{suffix}") == [texts[0]]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("kept", [0.3, 0.9, 0.999])
+def test_truncated_file_is_the_users_fault(tmp_path: Path, suffix: str, kept: float) -> None:
+    whole = COMPRESSIONS[suffix](os.urandom(20_000).hex().encode())
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=rf"a\.txt\{suffix}: the compressed file is truncated"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_garbage_in_a_compressed_file_is_the_users_fault(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(UserError, match=r"a\.jsonl.*not a sound compressed file"):
+        read(path)
+
+
+def test_dirt_is_counted_and_never_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "first after a byte order mark"}\n'
+        b'{"text": "bad \xff\xfe byte"}\n'
+        b'{"text": "lone \\ud800 surrogate"}\n'
+        b'{"text": ""}\n{"text": " \\n\\t "}\n'
+        b'{"text": "shrt"}\n'
+        b'\n   \n{"text": 5}\n{"other": "x"}\n["text"]\nnot json\n'
+        + b"[" * 5000
+        + b'\n{"text": "last, without newline"}'
+    )
+    documents, counts = read(path, min_document_bytes=5)
+    assert [document.text for document in documents] == [
+        "first after a byte order mark",
+        "bad \ufffd\ufffd byte",
+        "lone \ufffd surrogate",
+        "last, without newline",
+    ]
+    assert counts == SourceCounts(
+        documents=4, empty_documents=2, short_documents=1, invalid_utf8_documents=2, malformed_lines=5
+    )
+
+
+def test_invalid_utf8_in_txt_is_counted_once_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\n" * 3000)
+    documents, counts = read(tmp_path / "a.txt", max_document_bytes=64)
+    assert counts.invalid_utf8_documents == 1
+    assert counts.cut_documents == 1
+    assert "".join(document.text for document in documents) == "\ufffd\n" * 3000
+
+
+def test_nothing_but_malformed_lines_names_the_field(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two"], field="content")
+    with pytest.raises(UserError, match=r"none of the 2 lines of .*a\.jsonl .* text field 'text'"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_source_without_documents_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.txt holds no document \(1 empty"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing/*.txt", "matches no file"),
+        ("folder", "is a folder"),
+        ("a.pdf", r"a\.pdf: unknown kind of file"),
+        ("dangling.txt", r"dangling\.txt"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.pdf").write_bytes(b"x")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=message):
+        resolve_files(SourceConfig(name="s", paths=(str(tmp_path / name),)))
+
+
+def test_globs_are_sorted_and_files_come_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        write_jsonl(tmp_path / name, ["x"])
+    source = SourceConfig(name="s", paths=(f"{tmp_path}/b.txt", f"{tmp_path}/**/*.txt"))
+    assert [Path(file.path).name for file in resolve_files(source)] == ["b.txt", "a.txt", "c.txt"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(min_size=1, max_size=400), limit=st.integers(16, 120))
+def test_parts_lose_nothing_and_keep_the_limit(
+    tmp_path_factory: pytest.TempPathFactory, text: str, limit: int
+) -> None:
+    # A space-only part would be dropped as empty, a byte order mark at the start is not text.
+    text = "x" + "".join("y" if c.isspace() and c != "\n" else c for c in text).replace("\n\n", "\ny")
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "a.txt").write_bytes(text.encode())
+    parts = texts_of(folder / "a.txt", max_document_bytes=limit)
+    assert "".join(parts) in (text, text.rstrip("\n"))  # a last part of a lone newline counts as empty
+    assert all(len(part.encode()) <= limit for part in parts)
+    write_jsonl(folder / "a.jsonl", [text])
+    assert texts_of(folder / "a.jsonl", max_document_bytes=limit) == parts
+
+
+def test_long_documents_are_cut_after_a_newline(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 60 + "\n" + "b" * 60 + "\n" + "c" * 10)
+    documents, counts = read(tmp_path / "a.txt", max_document_bytes=100)
+    assert [document.text for document in documents] == ["a" * 60 + "\n", "b" * 60 + "\n" + "c" * 10]
+    assert counts.cut_documents == 1
+
+
+def test_a_large_text_file_is_cut_across_read_blocks(tmp_path: Path) -> None:
+    text = "".join(f"line {n} 汉字\n" for n in range(150_000))
+    (tmp_path / "a.txt").write_text(text)
+    parts = texts_of(tmp_path / "a.txt", max_document_bytes=10_000)
+    assert "".join(parts) == text
+    assert all(5_000 <= len(part.encode()) <= 10_000 for part in parts[:-1])
+
+
+def test_split_depends_on_the_text_alone_and_grows_with_the_fraction(tmp_path: Path) -> None:
+    texts = list(english_texts(200))
+    write_jsonl(tmp_path / "a.jsonl", texts + texts[::-1])
+
+    def heldout(path: Path, fraction: float) -> set[str]:
+        documents, _ = read(path, heldout_fraction=fraction)
+        kept = {document.text for document in documents if document.heldout}
+        assert not kept & {document.text for document in documents if not document.heldout}
+        return kept
+
+    small, large = heldout(tmp_path / "a.jsonl", 0.05), heldout(tmp_path / "a.jsonl", 0.3)
+    assert small < large
+    assert 30 <= len(large) <= 95  # 200 draws of 0.3: five standard deviations
+    assert not heldout(tmp_path / "a.jsonl", 0.0)
+    assert len(heldout(tmp_path / "a.jsonl", 1.0)) == 200
+    (tmp_path / "b.txt").write_text(texts[3])
+    assert bool(heldout(tmp_path / "b.txt", 0.3)) == (texts[3] in large)

@@ -1,0 +1,132 @@
+"""Damaged datasets: seen before training, named in one line, repaired by another build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from helpers.corpora import copy_of, tree_bytes
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig
+from biroute.data_pipeline.prepare.build import build_dataset
+from biroute.data_pipeline.read.manifest import load_manifest
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.prepare.verify import verify_dataset
+
+QUIET = Progress(quiet=True)
+
+
+def truncate_at_header(path: Path) -> None:
+    """Where webdataset notices nothing: between two samples."""
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[4].offset
+    os.truncate(path, end)
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def swap_with_neighbour(path: Path) -> None:
+    """Two shards of one size change places."""
+    other = path.with_name("train-000000.tar")
+    assert other.stat().st_size == path.stat().st_size
+    mine, its = path.read_bytes(), other.read_bytes()
+    path.write_bytes(its)
+    other.write_bytes(mine)
+
+
+def foreign_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        tar.add(__file__, arcname="0000.py")
+
+
+def edit_manifest(path: Path) -> None:
+    manifest = path.parents[1] / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["sources"][0]["splits"]["train"]["shards"][1]["tokens"] += 1
+    manifest.write_text(json.dumps(tree))
+
+
+def other_tokenizer(path: Path) -> None:
+    model = path.parents[1] / "tokenizer.model"
+    content = model.read_bytes()
+    at = content.rindex(b"\x18\x02")  # trainer_spec.model_type
+    model.write_bytes(content[:at] + b"\x18\x01" + content[at + 2 :])
+
+
+DAMAGE = {
+    "missing": (lambda path: path.unlink(), r"train-000001\.tar: the shard is missing"),
+    "empty": (lambda path: os.truncate(path, 0), r"train-000001\.tar: the shard is empty"),
+    "truncated": (lambda path: os.truncate(path, 20_000), r"train-000001\.tar: the shard is truncated: 20000 bytes"),
+    "truncated at a header": (truncate_at_header, r"train-000001\.tar: the shard is truncated"),
+    "foreign": (foreign_tar, r"train-000001\.tar: the shard is (a foreign file|truncated)"),
+    "swapped": (swap_with_neighbour, r"train-00000\d\.tar: a foreign shard: it begins with"),
+    "unlisted": (lambda path: shutil.copy(path, path.with_name("extra.tar")), r"extra\.tar: a foreign shard"),
+    "manifest cut": (
+        lambda path: os.truncate(path.parents[1] / "manifest.json", 500),
+        r"manifest\.json: damaged or of another version",
+    ),
+    "manifest edited": (edit_manifest, r"manifest\.json: damaged .*tokens of the shards do not add up"),
+    "manifest missing": (lambda path: (path.parents[1] / "manifest.json").unlink(), "holds no dataset"),
+    "tokenizer missing": (
+        lambda path: (path.parents[1] / "tokenizer.model").unlink(),
+        r"tokenizer\.model: .*cannot be",
+    ),
+    "another tokenizer": (other_tokenizer, r"tokenizer\.model: fingerprint \w+, but the shards were made with"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_seen_without_reading_everything_and_build_repairs_it(
+    built: DataConfig, tmp_path: Path, kind: str
+) -> None:
+    data = copy_of(built, tmp_path / "d")
+    damage, message = DAMAGE[kind]
+    damage(data.dir / "english" / "train-000001.tar")
+    with pytest.raises(UserError, match=message) as error:
+        verify_dataset(data.dir)
+    assert "\n" not in str(error.value)
+    if kind in (
+        "swapped",
+        "unlisted",
+    ):  # sizes are right, or the manifest is: `build` trusts both, the message says more
+        assert "remove it" in str(error.value)
+        for path in data.dir.glob("english/*.tar"):
+            path.unlink()
+    build_dataset(data, QUIET)
+    verify_dataset(data.dir, deep=True)
+    assert tree_bytes(data.dir) == tree_bytes(built.dir)
+
+
+def test_a_flipped_byte_is_seen_by_the_checksum(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    flip_byte(data.dir / "chinese" / "heldout-000000.tar")
+    verify_dataset(data.dir)
+    with pytest.raises(UserError, match=r"chinese/heldout-000000\.tar: checksum \w+ instead of \w+.*remove it"):
+        verify_dataset(data.dir, deep=True)
+    (data.dir / "chinese" / "heldout-000000.tar").unlink()  # as the message says
+    build_dataset(data, QUIET)
+    verify_dataset(data.dir, deep=True)
+
+
+def test_counting_sees_what_a_forged_checksum_hides(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    path = data.dir / "english" / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    manifest = load_manifest(data.dir)
+    shard = manifest.sources[0].splits["train"].shards[1]
+    content[shard.first_data_offset : shard.first_data_offset + 2] = b"\xff\xff"  # a token beyond the vocabulary
+    path.write_bytes(content)
+    text = (data.dir / "manifest.json").read_text().replace(shard.sha256, hashlib.sha256(content).hexdigest())
+    (data.dir / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="holds no tokens of this vocabulary"):
+        verify_dataset(data.dir, deep=True)

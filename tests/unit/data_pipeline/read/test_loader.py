@@ -1,0 +1,370 @@
+"""Readers and loaders: windows, objectives, elastic resume, prefetching, opening; and the bigram baseline."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.corpora import data_config, run_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biroute.configs.errors import UserError
+from biroute.configs.schema import DataConfig
+from biroute.launcher.evaluate import bigram
+from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
+from biroute.data_pipeline.prepare.build import build_dataset
+from biroute.data_pipeline.dataset import Dataset, open_dataset
+from biroute.data_pipeline.read.loader import (
+    IGNORED_LABEL,
+    Batch,
+    MicrobatchLoader,
+    Objective,
+    SequenceReader,
+    make_batch,
+)
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.read.shards import TokenStream
+
+S = 64
+CAUSAL = Objective("causal", np.zeros(512, dtype=np.int64))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    config = data_config(tmp_path_factory.mktemp("loader"))
+    build_dataset(config, Progress(quiet=True))
+    return config
+
+
+@pytest.fixture(scope="module")
+def dataset(data: DataConfig) -> Dataset:
+    return open_dataset(run_config(data, S))
+
+
+def stream(dataset: Dataset, source: int, split: Any) -> np.ndarray:
+    manifest = dataset.manifest
+    entry = manifest.sources[source]
+    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
+    tokens = TokenStream(dataset.config.data.dir, entry.name, split, entry.splits[split], manifest.dtype, layout)
+    return tokens.read(0, tokens.num_tokens)
+
+
+def rows(batches: list[Batch]) -> list[bytes]:
+    return [row.tobytes() for batch in batches for row in batch.inputs]
+
+
+# Sequences
+
+
+@pytest.mark.parametrize("length", [64, 37, 1000, 1500])  # windows inside samples, across samples, across shards
+def test_an_epoch_is_every_window_of_every_source_once(dataset: Dataset, length: int) -> None:
+    reader = SequenceReader(dataset.config.data.dir, "train", sequence_length=length, seed=3)
+    windows = [
+        tokens[i * length : i * length + length + 1].tobytes()
+        for tokens in (stream(dataset, 0, "train"), stream(dataset, 1, "train"))
+        for i in range((len(tokens) - 1) // length)
+    ]
+    found = reader.sequences(np.arange(reader.num_sequences))
+    assert found.dtype == np.int64
+    assert found.shape == (len(windows), length + 1)
+    assert Counter(row.tobytes() for row in found) == Counter(windows)
+    np.testing.assert_array_equal(reader.sequence(5), found[5])
+
+
+def test_weights_mix_the_sources(data: DataConfig) -> None:
+    weights = {"english": 0.25, "chinese": 0.75}
+    reader = SequenceReader(data.dir, "train", sequence_length=S, seed=0, weights=weights)
+    assert reader.shares == pytest.approx(weights, abs=1e-3)
+    weighted = [source.model_copy(update={"weight": weights[source.name]}) for source in data.sources]
+    # Weights are no part of the dataset: nothing to build again.
+    opened = open_dataset(run_config(data.model_copy(update={"sources": tuple(weighted)}), S))
+    np.testing.assert_array_equal(opened.reader("train").sequence(7), reader.sequence(7))
+    unweighted = SequenceReader(data.dir, "heldout", sequence_length=S, seed=0)
+    np.testing.assert_array_equal(opened.reader("heldout").sequence(7), unweighted.sequence(7))
+
+
+def test_too_few_tokens_for_a_sequence(data: DataConfig) -> None:
+    with pytest.raises(UserError, match=r"model.sequence_length=500000: the train split .* fewer than"):
+        SequenceReader(data.dir, "train", sequence_length=500_000, seed=0)
+    length = 6000
+    SequenceReader(data.dir, "train", sequence_length=length, seed=0)
+    with pytest.raises(UserError, match=r"the heldout split of source chinese .* raise data.heldout_fraction"):
+        SequenceReader(data.dir, "heldout", sequence_length=length, seed=0, weights={"english": 1, "chinese": 1})
+    with pytest.raises(UserError, match="weights for french"):
+        SequenceReader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
+
+
+# Objectives
+
+
+def test_causal_batches(dataset: Dataset) -> None:
+    reader, objective = dataset.reader("train"), dataset.objective("train")
+    batch = make_batch(reader, np.arange(4, 9), objective)
+    for row, n in enumerate(range(4, 9)):
+        tokens = reader.sequence(n)
+        np.testing.assert_array_equal(batch.inputs[row], tokens[:-1])
+        np.testing.assert_array_equal(batch.labels[row], tokens[1:])
+    assert batch.target_bytes == sum(len(dataset.tokenizer.decode_bytes(row)) for row in batch.labels.tolist())
+    assert batch.target_tokens == 5 * S
+
+
+def test_target_bytes_of_an_epoch_are_the_bytes_of_the_text(dataset: Dataset) -> None:
+    reader, objective = dataset.reader("train"), dataset.objective("train")
+    total = sum(make_batch(reader, np.array([n]), objective).target_bytes for n in range(reader.num_sequences))
+    expected = 0
+    for source in (0, 1):
+        tokens = stream(dataset, source, "train")
+        expected += len(dataset.tokenizer.decode_bytes(tokens[1 : (len(tokens) - 1) // S * S + 1].tolist()))
+    assert total == expected
+
+
+def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
+    opened = open_dataset(run_config(data, S, model={"objective": "masked", "mask_fraction": 0.15}))
+    reader, objective = opened.reader("train"), opened.objective("train")
+    batch = make_batch(reader, np.arange(20), objective)
+    tokens = reader.sequences(np.arange(20))[:, :-1]
+    hidden = batch.labels != IGNORED_LABEL
+    assert (hidden.sum(axis=1) == round(0.15 * S)).all()
+    assert (batch.inputs[hidden] == opened.tokenizer.mask_id).all()
+    np.testing.assert_array_equal(batch.inputs[~hidden], tokens[~hidden])
+    np.testing.assert_array_equal(batch.labels[hidden], tokens[hidden])
+    assert batch.target_bytes == int(opened.token_bytes[tokens[hidden]].sum())
+    assert len({row.tobytes() for row in hidden}) == 20  # each sequence has its own mask
+    again = make_batch(reader, np.arange(20), objective)
+    np.testing.assert_array_equal(again.inputs, batch.inputs)
+    other_seed = Objective("masked", opened.token_bytes, opened.tokenizer.mask_id, round(0.15 * S), seed=1)
+    assert (make_batch(reader, np.arange(20), other_seed).inputs != batch.inputs).any()
+    next_epoch = make_batch(reader, np.arange(reader.num_sequences), objective).labels
+    assert next_epoch.shape == (reader.num_sequences, S)
+
+
+# The loader
+
+
+def loaders(dataset: Dataset, data_size: int, position: int, microbatch_size: int) -> list[MicrobatchLoader]:
+    return [
+        MicrobatchLoader(
+            dataset.reader("train"),
+            objective=CAUSAL,
+            global_batch_size=12,
+            microbatch_size=microbatch_size,
+            data_rank=rank,
+            data_size=data_size,
+            position=position,
+        )
+        for rank in range(data_size)
+    ]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([(1, 2), (1, 4), (2, 3), (3, 1), (3, 2), (4, 1), (4, 3)]), min_size=4, max_size=6)
+)
+def test_elastic_runs_see_every_sequence_once(dataset: Dataset, sizes: list[tuple[int, int]]) -> None:
+    reader = dataset.reader("train")
+    epoch = reader.num_sequences // 12 * 12
+    stretch = epoch // 12 // len(sizes)
+    seen: list[bytes] = []
+    position = 0
+    for n, (data_size, microbatch_size) in enumerate(sizes):
+        steps = stretch if n < len(sizes) - 1 else epoch // 12 - stretch * n
+        ranks = loaders(dataset, data_size, position, microbatch_size)
+        for _ in range(steps):
+            for loader in ranks:
+                batches = loader.step()
+                assert len(batches) == loader.microbatches_per_step == 12 // (data_size * microbatch_size)
+                seen += rows(batches)
+        assert {loader.position for loader in ranks} == {position + 12 * steps}
+        position = ranks[0].position
+        for loader in ranks:
+            loader.close()
+    assert Counter(seen) == Counter(row.tobytes() for row in reader.sequences(np.arange(epoch))[:, :-1])
+
+
+def test_one_rank_sees_the_same_steps_as_many(dataset: Dataset) -> None:
+    def steps(data_size: int) -> list[set[bytes]]:
+        ranks = loaders(dataset, data_size, 24, 1)
+        found = [{row for loader in ranks for row in rows(loader.step())} for _ in range(5)]
+        for loader in ranks:
+            loader.close()
+        return found
+
+    assert steps(1) == steps(2) == steps(3) == steps(4)
+
+
+def test_loader_waits_when_it_must_and_closes_cleanly(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    with dataset.train_loader(data_rank=0, data_size=1) as loader:
+        assert threading.active_count() == before + 1
+        loader.step()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.step()
+    loader.close()
+    sequences = SequenceReader.sequences
+
+    def slow(self: SequenceReader, positions: np.ndarray) -> np.ndarray:
+        time.sleep(0.005)
+        return sequences(self, positions)
+
+    monkeypatch.setattr(SequenceReader, "sequences", slow)
+    with dataset.train_loader(data_rank=0, data_size=1) as loader:
+        loader.step()
+        assert loader.wait_seconds > 0.03  # 12 microbatches of 5 ms
+
+
+def test_errors_of_the_thread_reach_the_consumer(data: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(data.dir, tmp_path / "d")
+    opened = open_dataset(run_config(data.model_copy(update={"dir": tmp_path / "d"}), S))
+    shard = next(opened.manifest.shards()).file
+    (tmp_path / "d" / shard).unlink()
+    before = threading.active_count()
+    with opened.train_loader(data_rank=0, data_size=1) as loader:
+        for _ in range(2):  # and stays an error
+            with pytest.raises(UserError, match=f"{shard}: the shard is missing"):
+                list(itertools.starmap(loader.step, itertools.repeat((), 50)))
+    assert threading.active_count() == before
+
+
+def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataConfig, dataset: Dataset) -> None:
+    reader = dataset.reader("heldout")
+    expected = Counter(row.tobytes() for row in reader.sequences(np.arange(8))[:, :-1])
+    for data_size in (1, 2, 4):
+        ranks = [dataset.heldout_batches(data_rank=rank, data_size=data_size) for rank in range(data_size)]
+        assert {len(batches) for batches in ranks} == {8 // data_size}
+        assert Counter(row for batches in ranks for row in rows(list(batches))) == expected
+    batches = dataset.heldout_batches(data_rank=0, data_size=1)
+    assert rows(list(batches)) == rows(list(batches))
+    reseeded = open_dataset(run_config(data.model_copy(update={"seed": 5}), S, train={"seed": 6}))
+    assert rows(list(reseeded.heldout_batches(data_rank=0, data_size=1))) == rows(list(batches))
+
+
+def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
+    opened = open_dataset(run_config(data, S, train={"evaluate_sequences": 5000}))
+    with pytest.raises(UserError, match=r"train.evaluate_sequences=5000, but the held-out split .* has only \d+"):
+        opened.heldout_batches(data_rank=0, data_size=1)
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokenizer": {"vocab_size": 1024}},
+            r"vocab_size=1024, but the dataset .* was built with 512; run `biroute",
+        ),
+        ({"heldout_fraction": 0.2}, r"data.heldout_fraction=0.2, but the dataset .* was built with 0.1"),
+        ({"sources": [{"name": "other", "paths": ["x.txt"]}]}, r"data.sources=other, but .* english, chinese"),
+        ({"dir": "no-such-folder"}, "data.dir=no-such-folder holds no dataset; run `biroute data build`"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_dataset(
+    data: DataConfig, changes: dict[str, Any], message: str
+) -> None:
+    tree = data.model_dump() | changes
+    with pytest.raises(UserError, match=message):
+        open_dataset(run_config(DataConfig.model_validate(tree), S))
+
+
+def test_a_dataset_without_its_sources_opens(data: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(data.dir, tmp_path / "moved")
+    bare = DataConfig.model_validate({"dir": tmp_path / "moved", "tokenizer": {"vocab_size": 512}})
+    moved = open_dataset(run_config(bare, S))
+    np.testing.assert_array_equal(
+        moved.reader("train").sequence(0), open_dataset(run_config(data, S)).reader("train").sequence(0)
+    )
+
+
+# The bigram baseline
+
+
+def kneser_ney_twin(pairs: list[tuple[int, int]], vocab_size: int) -> np.ndarray:
+    """p[first, second] by dictionaries and the textbook's formulas; needs counts of 1 to 4 at both levels."""
+
+    def discounts(counts: list[int]) -> dict[int, float]:
+        n = Counter(counts)
+        y = n[1] / (n[1] + 2 * n[2])
+        return {k: min(max(k - (k + 1) * y * n[k + 1] / n[k], 0.05), k - 0.05) for k in (1, 2, 3)}
+
+    counts = Counter(pairs)
+    followers = {a: [(b, c) for (x, b), c in counts.items() if x == a] for a in {a for a, _ in counts}}
+    contexts = Counter(b for _, b in counts)
+    d1, d2 = discounts(list(contexts.values())), discounts(list(counts.values()))
+    kinds = sum(contexts.values())
+    freed = sum(d1[min(n, 3)] for n in contexts.values()) / kinds
+    unigram = [
+        (max(contexts[b] - d1[min(contexts[b], 3)], 0) if contexts[b] else 0) / kinds + freed / vocab_size
+        for b in range(vocab_size)
+    ]
+    table = np.tile(unigram, (vocab_size, 1))
+    for a, found in followers.items():
+        total = sum(c for _, c in found)
+        table[a] *= sum(d2[min(c, 3)] for _, c in found) / total
+        for b, c in found:
+            table[a, b] += (c - d2[min(c, 3)]) / total
+    return table
+
+
+def test_bigram_equals_its_slow_twin_and_sums_to_one() -> None:
+    draw = np.random.default_rng(0)
+    tokens = np.minimum(draw.zipf(1.4, size=4000) - 1, 59)
+    pairs = list(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
+    keys, counts = np.unique(tokens[:-1] * 64 + tokens[1:], return_counts=True)
+    model = BigramModel(keys, counts, 64)
+    first, second = np.divmod(np.arange(64 * 64), 64)
+    table = model.probability(first, second).reshape(64, 64)
+    np.testing.assert_allclose(table, kneser_ney_twin(pairs, 64), rtol=1e-10)
+    np.testing.assert_allclose(table.sum(axis=1), 1.0, rtol=1e-12)  # also for contexts never seen (60 ... 63)
+    assert table.min() > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.lists(st.integers(0, 9), min_size=2, max_size=60))
+def test_bigram_is_a_distribution_on_any_tiny_text(tokens: list[int]) -> None:
+    array = np.array(tokens)
+    keys, counts = np.unique(array[:-1] * 12 + array[1:], return_counts=True)
+    first, second = np.divmod(np.arange(144), 12)
+    table = BigramModel(keys, counts, 12).probability(first, second).reshape(12, 12)
+    np.testing.assert_allclose(table.sum(axis=1), 1.0, rtol=1e-12)
+    assert table.min() > 0
+
+
+def test_bigram_counts_every_pair_across_chunks(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 777)
+    manifest = dataset.manifest
+    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
+    streams = [
+        TokenStream(dataset.config.data.dir, entry.name, "train", entry.splits["train"], manifest.dtype, layout)
+        for entry in manifest.sources
+    ]
+    keys, counts, num_tokens = count_bigrams(iter(streams), 512)
+    expected: Counter[int] = Counter()
+    for source in (0, 1):
+        tokens = stream(dataset, source, "train")
+        expected.update((tokens[:-1] * 512 + tokens[1:]).tolist())
+    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == expected
+    assert num_tokens == manifest.tokens("train")
+
+
+def test_bigram_scores_the_sequences_of_evaluation(dataset: Dataset) -> None:
+    score = score_bigram(dataset)
+    model, _, _ = train_bigram(dataset)
+    batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
+    nats = -sum(float(np.log(model.probability(b.inputs.ravel(), b.labels.ravel())).sum()) for b in batches)
+    assert score.target_bytes == sum(batch.target_bytes for batch in batches)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / score.target_bytes)
+    unigram = np.bincount(np.concatenate([stream(dataset, s, "train") for s in (0, 1)]), minlength=512) + 1.0
+    unigram /= unigram.sum()
+    baseline = -sum(float(np.log(unigram[batch.labels]).sum()) for batch in batches)
+    assert nats < 0.8 * baseline

@@ -1,0 +1,177 @@
+"""`biroute data ...` and the collecting of the demo's text."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+import zstandard
+from helpers.corpora import data_config
+from typer.testing import CliRunner
+
+from biroute.configs.errors import UserError
+from biroute.data_pipeline.examples import demo_corpora
+from biroute.data_pipeline.examples.demo_corpora import chinese_documents, docstrings, poem_text, untagged
+from biroute.launcher.cli.data import data_app
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    data = data_config(folder)
+    tree = {
+        "data": data.model_dump(mode="json"),
+        "model": {"sequence_length": 64},
+        "train": {"evaluate_sequences": 8},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    invoke("build", str(folder / "run.yaml"))
+    return folder / "run.yaml"
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(data_app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def as_json(*arguments: str) -> dict[str, Any]:
+    answer = json.loads(invoke(*arguments, "--json"))
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_build_reports_and_does_nothing_the_second_time(config: Path) -> None:
+    answer = as_json("build", str(config))
+    assert answer["rebuilt"] == []
+    assert answer["vocab_size"] == 512
+    assert answer["sources"]["english"]["train"]["documents"] > 100
+    assert "nothing to do" in invoke("build", str(config))
+
+
+def test_overrides_reach_the_build(config: Path, tmp_path: Path) -> None:
+    answer = as_json("build", str(config), f"data.dir={tmp_path / 'other'}", "data.tokenizer.vocab_size=600")
+    assert answer["rebuilt"] == ["english", "chinese"]
+    assert answer["vocab_size"] == 600
+
+
+def test_verify(config: Path) -> None:
+    folder = config.parent / "dataset"
+    shards = len(list(folder.glob("*/*.tar")))
+    assert as_json("verify", str(config)) == {"dir": str(folder), "ok": True, "deep": True, "shards": shards}
+    assert "right names and sizes" in invoke("verify", str(config), "--quick")
+
+
+def test_inspect_shows_counts_and_text(config: Path) -> None:
+    answer = as_json("inspect", str(config), "--sequences", "2")
+    train = answer["sources"]["chinese"]["train"]
+    assert train["bytes_per_token"] == pytest.approx(train["text_bytes"] / train["tokens"], abs=1e-4)
+    assert len(answer["sequences"]["texts"]) == 2
+    assert sum(answer["sequences"]["shares"].values()) == pytest.approx(1.0)
+    text = invoke("inspect", str(config))
+    assert "--- sequence 2" in text
+    assert "english" in text
+
+
+def test_bigram(config: Path) -> None:
+    answer = as_json("bigram", str(config))
+    assert 0.5 < answer["bits_per_byte"] < 4.0
+    assert f"bigram: {answer['bits_per_byte']:.4f} bits per byte" in invoke("bigram", str(config))
+
+
+def test_user_errors_pass_through(config: Path) -> None:
+    with pytest.raises(UserError, match="holds no dataset"):
+        invoke("verify", str(config), "data.dir=nowhere")
+
+
+@pytest.mark.parametrize("command", ["build", "verify", "inspect", "bigram"])
+def test_help_has_an_example(command: str) -> None:
+    assert f"Example: biroute data {command} configs/demo.yaml" in " ".join(invoke(command, "--help").split())
+
+
+def test_importing_the_commands_imports_neither_torch_nor_numpy() -> None:
+    script = "import sys, biroute.launcher.cli.data; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# The demo's text
+
+
+def documents(path: Path) -> list[dict[str, str]]:
+    with path.open("rb") as raw:
+        lines = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8")
+        return [json.loads(line) for line in lines]
+
+
+def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_corpora, "chinese_documents", lambda size: iter(()))
+    for name in ("one", "two"):
+        demo_corpora.main([str(tmp_path / name), "--english-mb", "0.3"])
+    found = documents(tmp_path / "one" / "english.jsonl.zst")
+    assert found == documents(tmp_path / "two" / "english.jsonl.zst")
+    assert sum(len(document["text"].encode()) for document in found) == pytest.approx(3e5, rel=0.2)
+    assert len({document["text"] for document in found}) == len(found)
+    assert all(len(document["text"]) > 200 and document["package"] and document["license"] for document in found)
+
+
+def test_english_only_is_a_warning_and_what_exists_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no npm
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    (tmp_path / "english.jsonl.zst").write_bytes(b"mine")
+    demo_corpora.main([str(tmp_path)])
+    err = capsys.readouterr().err
+    assert "warning: npm is not installed" in err
+    assert "warning: chinese.jsonl.zst was not written" in err
+    assert (tmp_path / "english.jsonl.zst").read_bytes() == b"mine"
+    assert not list(tmp_path.glob("*chinese*"))
+
+
+def test_docstrings_of_a_file(tmp_path: Path) -> None:
+    long = "Words of some length, about something or other.\n\n    Indented line.\n" * 5
+    (tmp_path / "a.py").write_text(
+        f'"""{long}"""\nif True:\n    class A:\n        """Short."""\n        async def f(self):\n'
+        f'            """F. {long}"""\nX = """{long} no docstring"""\n'
+    )
+    (tmp_path / "broken.py").write_text(f'def f(:\n    """{long}"""')
+    (tmp_path / "binary.py").write_bytes(b'\x00\xff"""  """')
+    found = docstrings([tmp_path / name for name in ("a.py", "broken.py", "binary.py", "gone.py")])
+    assert [text[:8] for text in found] == ["Words of", "F. Words"]
+
+
+def test_poems_and_tagged_news() -> None:
+    poem = {"author": "李白", "rhythmic": "清平乐", "paragraphs": ["云想衣裳花想容。", "春风拂槛露华浓。"], "id": "1"}
+    assert poem_text(poem) == "清平乐\n李白\n云想衣裳花想容。\n春风拂槛露华浓。"
+    assert poem_text({"name": "柳永", "description": "词人。"}) == "柳永\n词人。"
+    assert [poem_text(record) for record in ({"title": "x"}, {"paragraphs": []}, "x", {"paragraphs": ["", " "]})] == [
+        ""
+    ] * 4
+    assert untagged("迈向/v  充满/v  [中央/n 电视台/n]nt 的/u 1997年/t ，/w") == "迈向充满中央电视台的1997年，"
+
+
+def test_chinese_comes_from_the_archive_that_npm_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A package of the same shape, put down by a program called npm: the real one needs a network.
+    files = {"dist/songci/ci.json": [{"rhythmic": f"词{n}", "paragraphs": ["甲乙丙。"]} for n in range(5)]}
+    files["dist/lunyu/lunyu.json"] = [{"chapter": "学而", "paragraphs": ["子曰：学而时习之。"]}]
+    files["dist/rank/x.json"] = [{"title": "not text", "paragraphs": ["x"]}]
+    with tarfile.open(tmp_path / "made.tgz", "w:gz") as tar:
+        for name, records in files.items():
+            content = json.dumps(records).encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "npm").write_text(f'#!/bin/sh\n[ "$1" = pack ] && /bin/cp {tmp_path}/made.tgz chinese-poetry.tgz\n')
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    texts = [document["text"] for document in chinese_documents(1e6)]
+    assert texts == ["学而\n子曰：学而时习之。", *(f"词{n}\n甲乙丙。" for n in range(5))]
+    assert len(list(chinese_documents(30))) == 1

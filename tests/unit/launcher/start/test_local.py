@@ -1,0 +1,51 @@
+"""Which of several ended ranks the local launcher names."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from biroute.launcher.attempts.failures import Failure, write_failure
+from biroute.launcher.start.local import _watch
+
+KILLED, FAILED, USER_FAULT, FINE = "kill -9 $$", "exit 1", "exit 2", "exit 0"
+
+
+@pytest.mark.parametrize(
+    ("endings", "status", "named"),
+    [
+        ([FAILED, KILLED], 1, "rank 1 ended by SIGKILL"),
+        ([KILLED, FAILED], 1, "rank 0 ended by SIGKILL"),
+        ([FAILED, FINE, USER_FAULT], 2, "rank 2 exited with status 2"),
+        ([FINE, FAILED, FAILED], 1, "rank 1 exited with status 1"),
+        ([FINE, FINE], 0, None),
+    ],
+)
+def test_the_cause_is_named_not_its_consequence(
+    endings: list[str], status: int, named: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = [subprocess.Popen(["sh", "-c", ending]) for ending in endings]
+    for number, rank in enumerate(ranks):
+        rank.wait()
+        (tmp_path / f"rank-{number:05d}.log").write_text("what it wrote last\n")
+    assert _watch(ranks, tmp_path) == status
+    err = capsys.readouterr().err
+    assert err == "" if named is None else err.startswith(f"error: {named}\n")
+
+
+def test_of_ranks_that_failed_alike_the_earliest_cause_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what the ranks wrote, not by who was looked at first: 0 and 1 only lost their connection to 2."""
+    ranks = [subprocess.Popen(["sh", "-c", FAILED]) for _ in range(3)]
+    for number, rank in enumerate(ranks):
+        rank.wait()
+        kind, error = ("error", "ValueError: boom") if number == 2 else ("peer", "Connection closed by peer")
+        write_failure(tmp_path, Failure(number, "here", float(number), 7, kind, error))  # type: ignore[arg-type]
+        (tmp_path / f"rank-{number:05d}.log").write_text(f"last words of {number}\n")
+    assert _watch(ranks, tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: rank 2 on here: ValueError: boom\n")
+    assert "last words of 2" in err

@@ -1,0 +1,246 @@
+"""The parts of tracking that need no server: spool, state, URI checks, provenance."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from biroute.configs.errors import UserError
+from biroute.configs.load import config_from_tree
+from biroute.launcher.track import run_metadata as provenance
+from biroute.launcher.track.uploader import next_batch
+from biroute.launcher.track.metrics_log import Spool, read_points, scan
+from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.uri import sqlite_path, tracking_uri, without_password
+from biroute.launcher.track.mlflow_ui import check_port, server_command
+
+# ---- spool ----
+
+
+def test_spool_keeps_every_value_as_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    spool.append(1, {"a": 0.1, "b": float("nan"), "c": float("inf"), "d": float("-inf"), "损失": 2.0})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    (point,) = read_points(path)
+    assert point.step == 1
+    assert str(point.metrics) == "{'a': 0.1, 'b': nan, 'c': inf, 'd': -inf, '损失': 2.0}"
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "ti', b"\x00" * 100_000, b"\xff\xfe", b'{"step": 3}'])
+def test_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    Spool(path).append(1, {"a": 1.0})
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    assert len(read_points(path)) == 1
+    spool = Spool(path)
+    assert path.read_bytes() == whole
+    assert spool.size_bytes == len(whole)
+    spool.append(2, {"a": 2.0})
+    assert [point.step for point in read_points(path)] == [1, 2]
+
+
+def test_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    Spool(path).append(1, {"a": 1.0})
+    path.write_bytes(path.read_bytes()[:-1])
+    spool = Spool(path)
+    assert not spool.append(1, {"a": 5.0})
+    assert spool.size_bytes == path.stat().st_size
+    assert [point.metrics for point in read_points(path)] == [{"a": 1.0}]
+
+
+def test_damaged_line_in_the_middle_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    spool.append(1, {"a": 1.0})
+    with path.open("ab") as file:
+        file.write(b'{"step": 2, "metrics": []}\n')
+    Spool(path).append(3, {"a": 3.0})
+    assert [point.step for point in read_points(path)] == [1, 3]
+    assert [end for _, end in scan(path)][-1] == path.stat().st_size
+
+
+def test_repeated_step_keeps_its_first_value_and_takes_new_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    Spool(path).append(10, {"loss": 1.0})
+    again = Spool(path)
+    assert not again.append(10, {"loss": 2.0})
+    assert again.append(10, {"loss": 2.0, "heldout": 3.0})
+    assert [point.metrics for point in read_points(path)] == [{"loss": 1.0}, {"heldout": 3.0}]
+
+
+def test_full_disk_delays_points_and_leaves_no_half_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    spool.append(1, {"a": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel writes the first ten bytes of the line and then refuses, as a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (spool.size_bytes + 10, hard))
+    try:
+        with pytest.raises(OSError, match="only 10 of"):
+            spool.append(2, {"a": 2.0})
+        with pytest.raises(OSError, match="only 10 of"):
+            spool.append(3, {"a": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.stat().st_size == spool.size_bytes
+    spool.append(4, {"a": 4.0})
+    assert [point.step for point in read_points(path)] == [1, 2, 3, 4]
+
+
+def test_batches_cover_the_spool_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    spool = Spool(path)
+    for step in range(700):
+        spool.append(step, {"a": 1.0, "b": 2.0, "c": 3.0})
+    steps, end, batches = [], 0, 0
+    while end < spool.size_bytes:
+        points, end = next_batch(path, end)
+        assert 0 < sum(len(point.metrics) for point in points) <= 1000
+        steps += [point.step for point in points]
+        batches += 1
+    assert steps == list(range(700))
+    assert batches == 3
+    assert next_batch(path, end) == ([], end)
+
+
+# ---- state ----
+
+
+def test_state_survives_and_starts_over_for_another_target(tmp_path: Path) -> None:
+    path = tmp_path / "tracking_state.json"
+    state = TrackingState.load(path, "server experiment", 500, print)
+    state.run_id, state.sent_bytes, state.artifacts = "r1", 400, {"x.png": "1:2:3"}
+    state.save()
+    assert TrackingState.load(path, "server experiment", 500, print) == state
+    assert TrackingState.load(path, "server experiment", 100, print).sent_bytes == 0
+    moved = TrackingState.load(path, "elsewhere experiment", 500, print)
+    assert (moved.run_id, moved.sent_bytes, moved.artifacts) == (None, 0, {"x.png": ""})
+    assert moved.run_key == state.run_key
+
+
+def test_unreadable_state_is_said_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "tracking_state.json"
+    path.write_text('{"run_id": "r1", "sen')
+    said: list[str] = []
+    assert TrackingState.load(path, "server experiment", 0, said.append).run_id is None
+    assert str(path) in said[0]
+
+
+# ---- URI ----
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("localhost:5055", "did you mean http://localhost:5055?"),
+        ("./mlruns", "a folder or file path"),
+        ("file:///tmp/mlruns", "unsupported scheme 'file'"),
+        ("ftp://server/x", "unsupported scheme 'ftp'"),
+        ("http://", "no host"),
+        ("http://server:port", "Port could not be cast"),
+        ("http://server:99999", "Port out of range"),
+        ("http://my server:5000", "blanks"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///", "names no file"),
+        ("sqlite://mlflow.db", "names no file"),
+        ("sqlite:////", "names no file"),
+    ],
+)
+def test_hopeless_uri_is_refused_in_one_line(uri: str, message: str, tmp_path: Path) -> None:
+    config = config_from_tree({"tracking": {"uri": uri}}, "test")
+    with pytest.raises(UserError) as caught:
+        tracking_uri(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"tracking.uri={uri}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but a text of some length")
+    with pytest.raises(UserError, match=r"mlflow\.db is not an SQLite file"):
+        tracking_uri(config_from_tree({}, "test"), tmp_path / "run")
+
+
+def test_default_uri_is_shared_by_the_runs_of_a_folder(tmp_path: Path) -> None:
+    config = config_from_tree({}, "test")
+    uris = {tracking_uri(config, tmp_path / name) for name in ("a", "b")}
+    assert uris == {f"sqlite:///{tmp_path}/mlflow.db"}
+    assert sqlite_path(uris.pop()) == tmp_path / "mlflow.db"
+
+
+def test_passwords_are_not_shown() -> None:
+    text = "http://me:secret@server:5055/path and postgresql://you:word@db/x"
+    assert without_password(text) == "http://me:***@server:5055/path and postgresql://you:***@db/x"
+    config = config_from_tree({"tracking": {"uri": "http://me:secret@server:99999"}}, "test")
+    with pytest.raises(UserError) as caught:
+        tracking_uri(config, Path("run"))
+    assert "secret" not in str(caught.value)
+    assert not any("secret" in value for value in provenance.parameters(config).values())
+    assert not any("secret" in value for value in provenance.placement_tags(config).values())
+
+
+# ---- user interface ----
+
+
+def test_ui_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a server already"):
+        server_command("http://server:5055", 5055)
+    with pytest.raises(UserError, match=r"mlflow\.db: no MLflow database there"):
+        server_command(f"sqlite:///{tmp_path}/mlflow.db", 5055)
+    with pytest.raises(UserError, match="port 99999 is out of range"):
+        check_port("127.0.0.1", 99999)
+    with pytest.raises(UserError, match=r"use 127\.0\.0\.1 or"):
+        check_port("192.0.2.1", 5055)  # an address reserved for documentation: no machine has it
+
+
+# ---- provenance ----
+
+
+def test_every_setting_is_a_parameter_or_a_tag() -> None:
+    config = config_from_tree({"data": {"sources": [{"name": "long", "paths": ["x" * 9000]}]}}, "test")
+    parameters, tags = provenance.parameters(config), provenance.placement_tags(config)
+    assert parameters["optim.learning_rate"] == "0.0003"
+    assert tags["parallel.tensor"] == "1"
+    assert not set(parameters) & set(tags)
+    assert max(map(len, parameters.values())) == provenance.PARAMETER_CHARACTERS
+
+
+def test_changed_parameters_are_named_with_both_values() -> None:
+    before = {"train.steps": "100", "optim.beta1": "0.9"}
+    assert provenance.changed_parameters(before, before) == ""
+    assert provenance.changed_parameters(before, before | {"train.steps": "200", "new.field": "1"}) == (
+        "train.steps: 100 -> 200"
+    )
+
+
+def test_git_tags_tell_commit_and_changes_only_of_tracked_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code, installed = tmp_path / "code.py", tmp_path / "installed.py"
+    code.write_text("first\n")
+    assert provenance.git_tags(code) == {}
+    git("init", "-q")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert provenance.git_tags(code)["git.commit"] == commit
+    assert provenance.git_tags(code)["git.dirty"] == "false"
+    code.write_text("second\n")
+    assert provenance.git_tags(code)["git.dirty"] == "true"
+    installed.write_text("a package in a virtual environment inside the checkout\n")
+    assert provenance.git_tags(installed) == {}

@@ -1,0 +1,104 @@
+"""The plan of an exchange: against a count by plain loops, and what owners learn of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biroute.model.attention.routing import RouteRule, select_regions
+from biroute.parallel.region.plan import (
+    Baselines,
+    ExchangeCosts,
+    ExchangePlan,
+    RegionLayout,
+    Way,
+    pack_requests,
+    plan_exchange,
+    request_lengths,
+    unpack_requests,
+)
+
+COSTS = ExchangeCosts.of(region_size=4, query_block_size=1, heads_per_group=2, head_size=8, element_size=4)
+
+
+def random_route(layout: RegionLayout, topk: int, seed: int) -> torch.Tensor:
+    """A causal route of every token of two sequences with two groups, [2, 2, S, topk]."""
+    tokens = layout.num_regions * layout.region_size
+    affinity = torch.randn(2, 2, tokens, layout.num_regions, generator=torch.Generator().manual_seed(seed))
+    own = torch.arange(tokens) // layout.region_size
+    return select_regions(affinity, own, RouteRule(layout.region_size, 1, topk, causal=True))
+
+
+def plans_of(layout: RegionLayout, topk: int, seed: int, way: Way) -> list[ExchangePlan]:
+    shards = random_route(layout, topk, seed).chunk(layout.num_ranks, 2)
+    return [plan_exchange(shard, layout, rank, COSTS, way) for rank, shard in enumerate(shards)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
+def test_the_cheaper_way_by_plain_loops(ranks: int, per_rank: int, topk: int, seed: int) -> None:
+    layout = RegionLayout(ranks * per_rank, 4, ranks)
+    shards = random_route(layout, topk, seed).chunk(ranks, 2)
+    for plan in plans_of(layout, topk, seed, "auto"):
+        expected = torch.zeros(ranks, dtype=torch.int64)
+        for owner in range(ranks):
+            for route_NT in shards[plan.rank].flatten(0, 1):
+                chosen = [[r for r in row if r >= 0 and r // per_rank == owner] for row in route_NT.tolist()]
+                if owner == plan.rank:
+                    continue
+                fetch = len({region for row in chosen for region in row}) * COSTS.region
+                ship = sum(bool(row) for row in chosen) * (COSTS.queries + COSTS.results)
+                expected[owner] += min(fetch, ship)
+        assert torch.equal(plan.received_bytes() + plan.sent_bytes(), expected)
+        bound = Baselines.of(
+            layout, plan.rank, COSTS, groups=4, blocks=layout.tokens_per_rank, topk=topk, causal=True
+        )
+        assert int(expected.sum()) <= bound.bound <= bound.causal_fetch <= bound.ring
+
+
+@pytest.mark.parametrize("way", ["auto", "fetch", "ship"])
+def test_owners_learn_what_is_wanted(way: Way) -> None:
+    layout, topk = RegionLayout(12, 4, 4), 5
+    plans = plans_of(layout, topk, 0, way)
+    packed = [pack_requests(plan.units) for plan in plans]
+    for owner in range(4):
+        header = torch.stack([header[owner] for header, _, _ in packed])
+        messages = [message.split(lengths)[owner] for _, message, lengths in packed]
+        assert request_lengths(header, topk) == [len(message) for message in messages]
+        served = unpack_requests(header, torch.cat(messages), topk)
+        units = iter(served)
+        for plan in plans:
+            for number, asked in enumerate(plan.units):
+                if plan.units.peer[number] != owner:
+                    continue
+                given_ = next(units)
+                assert (given_.group, given_.ship) == (asked.group, asked.ship)
+                wanted = plan.units.wanted_region[asked.wanted]
+                assert torch.equal(served.wanted_region[given_.wanted], wanted)
+                if asked.ship:
+                    slots = plan.units.visit_slots[asked.visits]
+                    assert torch.equal(served.visit_slots[given_.visits], slots)
+        assert next(units, None) is None
+
+
+def test_slots_name_what_was_chosen() -> None:
+    layout = RegionLayout(12, 4, 4)
+    route = random_route(layout, 5, 1).chunk(4, 2)[3]
+    plan = plan_exchange(route, layout, 3, COSTS)
+    found: dict[tuple[int, int], set[int]] = {}
+    for number, unit in enumerate(plan.units):
+        wanted = plan.units.wanted_region[unit.wanted] + int(plan.units.peer[number]) * layout.regions_per_rank
+        for visit in range(unit.visits.start, unit.visits.stop):
+            slots = plan.units.visit_slots[visit]
+            key = (unit.group, int(plan.visit_block[visit]))
+            found.setdefault(key, set()).update(wanted[slots[slots >= 0]].tolist())
+    for group, route_NT in enumerate(route.flatten(0, 1).tolist()):
+        for block, row in enumerate(route_NT):
+            assert found.get((group, block), set()) == {r for r in row if 0 <= r < 9}
+
+
+def test_ranks_must_divide_the_regions() -> None:
+    with pytest.raises(ValueError, match="5 ranks do not divide the 12 regions"):
+        RegionLayout(12, 4, 5)

@@ -1,0 +1,150 @@
+"""What `biroute status` makes of a run folder and a queue, and how a user names a run; without Slurm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biroute.configs.errors import UserError
+from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
+from biroute.launcher.attempts.failures import End, Failure, log_dir, log_file, write_failure
+from biroute.slurm.run_folder import RunFolder, find_run
+from biroute.slurm.logs import follow_logs, tell_logs
+from biroute.slurm.client import Job
+from biroute.slurm.status import run_state, status_of, tell_status
+
+LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
+
+
+def attempt(**fields: Any) -> Attempt:
+    return Attempt(1, began=0.0, job="7", **fields)
+
+
+RUNNING = [Job("7", "RUNNING")]
+OVER = {"ended": 1.0, "status": 1, "cause": "rank 3 died"}
+
+
+@pytest.mark.parametrize(
+    ("live", "attempts", "cancelled", "state"),
+    [
+        ([Job("7", "PENDING", reason="Resources")], [], False, "queued"),
+        (RUNNING, [], False, "starting"),
+        (RUNNING, [attempt()], False, "running"),
+        (RUNNING, [attempt(**OVER, decision="requeue")], False, "starting"),
+        ([Job("7", "COMPLETING")], [attempt()], False, "ending"),
+        ([], [attempt(ended=1.0, status=0, decision="finished")], False, "finished"),
+        ([], [attempt(ended=1.0, status=0, decision="finished")], True, "finished"),
+        ([], [attempt(**OVER, decision="stop")], False, "stopped"),
+        ([], [attempt(**OVER, decision="stop")], True, "cancelled"),
+        ([], [], True, "cancelled"),
+        ([], [], False, "lost"),
+        ([], [attempt()], False, "lost"),
+        ([], [attempt(**OVER, decision="requeue")], False, "lost"),
+        (None, [attempt()], False, "unknown"),
+        (None, [attempt(**OVER, decision="requeue")], False, "unknown"),
+        (None, [attempt(**OVER, decision="stop")], False, "stopped"),
+        (None, [], False, "unknown"),
+    ],
+)
+def test_state_of_a_run(live: list[Job] | None, attempts: list[Attempt], cancelled: bool, state: str) -> None:
+    assert run_state(live, attempts, cancelled=cancelled)[0] == state
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Submitted as job 7: one crashed attempt of two ranks, a second that runs; twelve of forty steps."""
+    path = tmp_path / "runs" / "large"
+    (path / "submission").mkdir(parents=True)
+    (path / "submission" / "job.sbatch").write_text("#!/bin/bash\n")
+    (path / "submission" / "config.yaml").write_text(f"train: {{run_dir: {path}, steps: 40}}\n")
+    (path / "submission" / "jobs.jsonl").write_text('{"job_id": "7", "submitted": 0, "by": "submit"}\n')
+    metrics = {"train/loss": 2.0, "throughput/tokens_per_second": 12_345.0, "time/step_seconds": 2.5}
+    lines = [{"step": step, "time_ms": 0, "metrics": metrics} for step in (11, 12)]
+    lines.append({"step": 12, "time_ms": 0, "metrics": {"heldout/loss": 2.0}})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = begin_attempt(path, nodes=["n1", "n2"], world_size=2, job="7")
+    logs = log_dir(path, first)
+    write_failure(logs, Failure(1, "n2", time.time(), 11, "error", "ValueError: boom", "Traceback ...\nboom"))
+    write_failure(logs, Failure(0, "n1", time.time() - 9, 11, "peer", "connection closed by peer"))
+    log_file(logs, 0).write_text("step 1\nstep 2\n")
+    end_attempt(path, first, End(1, "rank 1 on n2: ValueError: boom", 11, crash=True), LIMITS)
+    second = begin_attempt(path, nodes=["n1", "n3"], world_size=2, job="7", restart=1)
+    log_file(log_dir(path, second), 0).write_text("resumed after step 10\nstep 11\nstep 12\n")
+    return RunFolder(path)
+
+
+def test_status_of_a_running_run(run: RunFolder) -> None:
+    job = Job("7", "RUNNING", run.script, time_left="1:00:00", nodes="n[1,3]")
+    status = status_of(run, [Job("8", "RUNNING", Path("/elsewhere/job.sbatch")), job])
+    assert (status.state, status.step, status.steps, status.tokens_per_second) == ("running", 12, 40, 12_345.0)
+    assert status.seconds_left == pytest.approx(28 * 2.5)
+    assert status.jobs == (job,)
+    text = tell_status(status)
+    for part in ("step 12 of 40", "12.3k tokens/s", "1:10 left", "job 7 RUNNING, on n[1,3]", "1:00:00 to its time"):
+        assert part in text
+    assert "attempt 1, job 7 on n1, n2" in text
+    assert "rank 1 on n2: ValueError: boom -> requeue" in text
+    tree = json.loads(json.dumps(status.as_json()))
+    assert tree["attempts"][0]["cause"] == "rank 1 on n2: ValueError: boom"
+    assert tree["jobs"][0]["script"] == str(run.script)
+
+
+def test_a_job_submitted_by_hand_is_known_by_its_script(run: RunFolder) -> None:
+    by_hand = Job("9", "PENDING", run.script)
+    assert run.jobs_in([by_hand]) == [by_hand]
+
+
+def test_the_first_failing_rank_comes_first(run: RunFolder) -> None:
+    text = tell_logs(run, 1, rank=0, lines=5)
+    assert text.index("rank 1 on n2: ValueError: boom") < text.index("step 2"), "rank 0 only lost its peer"
+    newest = tell_logs(run, None, rank=0, lines=2)
+    assert "attempt 2" in newest
+    assert newest.splitlines()[-2:] == ["step 11", "step 12"]
+    with pytest.raises(UserError, match=r"no attempt 5; it has 1, 2"):
+        tell_logs(run, 5, rank=0, lines=2)
+
+
+def test_following_goes_from_attempt_to_attempt_to_the_end(run: RunFolder) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text == "step 12":  # the run goes on while it is watched
+            end_attempt(run.path, 2, End(75, "SIGUSR1, stopped after step 12", 12), LIMITS)
+            third = begin_attempt(run.path, nodes=["n1"], world_size=2, job="7", restart=2)
+            log_file(log_dir(run.path, third), 0).write_text("step 40\n")
+            end_attempt(run.path, third, End(0, "the last step is done", 40), LIMITS)
+
+    follow_logs(run, rank=0, lines=1, say=say)
+    assert said == [
+        "==> attempt 2, job 7 on n1, n3 <==",
+        "step 12",
+        "attempt 2 ended: SIGUSR1, stopped after step 12 -> requeue",
+        "==> attempt 3, job 7 on n1 <==",
+        "step 40",
+        "attempt 3 ended: the last step is done -> finished",
+        "run large: finished",
+    ]
+
+
+def test_a_run_by_its_folder_or_configuration(run: RunFolder, tmp_path: Path) -> None:
+    assert find_run(str(run.path)) == run
+    assert find_run(str(run.path / "submission" / "config.yaml")) == run
+    for target, message in (
+        (str(tmp_path), "holds no run"),
+        ("nowhere", "no such run folder, configuration or job"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_run(target)
+
+
+def test_a_job_by_its_number_without_slurm(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert find_run("7") == run
+    with pytest.raises(UserError, match="scontrol: no such command"):
+        find_run("8")
