@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import explain_problems, parse_yaml
 from biroute.configs.schema import Section, SlurmTime
 
@@ -69,24 +69,24 @@ def load_profile(name: str | None) -> ClusterProfile:
     """Read the profile in file `name`, or the one of that name that ships.
 
     Raises:
-        UserError: no profile named, no such profile, or not a valid one.
+        UsageError: no profile named, no such profile, or not a valid one.
     """
-    shipped = resources.files("biroute.slurm").joinpath(SHIPPED)
+    shipped = resources.files("biroute.configs").joinpath(SHIPPED)
     known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
     if not name:
-        raise UserError(f"slurm.profile is empty; set it to a cluster profile (a YAML file), or to one of {known}")
+        raise UsageError(f"slurm.profile is empty; set it to a cluster profile (a YAML file), or to one of {known}")
     path = Path(name)
     source = path if path.is_file() else shipped.joinpath(f"{name}.yaml")
     if not source.is_file():
-        raise UserError(f"slurm.profile={name}: no such cluster profile; name a YAML file, or one of {known}")
+        raise UsageError(f"slurm.profile={name}: no such cluster profile; name a YAML file, or one of {known}")
     try:
         tree = parse_yaml(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
     try:
         return ClusterProfile.model_validate(tree or {})
     except ValidationError as error:
-        raise UserError(f"slurm.profile={name}: {explain_problems(error, ClusterProfile)}") from None
+        raise UsageError(f"slurm.profile={name}: {explain_problems(error, ClusterProfile)}") from None
 
 
 def dump_profile(profile: ClusterProfile) -> str:

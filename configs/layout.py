@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 
 
@@ -36,18 +36,18 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
     """The layout of `config` on `world_size` processes.
 
     Raises:
-        UserError: an axis does not divide what it shares, or the axes do not multiply to `world_size`.
+        UsageError: an axis does not divide what it shares, or the axes do not multiply to `world_size`.
     """
     parallel = config.parallel
     model_size = parallel.tensor * parallel.region * parallel.pipeline
     if parallel.data is None and world_size % model_size:
-        raise UserError(
+        raise UsageError(
             f"parallel.tensor x region x pipeline = {parallel.tensor} x {parallel.region} x {parallel.pipeline} "
             f"= {model_size} does not divide the {world_size} processes; start a multiple of {model_size}"
         )
     data = parallel.data or world_size // model_size
     if data * model_size != world_size:
-        raise UserError(
+        raise UsageError(
             f"the layout tensor x region x pipeline x data = {parallel.tensor} x {parallel.region} x "
             f"{parallel.pipeline} x {data} needs {data * model_size} processes, but {world_size} were started; "
             f"start {data * model_size}, or leave parallel.data out"
@@ -66,21 +66,21 @@ def microbatches_per_step(config: RunConfig, layout: Layout) -> int:
 def _check_model(config: RunConfig, layout: Layout) -> None:
     model = config.model
     if layout.region > model.num_regions:
-        raise UserError(
+        raise UsageError(
             f"parallel.region={layout.region}: a sequence has only {model.num_regions} regions "
             f"(model.sequence_length={model.sequence_length}, model.attention.region_size="
             f"{model.attention.region_size}); use at most {model.num_regions} region ranks"
         )
     tokens_per_rank = model.sequence_length // layout.region
     if config.parallel.sequence_parallel and tokens_per_rank % layout.tensor:
-        raise UserError(
+        raise UsageError(
             f"parallel.tensor={layout.tensor} does not divide the {tokens_per_rank} tokens of a region rank "
             f"(model.sequence_length={model.sequence_length}, parallel.region={layout.region}); change one of them, "
             "or set parallel.sequence_parallel=false"
         )
     shared = [
         ("parallel.tensor", layout.tensor, "model.num_heads", model.num_heads),
-        ("parallel.tensor", layout.tensor, "model.num_kv_groups", model.num_kv_groups),
+        ("parallel.tensor", layout.tensor, "model.num_kv_heads", model.num_kv_heads),
         ("parallel.tensor", layout.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
         ("parallel.tensor", layout.tensor, "the padded vocabulary", config.padded_vocab_size),
         ("parallel.pipeline", layout.pipe, "model.num_layers", model.num_layers),
@@ -89,7 +89,7 @@ def _check_model(config: RunConfig, layout: Layout) -> None:
     for axis, size, what, amount in shared:
         if amount % size:
             divisors = [n for n in range(1, min(amount, 64) + 1) if amount % n == 0]
-            raise UserError(
+            raise UsageError(
                 f"{axis}={size} does not divide {what} ({amount}); use one of {', '.join(map(str, divisors))}"
             )
 
@@ -101,7 +101,7 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
         ("train.evaluate_sequences", config.train.evaluate_sequences),
     ):
         if sequences % per_pass:
-            raise UserError(
+            raise UsageError(
                 f"{field}={sequences} is not a multiple of train.microbatch_size x data ranks = "
                 f"{config.train.microbatch_size} x {layout.data} = {per_pass}; use a multiple of {per_pass}"
             )

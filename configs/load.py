@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 
 
@@ -42,7 +42,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read `path`, apply `section.field=value` overrides, check everything.
 
     Raises:
-        UserError: file missing or not YAML, unknown key, wrong type or range; all in one line.
+        UsageError: file missing or not YAML, unknown key, wrong type or range; all in one line.
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
@@ -55,7 +55,7 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain_problems(error, RunConfig)}") from None
+        raise UsageError(f"{origin}: {explain_problems(error, RunConfig)}") from None
 
 
 def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:
@@ -89,15 +89,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         shipped = resources.files("biroute.configs").joinpath(path.name)
         hint = f"; biroute ships one of that name: {shipped}" if shipped.is_file() else ""
-        raise UserError(f"{path}: no such configuration file{hint}")
+        raise UsageError(f"{path}: no such configuration file{hint}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as 'model:' and 'train:', found {type(tree).__name__}")
+        raise UsageError(f"{path}: expected sections such as 'model:' and 'train:', found {type(tree).__name__}")
     return tree
 
 
@@ -105,18 +105,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise UserError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
+        raise UsageError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+        raise UsageError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     branch = tree
     for depth, key in enumerate(keys[:-1]):
         inner = branch.setdefault(key, {})
         if inner is None:
             inner = branch[key] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+            raise UsageError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         branch = inner
     branch[keys[-1]] = value
 

@@ -24,9 +24,9 @@ class Section(BaseModel):
 class AttentionConfig(Section):
     """Which tokens a token may look at. The algorithm is described in docs/architecture.md."""
 
-    kind: Literal["bi_level", "dense", "local"] = Field(
+    kind: Literal["bi_level", "dense", "sliding_window"] = Field(
         "bi_level",
-        description="bi_level: routed regions; dense: all; local: the own and the topk - 1 regions before it",
+        description="bi_level: routed regions; dense: all; sliding_window: the own region and topk - 1 near ones",
     )
     region_size: PositiveInt = Field(16, description="tokens per region (L)")
     query_block_size: PositiveInt = Field(1, description="tokens that share one route (Lq), divides region_size")
@@ -39,9 +39,9 @@ class AttentionConfig(Section):
         description="descriptors of a region, each the mean of as many consecutive keys; the nearest one counts. "
         "More find more in large regions and cost routing in proportion; left out: gcd(8, region_size)",
     )
-    force_own: bool = Field(True, description="always route to the own region; may be off only with objective=masked")
+    force_own: bool = Field(True, description="always route to the own region; may be off only with objective=mlm")
     force_previous: bool = Field(True, description="always route to the region before the own one")
-    force_first: bool = Field(False, description="always route to region 0")
+    attention_sink: bool = Field(False, description="always route to region 0")
     router: Literal["affinity", "random"] = Field(
         "affinity", description="random is a diagnostic: a router that does not beat it is dead"
     )
@@ -54,7 +54,7 @@ class AttentionConfig(Section):
                     f"{name}={getattr(self, name)} does not divide region_size={self.region_size}; "
                     f"use a divisor of {self.region_size}"
                 )
-        forced = self.force_own + self.force_previous + self.force_first
+        forced = self.force_own + self.force_previous + self.attention_sink
         if self.kind == "bi_level" and self.topk < forced:
             raise ValueError(
                 f"topk={self.topk} leaves no room for the {forced} forced regions; raise topk to at least {forced}"
@@ -68,7 +68,7 @@ class ModelConfig(Section):
     hidden_size: PositiveInt = Field(256, description="width of the residual stream")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
     num_heads: PositiveInt = Field(8, description="query heads (H)")
-    num_kv_groups: PositiveInt = Field(2, description="key/value groups (G); equal to num_heads: no grouping")
+    num_kv_heads: PositiveInt = Field(2, description="key/value groups (G); equal to num_heads: no grouping")
     head_size: PositiveInt = Field(
         default_factory=lambda above: above["hidden_size"] // above["num_heads"],
         description="elements of a head (D); left out: hidden_size / num_heads",
@@ -79,10 +79,10 @@ class ModelConfig(Section):
     )
     sequence_length: PositiveInt = Field(1024, description="tokens per sequence (S)")
     vocab_multiple: PositiveInt = Field(128, description="the vocabulary is padded up to a multiple of this")
-    objective: Literal["causal", "masked"] = Field(
+    objective: Literal["causal", "mlm"] = Field(
         "causal", description="causal: predict the next token; masked: bidirectional, predict masked tokens"
     )
-    mask_fraction: Fraction = Field(0.15, description="share of the tokens that objective=masked hides")
+    mask_fraction: Fraction = Field(0.15, description="share of the tokens that objective=mlm hides")
     qk_norm: bool = Field(False, description="RMSNorm on the queries and keys of each head")
     key_smear: bool = Field(
         True,
@@ -96,8 +96,8 @@ class ModelConfig(Section):
     dense_layers: tuple[int, ...] = Field(
         (), description="layers (from 0) whose attention is dense whatever kind says"
     )
-    local_layers: tuple[int, ...] = Field(
-        (), description="layers (from 0) whose attention is local whatever kind says"
+    sliding_window_layers: tuple[int, ...] = Field(
+        (), description="layers (from 0) whose attention is sliding_window whatever kind says"
     )
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of the other layers")
 
@@ -111,15 +111,15 @@ class ModelConfig(Section):
         return self.objective == "causal"
 
     def attention_kind(self, layer: int) -> str:
-        """`bi_level`, `dense` or `local` for block `layer`, counted from 0."""
+        """`bi_level`, `dense` or `sliding_window` for block `layer`, counted from 0."""
         if layer in self.dense_layers:
             return "dense"
-        return "local" if layer in self.local_layers else self.attention.kind
+        return "sliding_window" if layer in self.sliding_window_layers else self.attention.kind
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.num_heads % self.num_kv_groups:
-            raise ValueError(f"num_kv_groups={self.num_kv_groups} does not divide num_heads={self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
         if "head_size" not in self.model_fields_set and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; set head_size yourself"
@@ -132,21 +132,26 @@ class ModelConfig(Section):
                 f"attention.region_size={self.attention.region_size}"
             )
         if self.causal and not self.attention.force_own:
-            raise ValueError("attention.force_own=false needs objective=masked: a causal token must see itself")
-        for name, layers in (("dense_layers", self.dense_layers), ("local_layers", self.local_layers)):
+            raise ValueError("attention.force_own=false needs objective=mlm: a causal token must see itself")
+        for name, layers in (
+            ("dense_layers", self.dense_layers),
+            ("sliding_window_layers", self.sliding_window_layers),
+        ):
             wrong = [layer for layer in layers if not 0 <= layer < self.num_layers]
             if wrong:
                 raise ValueError(f"{name}={wrong} out of range; layers are 0 ... {self.num_layers - 1}")
-        both = sorted({*self.dense_layers} & {*self.local_layers})
+        both = sorted({*self.dense_layers} & {*self.sliding_window_layers})
         if both:
-            raise ValueError(f"layers {both} are in dense_layers and in local_layers; name each in one of them")
-        if self.objective == "masked" and not 1 <= self.masked_tokens < self.sequence_length:
+            raise ValueError(
+                f"layers {both} are in dense_layers and in sliding_window_layers; name each in one of them"
+            )
+        if self.objective == "mlm" and not 1 <= self.masked_tokens < self.sequence_length:
             raise ValueError(f"mask_fraction={self.mask_fraction} masks {self.masked_tokens} tokens of a sequence")
         return self
 
     @property
     def masked_tokens(self) -> int:
-        """Tokens that objective=masked hides in each sequence: a fixed number, so that means are exact."""
+        """Tokens that objective=mlm hides in each sequence: a fixed number, so that means are exact."""
         return round(self.mask_fraction * self.sequence_length)
 
 
@@ -272,7 +277,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 keeps fp32 master weights and accumulates gradients in fp32"
     )
-    recompute: bool = Field(False, description="recompute activations of each block in backward to save memory")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations of each block in backward to save memory"
+    )
     seed: int = Field(0, description="seed of the initial weights and of masking")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads_per_rank: int = Field(
@@ -304,7 +311,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    enabled: bool = Field(True, description="send metrics to MLflow; the local spool is written in any case")
+    enabled: bool = Field(True, description="send metrics to MLflow; the local metrics_log is written in any case")
     uri: str = Field("", description="MLflow tracking URI; empty: sqlite file mlflow.db beside the run folder")
     experiment: str = Field("biroute", min_length=1, description="MLflow experiment")
     run_name: str = Field("", description="MLflow run name; empty: the name of the run folder")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.prepare.build import dataset_settings
-from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
-from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.prepare.verify import verify_dataset
+from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
+from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
 
 # Held-out sequences come in this order and masking whatever the run's seeds, so that runs compare.
 _HELDOUT_SEED = 0
@@ -31,7 +31,7 @@ class Dataset:
         """Sequences of a split: training mixed by the sources' weights, held-out as they come.
 
         Raises:
-            UserError: the split is too small for one sequence.
+            UsageError: the split is too small for one sequence.
         """
         data = self.config.data
         weights = {source.name: source.weight for source in data.sources if source.weight is not None}
@@ -66,7 +66,7 @@ class Dataset:
         """The `train.evaluate_sequences` sequences of every evaluation, this data rank's part.
 
         Raises:
-            UserError: the held-out split has fewer sequences.
+            UsageError: the held-out split has fewer sequences.
         """
         train = self.config.train
         shape = StepShape(train.evaluate_sequences, train.microbatch_size, data_rank, data_size)
@@ -77,16 +77,16 @@ def open_dataset(config: RunConfig) -> Dataset:
     """Check the dataset of `config` (cheaply) and open it.
 
     Raises:
-        UserError: no dataset or a damaged one; made from other settings; a tokenizer without a mask piece for
-            model.objective=masked.
+        UsageError: no dataset or a damaged one; made from other settings; a tokenizer without a mask piece for
+            model.objective=mlm.
     """
     data = config.data
     manifest = verify_dataset(data.dir)
     _check_settings(config, manifest)
     tokenizer = load_tokenizer(data.dir / TOKENIZER_NAME, data.tokenizer.vocab_size)
-    if config.model.objective == "masked" and tokenizer.mask_id is None:
-        raise UserError(
-            f"model.objective=masked, but the tokenizer in {data.dir} has no <mask> piece; "
+    if config.model.objective == "mlm" and tokenizer.mask_id is None:
+        raise UsageError(
+            f"model.objective=mlm, but the tokenizer in {data.dir} has no <mask> piece; "
             "use one that has, or leave data.tokenizer.model_path out to train one"
         )
     return Dataset(config, manifest, tokenizer, tokenizer.token_bytes())
@@ -99,7 +99,7 @@ def _check_settings(config: RunConfig, manifest: Manifest) -> None:
         wanted = {"data.tokenizer.vocab_size": wanted["data.tokenizer.vocab_size"]}
     for field, value in wanted.items():
         if field in manifest.settings and manifest.settings[field] != value:
-            raise UserError(
+            raise UsageError(
                 f"{field}={value}, but the dataset in {data.dir} was built with {manifest.settings[field]}; "
                 "run `biroute data build` with this configuration, or set the field back"
             )
@@ -108,7 +108,7 @@ def _check_settings(config: RunConfig, manifest: Manifest) -> None:
     if path is not None and path.exists():
         given = load_tokenizer(path, data.tokenizer.vocab_size)
         if given.fingerprint != manifest.tokenizer_fingerprint:
-            raise UserError(
+            raise UsageError(
                 f"data.tokenizer.model_path={path}: fingerprint {given.fingerprint[:12]}, but the dataset in "
                 f"{data.dir} was built with {manifest.tokenizer_fingerprint[:12]}; run `biroute data build`"
             )

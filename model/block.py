@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.norm import RMSNorm
+from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.partial import RegionGrid
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.attention.routing import RouteRule, key_descriptors, local_route, route_query_blocks
+from biroute.model.norm import RMSNorm
 from biroute.model.sharding import SequenceShard
-from biroute.model.attention.key_smear import KeySmear
 
 
 def megatron_config(
@@ -39,7 +39,7 @@ def megatron_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_groups,
+        num_query_groups=model.num_kv_heads,
         kv_channels=model.head_size,
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
@@ -78,7 +78,7 @@ class CoreAttention(nn.Module):
     ) -> None:
         """`tensor_rank`: which KV groups are this rank's. `shard`: who has the rest of the sequences."""
         super().__init__()
-        num_groups = model.num_kv_groups // config.tensor_model_parallel_size
+        num_groups = model.num_kv_heads // config.tensor_model_parallel_size
         self.model = model
         self.layer = layer_number - 1
         self.kind = model.attention_kind(self.layer)
@@ -92,13 +92,13 @@ class CoreAttention(nn.Module):
         if self.key_smear is not None:
             k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
         tables = rotary_tables(q.shape[2], self.first_token, q.shape[3], self.model.rope_base, q.device)
-        turned_q, turned_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        rotated_q, rotated_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if self.kind == "dense":
-            out = self._dense(turned_q, turned_k, v)
+            out = self._dense(rotated_q, rotated_k, v)
         else:
             before = self.model.attention.descriptor == "pre_rope"
-            index = self.route(q, k) if before else self.route(turned_q, turned_k)
-            out = self._routed(turned_q, turned_k, v, index)
+            index = self.route(q, k) if before else self.route(rotated_q, rotated_k)
+            out = self._routed(rotated_q, rotated_k, v, index)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class CoreAttention(nn.Module):
     def query_block_size(self) -> int:
         """Tokens that share a route; kind=local has one route per region."""
         attention = self.model.attention
-        return attention.region_size if self.kind == "local" else attention.query_block_size
+        return attention.region_size if self.kind == "sliding_window" else attention.query_block_size
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, S / Lq, topk], -1 = empty.
@@ -127,7 +127,7 @@ class CoreAttention(nn.Module):
         The tokens are this rank's, the regions those of the whole sequence.
         """
         attention = self.model.attention
-        if self.kind == "local":
+        if self.kind == "sliding_window":
             batch, groups, num_tokens, _ = k.shape
             return local_route(
                 batch=batch,
@@ -148,7 +148,7 @@ class CoreAttention(nn.Module):
             self.model.causal,
             attention.force_own,
             attention.force_previous,
-            attention.force_first,
+            attention.attention_sink,
             attention.router,
             seed=self.layer + 1,  # of router=random: every layer draws its own routes
             descriptors_per_region=attention.descriptors_per_region,
@@ -170,12 +170,12 @@ class Block(nn.Module):
         model: ModelConfig,
         layer: int,
         groups: ProcessGroupCollection,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
         shard: SequenceShard | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.layer = TransformerLayer(
             megatron_config(model, groups.tp.size(), sequence_parallel),
             _submodules(model, groups, shard, sequence_parallel),
@@ -184,7 +184,7 @@ class Block(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             # No dropout and a route that follows from q and k: no random state to restore.
             return checkpoint(self._forward, hidden, use_reentrant=False, preserve_rng_state=False)
         return self._forward(hidden)

@@ -26,14 +26,14 @@ def routing_flops(config: RunConfig, layer: int) -> int:
         return 0
     blocks = model.sequence_length // model.attention.query_block_size
     descriptors = model.num_regions * model.attention.descriptors_per_region
-    return 2 * blocks * descriptors * model.num_kv_groups * model.head_size
+    return 2 * blocks * descriptors * model.num_kv_heads * model.head_size
 
 
 def forward_flops_per_sequence(config: RunConfig) -> int:
     """Operations of one forward pass over one sequence: all matrix products, attention and routing."""
     model = config.model
     query_size = model.num_heads * model.head_size
-    key_size = model.num_kv_groups * model.head_size
+    key_size = model.num_kv_heads * model.head_size
     weights_per_block = (
         model.hidden_size * (query_size + 2 * key_size)
         + query_size * model.hidden_size
@@ -59,7 +59,7 @@ def parameter_count(config: RunConfig) -> int:
     """Trained parameters of the whole model, padding of the vocabulary included."""
     model = config.model
     query_size = model.num_heads * model.head_size
-    key_size = model.num_kv_groups * model.head_size
+    key_size = model.num_kv_heads * model.head_size
     block = (
         model.hidden_size * (2 * query_size + 2 * key_size)
         + 3 * model.hidden_size * model.ffn_hidden_size

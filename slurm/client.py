@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
 _SEPARATOR = "\x1f"  # no field holds it
@@ -38,12 +38,12 @@ def submit(script: Path) -> str:
     """Submit a batch script; the job's id.
 
     Raises:
-        UserError: no Slurm, or it refuses the job.
+        UsageError: no Slurm, or it refuses the job.
     """
     answer = _call(["sbatch", "--parsable", str(script)])
     job_id = answer.stdout.strip().partition(";")[0]  # job;cluster
     if answer.returncode != 0 or not job_id.isdigit():
-        raise UserError(f"sbatch refuses the job: {_last_line(answer)}")
+        raise UsageError(f"sbatch refuses the job: {_last_line(answer)}")
     return job_id
 
 
@@ -51,11 +51,11 @@ def test_script(text: str) -> str:
     """What Slurm says on whether and when it could run the script `text`. Nothing is queued.
 
     Raises:
-        UserError: no Slurm, or it could not.
+        UsageError: no Slurm, or it could not.
     """
     answer = _call(["sbatch", "--test-only"], text)
     if answer.returncode != 0:
-        raise UserError(f"Slurm could not run the job: {_last_line(answer)}")
+        raise UsageError(f"Slurm could not run the job: {_last_line(answer)}")
     return _last_line(answer)
 
 
@@ -78,12 +78,12 @@ def queue() -> list[Job]:
     """All jobs of this user that are queued or running.
 
     Raises:
-        UserError: no Slurm, or it does not answer.
+        UsageError: no Slurm, or it does not answer.
     """
     fields = ["%i", "%T", "%L", "%r", "%N", "%o"]
     answer = _call(["squeue", "--noheader", "--me", "--format", _SEPARATOR.join(fields)])
     if answer.returncode != 0:
-        raise UserError(f"squeue fails: {_last_line(answer)}")
+        raise UsageError(f"squeue fails: {_last_line(answer)}")
     jobs = []
     for line in answer.stdout.splitlines():
         job_id, state, time_left, reason, nodes, command = line.split(_SEPARATOR, 5)
@@ -108,7 +108,7 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     command = ["sacct", "-X", "-n", "-P", "--delimiter", _SEPARATOR, "-j", ",".join(job_ids), "-o", fields]
     try:
         answer = _call(command)
-    except UserError:
+    except UsageError:
         return []
     jobs = []
     for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
@@ -135,36 +135,36 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def cancel(job_id: str) -> None:
-    """End a job at once. Raises UserError if Slurm refuses."""
+    """End a job at once. Raises UsageError if Slurm refuses."""
     _check(["scancel", job_id])
 
 
 def ask_to_stop(job_id: str) -> None:
-    """Send USR1 to the batch script of a running job: it saves and ends. Raises UserError if Slurm refuses."""
+    """Send USR1 to the batch script of a running job: it saves and ends. Raises UsageError if Slurm refuses."""
     _check(["scancel", "--batch", "--signal=USR1", job_id])
 
 
 def _check(command: list[str]) -> None:
     answer = _call(command)
     if answer.returncode != 0:
-        raise UserError(f"{command[0]} fails: {_last_line(answer)}")
+        raise UsageError(f"{command[0]} fails: {_last_line(answer)}")
 
 
 def _call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a client command. Raises UserError where there is no such command, no cluster or no answer."""
+    """Run a client command. Raises UsageError where there is no such command, no cluster or no answer."""
     configured = os.environ.get("SLURM_CONF")
     if configured and not Path(configured).is_file():  # Slurm's commands would try for a minute
-        raise UserError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
+        raise UsageError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
     try:
         answer = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except FileNotFoundError:
-        raise UserError(
+        raise UsageError(
             f"{command[0]}: no such command; run this on a login node of a Slurm cluster, or use `biroute train`"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(
+        raise UsageError(
             f"{command[0]} gave no answer in {TIMEOUT_SECONDS:g} s; is the Slurm controller up? (scontrol ping)"
         ) from None
     for sign, meaning in (
@@ -173,7 +173,7 @@ def _call(command: Sequence[str], text: str | None = None) -> subprocess.Complet
         ("Connection refused", "the Slurm controller does not answer"),
     ):
         if answer.returncode != 0 and sign in answer.stderr:
-            raise UserError(f"{command[0]}: {meaning}; check SLURM_CONF and `scontrol ping`")
+            raise UsageError(f"{command[0]}: {meaning}; check SLURM_CONF and `scontrol ping`")
     return answer
 
 

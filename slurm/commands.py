@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 if TYPE_CHECKING:
     from biroute.slurm.client import Job
@@ -42,7 +42,7 @@ def submit(
     The configuration and the code are frozen into the run folder, train.run_dir; what holds for the whole cluster is
     in the profile.
     """
-    from biroute.slurm import client as slurm
+    from biroute.slurm import client
     from biroute.slurm.submit import check_run_dir, prepare, submit_run
 
     submission = prepare(config, overrides or [], Path.cwd())
@@ -59,7 +59,7 @@ def submit(
         return
     check_run_dir(request.run_dir)
     if test:
-        verdict = slurm.test_script(submission.script)
+        verdict = client.test_script(submission.script)
         typer.echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
         return
     answer["job_id"] = submit_run(submission)
@@ -75,8 +75,8 @@ def submit(
 
 
 def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool) -> None:
-    from biroute.configs.load import dump_config
     from biroute.configs.cluster_profile import dump_profile
+    from biroute.configs.load import dump_config
 
     folder = submission.request.script.parent
     files = {
@@ -129,8 +129,8 @@ def logs(
 
     Example: biroute logs --follow runs/large
     """
-    from biroute.slurm.run_folder import find_run
     from biroute.slurm.logs import follow_logs, tell_logs
+    from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
     if not follow:
@@ -173,12 +173,14 @@ def resume(target: Target) -> None:
 
 def _queue() -> list[Job] | None:
     """This user's jobs; None where Slurm does not answer."""
-    from biroute.slurm import client as slurm
+    from biroute.slurm import client
 
     try:
-        return slurm.queue()
-    except UserError:
+        return client.queue()
+    except UsageError:
         return None
 
 
-COMMANDS = (submit, status, logs, cancel, resume)
+slurm_app = typer.Typer()
+for command in (submit, status, logs, cancel, resume):
+    slurm_app.command()(command)

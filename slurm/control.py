@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from biroute.configs.errors import UserError
-from biroute.slurm import client as slurm
+from biroute.configs.errors import UsageError
+from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 from biroute.slurm.submit import explain_run_dir_errors, record_job
@@ -15,20 +15,20 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
     Running jobs are asked to save and end, or, with `now`, ended at once.
 
     Raises:
-        UserError: the run has no job, or Slurm refuses.
+        UsageError: the run has no job, or Slurm refuses.
     """
-    jobs = run.jobs_in(slurm.queue())
+    jobs = run.jobs_in(client.queue())
     if not jobs:
-        raise UserError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
+        raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
     with explain_run_dir_errors(run.path):
         run.cancelled_mark.touch()  # before anything ends: the job's script looks for it when it has
     told = []
     for job in jobs:
         if job.state == "RUNNING" and not now:
-            slurm.ask_to_stop(job.job_id)
+            client.ask_to_stop(job.job_id)
             told.append(f"job {job.job_id} saves and ends (`biroute cancel --now` would not wait for it)")
         else:
-            slurm.cancel(job.job_id)
+            client.cancel(job.job_id)
             told.append(f"job {job.job_id} cancelled")
     return told
 
@@ -37,23 +37,23 @@ def resume_run(run: RunFolder) -> str:
     """Submit the run's script again; the job's id.
 
     Raises:
-        UserError: the run was not submitted, has a job, or is finished; or Slurm refuses.
+        UsageError: the run was not submitted, has a job, or is finished; or Slurm refuses.
     """
     if not run.script.exists():
-        raise UserError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
-    jobs = run.jobs_in(slurm.queue())
+        raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
+    jobs = run.jobs_in(client.queue())
     if jobs:
-        raise UserError(
+        raise UsageError(
             f"run {run.name} has job {jobs[0].job_id}, {jobs[0].state}; wait for its end or `biroute cancel` it"
         )
     if status_of(run, []).state == "finished":
-        raise UserError(f"run {run.name} is finished: nothing to resume")
+        raise UsageError(f"run {run.name} is finished: nothing to resume")
     marked = run.cancelled_mark.exists()
     with explain_run_dir_errors(run.path):
         run.cancelled_mark.unlink(missing_ok=True)
     try:
-        job_id = slurm.submit(run.script)
-    except UserError:
+        job_id = client.submit(run.script)
+    except UsageError:
         if marked:
             run.cancelled_mark.touch()
         raise

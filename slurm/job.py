@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biroute.configs.errors import EXIT_OK, EXIT_USER_FAULT, UserError
+from biroute.configs.errors import EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.journal import Fence, Limits, begin_attempt, end_attempt, excluded_nodes
 from biroute.launcher.attempts.failures import explain_end, log_dir, tell_first_failure
+from biroute.launcher.attempts.journal import FencingToken, Limits, begin_attempt, end_attempt, excluded_nodes
 from biroute.launcher.ranks.environment import expand_nodes
 from biroute.launcher.track.tracker import close_after_crash
 
@@ -49,7 +49,7 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
         print(told, file=sys.stderr)
     print(f"attempt {attempt}: {decision}: {reason}", file=sys.stderr)
     if decision == "stop" and found.crash:
-        close_after_crash(Fence(run_dir, attempt))
+        close_after_crash(FencingToken(run_dir, attempt))
     return decision or "stop"
 
 
@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("end needs ATTEMPT and STATUS")
         else:
             print(end(given.run_dir, given.attempt, given.status, given.signal))
-    except UserError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_FAULT
+        return EXIT_USAGE_ERROR
     return EXIT_OK
 
 

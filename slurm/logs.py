@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from biroute.configs.errors import UserError
-from biroute.slurm import client as slurm
-from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.configs.errors import UsageError
 from biroute.launcher.attempts.failures import log_dir, log_file, tell_first_failure
+from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 
@@ -22,13 +22,13 @@ def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str
     """The first failing rank's error, if any, and the last `lines` that `rank` printed in an attempt (None: newest).
 
     Raises:
-        UserError: no such attempt, or nothing was printed.
+        UsageError: no such attempt, or nothing was printed.
     """
     found = _attempt(run, attempt)
     if found is None:
         output = _job_output(run)
         if output is None:
-            raise UserError(f"run {run.name} has no logs yet: no attempt of it has begun")
+            raise UsageError(f"run {run.name} has no logs yet: no attempt of it has begun")
         return _last_lines(output, lines)
     logs = log_dir(run.path, found.number)
     parts = [_heading(found)]
@@ -66,8 +66,8 @@ class _QueueWatch:
     def live(self) -> bool:
         if self._live and time.monotonic() - self._asked > _QUEUE_SECONDS:
             self._asked = time.monotonic()
-            with contextlib.suppress(UserError):
-                self._live = bool(self._run.jobs_in(slurm.queue()))
+            with contextlib.suppress(UsageError):
+                self._live = bool(self._run.jobs_in(client.queue()))
         return self._live
 
 
@@ -128,7 +128,7 @@ def _attempt(run: RunFolder, number: int | None) -> Attempt | None:
     found = next((attempt for attempt in attempts if attempt.number == number), None)
     if found is None:
         known = ", ".join(str(attempt.number) for attempt in attempts) or "none"
-        raise UserError(f"run {run.name} has no attempt {number}; it has {known}")
+        raise UsageError(f"run {run.name} has no attempt {number}; it has {known}")
     return found
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_USER_FAULT, UserError
+from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
-from biroute.launcher.attempts.journal import fence_of, given_attempt
 from biroute.launcher.attempts.failures import log_dir
+from biroute.launcher.attempts.journal import fencing_token_of, given_attempt
+from biroute.launcher.ranks.environment import RankEnvironment, expand_nodes, find_rank_environment
 from biroute.slurm.node_check import Findings, inspect_node, judge
-from biroute.launcher.ranks.environment import Seat, expand_nodes, find_seat
 
 _CLOCK_ROUNDS = 5  # the best of some: a busy machine may answer late, never early
 _POLL_SECONDS = 0.05
@@ -39,22 +39,27 @@ _REDUCE_SHARE = 0.25  # of the whole time, for the all-reduce
 class Meeting:
     """The nodes around a key-value store on the first one."""
 
-    def __init__(self, seat: Seat, seconds: float) -> None:
-        self.seat = seat
+    def __init__(self, environment: RankEnvironment, seconds: float) -> None:
+        self.environment = environment
         self._deadline = time.monotonic() + seconds
         self._reduce_seconds = max(5.0, seconds * _REDUCE_SHARE)
         left = timedelta(seconds=seconds)
         self._store = dist.TCPStore(
-            seat.address, seat.port, seat.world_size, seat.rank == 0, timeout=left, wait_for_workers=False
+            environment.address,
+            environment.port,
+            environment.world_size,
+            environment.rank == 0,
+            timeout=left,
+            wait_for_workers=False,
         )
 
     def tell(self, what: str, text: str) -> None:
         """Say `text` about oneself."""
-        self._store.set(f"{what}/{self.seat.rank}", text)
+        self._store.set(f"{what}/{self.environment.rank}", text)
 
     def gather(self, what: str) -> dict[int, str]:
         """What each node said, by rank, without those that said nothing in time. For rank 0."""
-        ranks = range(self.seat.world_size)
+        ranks = range(self.environment.world_size)
         missing = set(ranks)
         reserved = self._reduce_seconds if what == "findings" else 0.0  # the all-reduce wants its time, too
         while missing and time.monotonic() < self._deadline - reserved:
@@ -78,11 +83,11 @@ class Meeting:
         try:
             store = dist.PrefixStore("reduce", self._store)
             dist.init_process_group(
-                "gloo", store=store, rank=self.seat.rank, world_size=self.seat.world_size, timeout=limit
+                "gloo", store=store, rank=self.environment.rank, world_size=self.environment.world_size, timeout=limit
             )
-            total = torch.arange(1000, dtype=torch.float64) + self.seat.rank
+            total = torch.arange(1000, dtype=torch.float64) + self.environment.rank
             dist.all_reduce(total)
-            ranks = self.seat.world_size
+            ranks = self.environment.world_size
             if not torch.equal(total, torch.arange(1000, dtype=torch.float64) * ranks + ranks * (ranks - 1) / 2):
                 return "its result is wrong", 0.0
             return "", min((self._compare_clock() for _ in range(_CLOCK_ROUNDS)), key=abs)
@@ -97,32 +102,34 @@ class Meeting:
         return float(now - first)
 
 
-def check_nodes(seat: Seat, nodes: Sequence[str], mine: Findings, seconds: float) -> dict[str, list[str]]:
+def check_nodes(
+    environment: RankEnvironment, nodes: Sequence[str], mine: Findings, seconds: float
+) -> dict[str, list[str]]:
     """Bad nodes of the job and what is wrong with each. Collective over all nodes.
 
     Raises:
         dist.DistError: the first node can't be reached.
     """
-    meeting = Meeting(seat, seconds)
+    meeting = Meeting(environment, seconds)
     meeting.tell("findings", json.dumps(asdict(mine)))
     findings = []
-    if seat.rank == 0:
+    if environment.rank == 0:
         findings = [Findings(**json.loads(text)) for text in meeting.gather("findings").values()]
-        meeting.announce("all here", str(len(findings) == seat.world_size))
+        meeting.announce("all here", str(len(findings) == environment.world_size))
     reach: dict[int, str] | None = None
     clocks: dict[int, float] = {}
-    if meeting.hear("all here") == "True" and seat.world_size > 1:
+    if meeting.hear("all here") == "True" and environment.world_size > 1:
         error, ahead = meeting.reduce()
         meeting.tell("reduced", json.dumps([error, ahead]))
-        if seat.rank == 0:
+        if environment.rank == 0:
             said = {rank: json.loads(text) for rank, text in meeting.gather("reduced").items()}
-            reach = {rank: said[rank][0] if rank in said else "no answer" for rank in range(seat.world_size)}
+            reach = {rank: said[rank][0] if rank in said else "no answer" for rank in range(environment.world_size)}
             clocks = {rank: said[rank][1] for rank in said if not any(reach.values())}
-    if seat.rank == 0:
+    if environment.rank == 0:
         meeting.announce("verdict", json.dumps(judge(nodes, findings, reach, clocks)))
     verdict: dict[str, list[str]] = json.loads(meeting.hear("verdict"))
     meeting.tell("left", "")
-    if seat.rank == 0:
+    if environment.rank == 0:
         meeting.gather("left")  # the store ends with this process
     return verdict
 
@@ -130,28 +137,39 @@ def check_nodes(seat: Seat, nodes: Sequence[str], mine: Findings, seconds: float
 def preflight(run_dir: Path, config_path: Path) -> int:
     """Check this node and the others; the exit status."""
     config = load_config(config_path)
-    seat = find_seat()
-    attempt = given_attempt() or fence_of(run_dir)
+    environment = find_rank_environment()
+    attempt = given_attempt() or fencing_token_of(run_dir)
     folder = log_dir(run_dir, attempt) / "preflight"
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     listed = expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
-    nodes = listed if len(listed) == seat.world_size else [f"node {rank}" for rank in range(seat.world_size)]
-    mine = inspect_node(seat.rank, host, run_dir, attempt, config)
-    _write(folder, nodes[seat.rank], [*mine.problems])
+    nodes = (
+        listed
+        if len(listed) == environment.world_size
+        else [f"node {rank}" for rank in range(environment.world_size)]
+    )
+    mine = inspect_node(environment.rank, host, run_dir, attempt, config)
+    _write(folder, nodes[environment.rank], [*mine.problems])
     try:
-        bad = check_nodes(seat, nodes, mine, config.slurm.preflight_timeout_seconds)
+        bad = check_nodes(environment, nodes, mine, config.slurm.preflight_timeout_seconds)
     except dist.DistError as error:
         # If the first node has got as far as to write its file, it is its part to name who is missing.
         if not (folder / f"{nodes[0]}.json").exists():
-            _write(folder, nodes[0], [f"{nodes[seat.rank]} could not reach it at {seat.address}:{seat.port}"])
-        print(f"preflight: {nodes[0]} at {seat.address}:{seat.port} can't be reached: {error}", file=sys.stderr)
-        return EXIT_OUR_FAULT
+            _write(
+                folder,
+                nodes[0],
+                [f"{nodes[environment.rank]} could not reach it at {environment.address}:{environment.port}"],
+            )
+        print(
+            f"preflight: {nodes[0]} at {environment.address}:{environment.port} can't be reached: {error}",
+            file=sys.stderr,
+        )
+        return EXIT_FAILURE
     for node, problems in bad.items():
         # A bad node may be unable to write: every node that can writes the same.
         _write(folder, node, problems)
-        if seat.rank == 0 or node == nodes[seat.rank]:
+        if environment.rank == 0 or node == nodes[environment.rank]:
             print(f"preflight: node {node}: {'; '.join(problems)}", file=sys.stderr)
-    return EXIT_OUR_FAULT if bad else EXIT_OK
+    return EXIT_FAILURE if bad else EXIT_OK
 
 
 def _write(folder: Path, node: str, problems: Sequence[str]) -> None:
@@ -167,10 +185,10 @@ def _write(folder: Path, node: str, problems: Sequence[str]) -> None:
 def main() -> None:
     try:
         status = preflight(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (UserError, IndexError) as error:
+    except (UsageError, IndexError) as error:
         text = "use: preflight RUN_DIR CONFIG" if isinstance(error, IndexError) else str(error)
         print(f"error: {text}", file=sys.stderr)
-        status = EXIT_USER_FAULT
+        status = EXIT_USAGE_ERROR
     sys.stderr.flush()
     os._exit(status)  # without gloo's teardown, which may wait for a node that is bad
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.slurm import client as slurm
-from biroute.launcher.attempts.journal import LEDGER_NAME, read_attempts
+from biroute.launcher.attempts.journal import JOURNAL_NAME, read_attempts
+from biroute.launcher.track.metrics_log import METRICS_LOG_NAME, Point, scan
+from biroute.slurm import client
 from biroute.slurm.script import SCRIPT_NAME, SUBMISSION
-from biroute.launcher.track.metrics_log import SPOOL_NAME, Point, scan
 from biroute.slurm.submit import CANCELLED_NAME, JOBS_NAME
 
 _TAIL_BYTES = 65_536
@@ -42,7 +42,7 @@ class RunFolder:
     def config(self) -> RunConfig | None:
         """The resolved configuration; None if it can't be read (yet, or by this version)."""
         for path in (self.path / SUBMISSION / "config.yaml", self.path / "config.yaml"):
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UsageError):
                 return load_config(path)
         return None
 
@@ -58,14 +58,14 @@ class RunFolder:
                 found[attempt.job] = None
         return list(found)
 
-    def jobs_in(self, queue: list[slurm.Job]) -> list[slurm.Job]:
+    def jobs_in(self, queue: list[client.Job]) -> list[client.Job]:
         """Those of the queued and running jobs that are this run's."""
         ids = set(self.job_ids())
         return [job for job in queue if job.script == self.script or job.job_id in ids]
 
     def last_point(self) -> Point | None:
         """The newest metrics of a training step."""
-        path = self.path / SPOOL_NAME
+        path = self.path / METRICS_LOG_NAME
         try:
             start = max(0, path.stat().st_size - _TAIL_BYTES)
             points = [point for point, _ in scan(path, start) if point is not None and "train/loss" in point.metrics]
@@ -76,48 +76,48 @@ class RunFolder:
 
 def is_run(path: Path) -> bool:
     """Was anything ever submitted or trained in this folder?"""
-    return any((path / name).exists() for name in (SUBMISSION, LEDGER_NAME, SPOOL_NAME))
+    return any((path / name).exists() for name in (SUBMISSION, JOURNAL_NAME, METRICS_LOG_NAME))
 
 
 def find_run(target: str) -> RunFolder:
     """The run that a user means by a run folder, a configuration file or a job id.
 
     Raises:
-        UserError: there is none, or the job is not one of ours.
+        UsageError: there is none, or the job is not one of ours.
     """
     path = Path(target)
     if path.is_dir():
         if not is_run(path):
-            raise UserError(f"{target} holds no run; name a run folder, a configuration or a job id")
+            raise UsageError(f"{target} holds no run; name a run folder, a configuration or a job id")
         return RunFolder(path.resolve())
     if target.isdigit():
         return _run_of_job(target)
     if path.suffix in (".yaml", ".yml"):
         run_dir = load_config(path).train.run_dir
         if not is_run(run_dir):
-            raise UserError(
+            raise UsageError(
                 f"{target}: its run folder {run_dir} holds no run; submit it with `biroute submit {target}`"
             )
         return RunFolder(run_dir.resolve())
-    raise UserError(f"{target}: no such run folder, configuration or job; `biroute status` lists the runs")
+    raise UsageError(f"{target}: no such run folder, configuration or job; `biroute status` lists the runs")
 
 
 def known_runs() -> list[RunFolder]:
     """Runs of this user's jobs, and those in ./runs. Slurm need not be there."""
     found = {folder.resolve() for folder in _RUNS.glob("*/") if is_run(folder)}
-    with contextlib.suppress(UserError):
-        found |= {run for job in slurm.queue() if (run := _run_of_script(job.script)) is not None}
+    with contextlib.suppress(UsageError):
+        found |= {run for job in client.queue() if (run := _run_of_script(job.script)) is not None}
     return [RunFolder(path) for path in sorted(found)]
 
 
 def _run_of_job(job_id: str) -> RunFolder:
-    unreachable: UserError | None = None
+    unreachable: UsageError | None = None
     try:
-        job = slurm.find_job(job_id)
+        job = client.find_job(job_id)
         folder = _run_of_script(job.script) if job else None
         if folder is not None:
             return RunFolder(folder)
-    except UserError as error:
+    except UsageError as error:
         unreachable, job = error, None
     for run in _local_runs():  # Slurm forgets a job some minutes after its end
         if job_id in run.job_ids():
@@ -125,7 +125,7 @@ def _run_of_job(job_id: str) -> RunFolder:
     if unreachable is not None:
         raise unreachable
     what = "is not a BiRoute job" if job else "is not known to Slurm"
-    raise UserError(f"job {job_id} {what}; `biroute status` lists the runs")
+    raise UsageError(f"job {job_id} {what}; `biroute status` lists the runs")
 
 
 def _run_of_script(script: Path | None) -> Path | None:

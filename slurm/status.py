@@ -10,8 +10,8 @@ from typing import Any
 from biroute.configs.errors import EXIT_OK
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.track.progress_line import duration, with_prefix
-from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.client import Job, past_jobs
+from biroute.slurm.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

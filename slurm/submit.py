@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from biroute.configs.errors import DISK_FULL, UserError
+from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
+from biroute.configs.errors import DISK_FULL, UsageError
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import dump_config, load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.manifest import load_manifest
-from biroute.slurm import client as slurm
-from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
-from biroute.slurm.snapshot import snapshot_code
+from biroute.slurm import client
 from biroute.slurm.script import SCRIPT_NAME, SUBMISSION, JobRequest, render_job
+from biroute.slurm.snapshot import snapshot_code
 
 JOBS_NAME = "jobs.jsonl"
 CANCELLED_NAME = "cancelled"
@@ -41,7 +41,7 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
     """Check configuration, dataset, layout and request, and render the script. Writes nothing.
 
     Raises:
-        UserError: any of them is not usable.
+        UsageError: any of them is not usable.
     """
     config = load_config(config_path, overrides)
     profile = load_profile(config.slurm.profile)
@@ -52,7 +52,7 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
     load_manifest(config.data.dir)
     config = _with_absolute_paths(config, working_dir)
     if any(sign in str(config.train.run_dir) for sign in "\\\n\r"):
-        raise UserError(
+        raise UsageError(
             f"train.run_dir={str(config.train.run_dir)!r}: Slurm takes no backslash or line break in a path"
         )
     request = JobRequest(
@@ -73,7 +73,7 @@ def submit_run(submission: Submission) -> str:
     """Freeze the run into its folder and submit it; the job's id.
 
     Raises:
-        UserError: the folder belongs to another run or can't be written, or Slurm refuses the job; nothing is left.
+        UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job; nothing is left.
     """
     run_dir = submission.request.run_dir
     check_run_dir(run_dir)
@@ -82,7 +82,7 @@ def submit_run(submission: Submission) -> str:
     try:
         with explain_run_dir_errors(run_dir):
             _freeze(submission, folder)
-        job_id = slurm.submit(submission.request.script)
+        job_id = client.submit(submission.request.script)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for left in (run_dir / "logs", run_dir):
@@ -94,20 +94,20 @@ def submit_run(submission: Submission) -> str:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a run folder that holds something. Raises UserError."""
+    """Refuse a run folder that holds something. Raises UsageError."""
     try:
         content = sorted(entry.name for entry in run_dir.iterdir())
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
+        raise UsageError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
     if SUBMISSION in content:
-        raise UserError(
+        raise UsageError(
             f"train.run_dir={run_dir} holds a submitted run; go on with it by `biroute resume {run_dir}`, or set "
             "train.run_dir to a new folder"
         )
     if content:
-        raise UserError(
+        raise UsageError(
             f"train.run_dir={run_dir} is not empty ({', '.join(content[:3])}{', ...' if content[3:] else ''}); "
             "set train.run_dir to a new folder"
         )
@@ -122,13 +122,13 @@ def record_job(run_dir: Path, job_id: str, by: str) -> None:
 
 @contextlib.contextmanager
 def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into a UserError."""
+    """Turn a full disk or a folder that cannot be written into a UsageError."""
     try:
         yield
     except (OSError, shutil.Error) as error:
         full = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)
         cause = "the disk is full; free some space" if full else f"{getattr(error, 'strerror', None) or error}"
-        raise UserError(f"train.run_dir={run_dir}: {cause}, or set train.run_dir to another folder") from None
+        raise UsageError(f"train.run_dir={run_dir}: {cause}, or set train.run_dir to another folder") from None
 
 
 def _freeze(submission: Submission, folder: Path) -> None:
@@ -154,13 +154,13 @@ def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:
         if config.parallel.data is None and ranks < nodes:
             ranks = nodes  # one rank a node, data parallel
         if ranks % nodes:
-            raise UserError(
+            raise UsageError(
                 f"slurm.nodes={nodes} does not divide the layout's {ranks} ranks; set slurm.ranks_per_node, or other "
                 "sizes in parallel"
             )
         wanted = ranks // nodes
     if profile.gpus_per_node and wanted > profile.gpus_per_node:
-        raise UserError(
+        raise UsageError(
             f"slurm.ranks_per_node={wanted} is more than the profile's gpus_per_node={profile.gpus_per_node}; "
             "a rank needs a GPU"
         )
@@ -168,7 +168,7 @@ def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:
 
 
 def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> Layout:
-    """The layout on nodes x ranks. Raises UserError if they don't fit."""
+    """The layout on nodes x ranks. Raises UsageError if they don't fit."""
     parallel, nodes = config.parallel, config.slurm.nodes
     ranks = nodes * ranks_per_node
     needed = default_world_size(config)
@@ -176,7 +176,7 @@ def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> 
     if not fits:
         kind = "a multiple of " if parallel.data is None else ""
         sizes = f"{parallel.tensor} x {parallel.pipeline} x {parallel.region} x {parallel.data or 'data'}"
-        raise UserError(
+        raise UsageError(
             f"slurm.nodes x slurm.ranks_per_node = {nodes} x {ranks_per_node} = {ranks} ranks, but the layout "
             f"tensor x pipeline x region x data = {sizes} needs {kind}{needed}; change either"
         )
@@ -185,18 +185,18 @@ def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> 
 
 def _check_partition(request: JobRequest) -> None:
     """Slurm would queue a job of too many nodes, for ever."""
-    largest = slurm.largest_partition(request.profile.partition)
+    largest = client.largest_partition(request.profile.partition)
     if largest is not None and request.nodes > largest[1]:
-        raise UserError(
+        raise UsageError(
             f"slurm.nodes={request.nodes}, but partition {largest[0]} has {largest[1]} nodes; ask for fewer, or name "
             "another partition in the profile"
         )
 
 
 def _check_signal(config: RunConfig, time_limit: str | None) -> None:
-    seconds = slurm.seconds_of(time_limit) if time_limit else None
+    seconds = client.seconds_of(time_limit) if time_limit else None
     if seconds and seconds <= config.slurm.signal_seconds:
-        raise UserError(
+        raise UsageError(
             f"slurm.signal_seconds={config.slurm.signal_seconds} is not below the time limit {time_limit} "
             f"({seconds} s): the job would stop as soon as it starts; lower it or raise slurm.time_limit"
         )

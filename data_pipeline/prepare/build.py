@@ -24,9 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.prepare.shard_writer import write_stream
+from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, TrainingSample, load_tokenizer, train_tokenizer
 from biroute.data_pipeline.read.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -42,10 +46,7 @@ from biroute.data_pipeline.read.manifest import (
     to_json,
     write_atomically,
 )
-from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.read.shards import open_shard, write_stream
-from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
-from biroute.data_pipeline.prepare.tokenizer import Tokenizer, TrainingSample, load_tokenizer, train_tokenizer
+from biroute.data_pipeline.read.token_stream import open_shard
 
 PART_BYTES = 2_000_000  # text in one part: about half a second of tokenising
 _VERSION = 1  # of everything that keys stand for
@@ -65,11 +66,11 @@ def build_dataset(data: DataConfig, progress: Progress | None = None) -> BuildRe
     """Build, continue or refresh the dataset in `data.dir`.
 
     Raises:
-        UserError: bad sources, settings or texts, a full disk, or another build at work in the folder.
+        UsageError: bad sources, settings or texts, a full disk, or another build at work in the folder.
     """
     started = time.monotonic()
     if not data.sources:
-        raise UserError("data.sources is empty; name at least one source of documents")
+        raise UsageError("data.sources is empty; name at least one source of documents")
     with explain_write_errors(data.dir):
         data.dir.mkdir(parents=True, exist_ok=True)
         with _lock(data.dir):
@@ -148,7 +149,7 @@ class _Build:
             if (folder / MANIFEST_NAME).exists():
                 try:
                     return load_manifest(folder)
-                except UserError as error:  # nothing of it can be trusted: build all anew
+                except UsageError as error:  # nothing of it can be trusted: build all anew
                     self._progress.note(f"warning: {error}")
         return None
 
@@ -168,7 +169,7 @@ class _Build:
     def _is_whole(self, shard: ShardEntry) -> bool:
         try:
             open_shard(self._folder, shard).close()
-        except UserError as error:
+        except UsageError as error:
             self._progress.note(f"warning: {error}")
             return False
         return True
@@ -227,7 +228,7 @@ class _Build:
         try:
             record = json.loads((self._folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
             tokenizer = load_tokenizer(self._folder / TOKENIZER_NAME)
-        except (UserError, OSError, ValueError):
+        except (UsageError, OSError, ValueError):
             return None
         expected = {"key": self._tokenizer_key, "fingerprint": tokenizer.fingerprint}
         return tokenizer if record == expected else None
@@ -283,7 +284,7 @@ class _Build:
             return
         what = "no document for the held-out split" if split == "heldout" else "no document to train on"
         remedy = "raise it" if split == "heldout" else "lower it"
-        raise UserError(
+        raise UsageError(
             f"data.heldout_fraction={fraction} leaves {what}; {remedy}, give more documents, or lower "
             "data.max_document_bytes so that long ones are split"
         )
@@ -402,5 +403,5 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"data.dir={folder}: another build is at work there; wait for it or stop it") from None
+            raise UsageError(f"data.dir={folder}: another build is at work there; wait for it or stop it") from None
         yield

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from biroute.configs.errors import UserError
-from biroute.data_pipeline.read.manifest import SPLITS, write_atomically
+from biroute.configs.errors import UsageError
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+from biroute.data_pipeline.read.manifest import SPLITS, write_atomically
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PartEncoder:
 
         Raises:
             OSError: a part could not be written.
-            UserError: a worker was killed.
+            UsageError: a worker was killed.
         """
         if self._pool is None:
             _encode_part(path, texts)
@@ -88,7 +88,7 @@ class PartEncoder:
         try:
             yield
         except BrokenProcessPool:
-            raise UserError(
+            raise UsageError(
                 f"data.workers={self._workers}: a tokenising process was killed, perhaps for lack of memory; "
                 "lower data.workers and run the same command again, it continues"
             ) from None

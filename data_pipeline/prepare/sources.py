@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
 
 _SUFFIXES = (".txt", ".jsonl")
@@ -68,7 +68,7 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source: patterns in their given order, matches of a pattern sorted, each file once.
 
     Raises:
-        UserError: a pattern that matches nothing, a folder, a file of an unknown kind.
+        UsageError: a pattern that matches nothing, a folder, a file of an unknown kind.
     """
     field = f"data.sources[{source.name}].paths"
     found: dict[str, SourceFile] = {}
@@ -77,13 +77,13 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
             what = "is a folder; name its files, such as" if matches else "matches no file; correct it, such as"
-            raise UserError(f"{field}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
+            raise UsageError(f"{field}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
         for name in files:
             _kind_of(name)
             try:
                 stat = Path(name).stat()
             except OSError as error:  # a dangling link
-                raise UserError(f"{field}: {name} cannot be read ({error.strerror})") from None
+                raise UsageError(f"{field}: {name} cannot be read ({error.strerror})") from None
             found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
     return list(found.values())
 
@@ -101,7 +101,7 @@ def read_documents(
     are done.
 
     Raises:
-        UserError: a file missing, unreadable or truncated; no document at all in the source.
+        UsageError: a file missing, unreadable or truncated; no document at all in the source.
     """
     for file in resolve_files(source):
         kind = _kind_of(file.path)
@@ -115,7 +115,7 @@ def read_documents(
                 if document is not None:
                     yield document
     if counts.documents == 0:
-        raise UserError(_why_nothing(source, counts))
+        raise UsageError(_why_nothing(source, counts))
 
 
 def _why_nothing(source: SourceConfig, counts: SourceCounts) -> str:
@@ -227,7 +227,7 @@ def _kind_of(path: str) -> str:
     for suffix in _SUFFIXES:
         if stem.endswith(suffix):
             return suffix
-    raise UserError(f"{path}: unknown kind of file; data.sources reads .txt and .jsonl, each also .gz or .zst")
+    raise UsageError(f"{path}: unknown kind of file; data.sources reads .txt and .jsonl, each also .gz or .zst")
 
 
 class _CountingFile(io.RawIOBase):
@@ -285,7 +285,7 @@ class _ZstdFile(io.RawIOBase):
 
 @contextmanager
 def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file; what goes wrong while they are read becomes a UserError that names it."""
+    """The decompressed bytes of a file; what goes wrong while they are read becomes a UsageError that names it."""
     import zstandard
 
     try:
@@ -297,10 +297,10 @@ def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[B
                 counted = _ZstdFile(counted)
             yield io.BufferedReader(counted, _BLOCK_BYTES)  # type: ignore[return-value]
     except EOFError:
-        raise UserError(f"{path}: the compressed file is truncated; fetch or write it again") from None
+        raise UsageError(f"{path}: the compressed file is truncated; fetch or write it again") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(
+        raise UsageError(
             f"{path}: not a sound compressed file ({' '.join(str(error).split())}); write it again"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Tokenizer:
         """`model` is a serialised SentencePiece model, `origin` what messages call it.
 
         Raises:
-            UserError: not a SentencePiece model; no byte fallback, no end-of-document piece, or texts change.
+            UsageError: not a SentencePiece model; no byte fallback, no end-of-document piece, or texts change.
         """
         import sentencepiece
 
@@ -66,7 +66,7 @@ class Tokenizer:
             self._processor.load_from_serialized_proto(model)
             settings = _model_settings(model)
         except (RuntimeError, ValueError, IndexError):
-            raise UserError(f"{origin}: not a SentencePiece model; name a .model file of SentencePiece") from None
+            raise UsageError(f"{origin}: not a SentencePiece model; name a .model file of SentencePiece") from None
         processor = self._processor
         self._origin = origin
         self.model_bytes = model
@@ -78,17 +78,17 @@ class Tokenizer:
         self.fingerprint = self._make_fingerprint(settings)
         eos_id = _id_or_none(processor.eos_id())
         if eos_id is None:
-            raise UserError(f"{origin}: the model has no end-of-sentence piece; BiRoute joins documents with it")
+            raise UsageError(f"{origin}: the model has no end-of-sentence piece; BiRoute joins documents with it")
         self.eos_id: int = eos_id
         byte_ids = {processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_byte(i)}
         if len(byte_ids) != 256:
-            raise UserError(
+            raise UsageError(
                 f"{origin}: the model has {len(byte_ids)} byte pieces, not 256; train it with byte_fallback=true"
             )
         self._mark_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode("utf-8")]
         for probe in _PROBES:
             if self.decode(self.encode(probe)) != probe:
-                raise UserError(
+                raise UsageError(
                     f"{origin}: the model changes texts ({probe[:16]!r} comes back as "
                     f"{self.decode(self.encode(probe))[:16]!r}); train it with normalization_rule_name=identity, "
                     "add_dummy_prefix=false, remove_extra_whitespaces=false"
@@ -154,17 +154,17 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer in the file `path`; `vocab_size` is what the configuration says, None: anything.
 
     Raises:
-        UserError: file missing or no usable model, or another vocabulary size.
+        UsageError: file missing or no usable model, or another vocabulary size.
     """
     try:
         model = path.read_bytes()
     except OSError as error:
-        raise UserError(
+        raise UsageError(
             f"{path}: the tokenizer cannot be read ({error.strerror}); correct data.tokenizer.model_path"
         ) from None
     tokenizer = Tokenizer(model, str(path))
     if vocab_size is not None and tokenizer.vocab_size != vocab_size:
-        raise UserError(
+        raise UsageError(
             f"data.tokenizer.vocab_size={vocab_size}, but {path} has {tokenizer.vocab_size} pieces; "
             f"set data.tokenizer.vocab_size={tokenizer.vocab_size}"
         )
@@ -175,7 +175,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Train on `texts`; the same texts in the same order give the same pieces on any machine.
 
     Raises:
-        UserError: too little text for the vocabulary, or too small a vocabulary for the characters of the text.
+        UsageError: too little text for the vocabulary, or too small a vocabulary for the characters of the text.
     """
     import sentencepiece
 
@@ -207,7 +207,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
             sentence_iterator=training_sentences(texts), model_writer=model, **options
         )
     except RuntimeError as error:
-        raise UserError(_why_untrained(config, str(error))) from None
+        raise UsageError(_why_untrained(config, str(error))) from None
     return Tokenizer(model.getvalue(), "the trained tokenizer")
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
+from biroute.data_pipeline.prepare.progress_bar import Progress
+from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.read.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -21,9 +23,7 @@ from biroute.data_pipeline.read.manifest import (
     ShardEntry,
     load_manifest,
 )
-from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.read.shards import check_header, open_shard, sample_key
-from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
+from biroute.data_pipeline.read.token_stream import check_header, open_shard, sample_key
 
 _REMEDY = "remove it and run `biroute data build` to make it again"
 
@@ -36,7 +36,7 @@ def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None =
     sample through webdataset itself, counting tokens, documents and bytes.
 
     Raises:
-        UserError: on the first fault, naming the file.
+        UsageError: on the first fault, naming the file.
     """
     manifest = load_manifest(folder)
     tokenizer = check_tokenizer(folder, manifest)
@@ -56,11 +56,11 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The dataset's tokenizer, which is the one that made the shards.
 
     Raises:
-        UserError: missing, damaged or another one.
+        UsageError: missing, damaged or another one.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(
+        raise UsageError(
             f"{folder / TOKENIZER_NAME}: fingerprint {tokenizer.fingerprint[:12]}, but the shards were made with "
             f"{manifest.tokenizer_fingerprint[:12]}; put that tokenizer back or run `biroute data build`"
         )
@@ -72,7 +72,7 @@ def _check_no_others(folder: Path, manifest: Manifest) -> None:
     found = set(folder.glob("*/*.tar")) | set(folder.glob("*.tar"))
     others = sorted(found - listed)
     if others:
-        raise UserError(f"{others[0]}: a foreign shard that {MANIFEST_NAME} does not list; remove it")
+        raise UsageError(f"{others[0]}: a foreign shard that {MANIFEST_NAME} does not list; remove it")
 
 
 def _verify_deep(folder: Path, manifest: Manifest, tokenizer: Tokenizer, progress: Progress) -> None:
@@ -94,7 +94,7 @@ def _check_digest(folder: Path, shard: ShardEntry) -> None:
     with open_shard(folder, shard) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != shard.sha256:
-        raise UserError(
+        raise UsageError(
             f"{folder / shard.file}: checksum {found[:12]} instead of {shard.sha256[:12]}: the shard is damaged; "
             f"{_REMEDY}"
         )
@@ -113,14 +113,14 @@ def _check_samples(
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
         expected = f"{prefix}-{int(digits) + samples:09d}"
         if sample["__key__"] != expected:
-            raise UserError(f"{path}: sample {sample['__key__'][:60]!r} where {expected!r} belongs; {_REMEDY}")
+            raise UsageError(f"{path}: sample {sample['__key__'][:60]!r} where {expected!r} belongs; {_REMEDY}")
         array = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
         if array.dtype != np.dtype(manifest.dtype) or (array >= manifest.vocab_size).any():
-            raise UserError(f"{path}: sample {expected!r} holds no tokens of this vocabulary; {_REMEDY}")
+            raise UsageError(f"{path}: sample {expected!r} holds no tokens of this vocabulary; {_REMEDY}")
         ends = array == manifest.eos_id
         in_sample = int(begins) + int(ends[:-1].sum())
         if json.loads(sample["json"])["documents"] != in_sample:
-            raise UserError(f"{path}: sample {expected!r} does not hold the documents that it says; {_REMEDY}")
+            raise UsageError(f"{path}: sample {expected!r} does not hold the documents that it says; {_REMEDY}")
         begins = bool(ends[-1])
         samples += 1
         tokens += len(array)
@@ -129,5 +129,5 @@ def _check_samples(
     counted = {"samples": samples, "tokens": tokens, "documents": documents, "text_bytes": text_bytes}
     for field, found in counted.items():
         if found != getattr(shard, field):
-            raise UserError(f"{path}: {found} {field} instead of {getattr(shard, field)}; {_REMEDY}")
+            raise UsageError(f"{path}: {found} {field} instead of {getattr(shard, field)}; {_REMEDY}")
     return begins

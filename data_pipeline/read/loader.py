@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.data_pipeline.read.manifest import Split, load_manifest
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
-from biroute.data_pipeline.read.shards import TokenStream
+from biroute.data_pipeline.read.token_stream import TokenStream
 
 IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 _CLOSE_SECONDS = 5.0  # for the thread to notice that it is to stop
@@ -45,7 +45,7 @@ class SequenceReader:
         """`weights`: relative shares by name of source, None: every sequence once per epoch.
 
         Raises:
-            UserError: too few tokens for one sequence; weights for other sources than the dataset has.
+            UsageError: too few tokens for one sequence; weights for other sources than the dataset has.
         """
         manifest = load_manifest(folder)
         layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
@@ -54,7 +54,7 @@ class SequenceReader:
         self.sequence_length = sequence_length
         names = [source.name for source in manifest.sources]
         if weights is not None and set(weights) != set(names):
-            raise UserError(
+            raise UsageError(
                 f"data.sources: weights for {', '.join(sorted(weights))}, but {folder} holds {', '.join(names)}; "
                 "run `biroute data build` with this configuration"
             )
@@ -66,9 +66,9 @@ class SequenceReader:
                 sizes.append(SourceSize(source.name, num_sequences))
                 self._streams.append(TokenStream(folder, source.name, split, entry, manifest.dtype, layout))
             elif weights is not None:
-                raise UserError(self._too_short(f"the {split} split of source {source.name}", entry.tokens))
+                raise UsageError(self._too_short(f"the {split} split of source {source.name}", entry.tokens))
         if not sizes:
-            raise UserError(self._too_short(f"the {split} split", manifest.tokens(split)))
+            raise UsageError(self._too_short(f"the {split} split", manifest.tokens(split)))
         self._order = SequenceOrder(sizes, weights, seed)
         self.num_sequences = self._order.num_sequences
         self.shares = self._order.shares
@@ -105,7 +105,7 @@ class Objective:
     seed: of the masking.
     """
 
-    kind: Literal["causal", "masked"]
+    kind: Literal["causal", "mlm"]
     token_bytes: np.ndarray
     mask_id: int | None = None
     masked_tokens: int = 0
@@ -223,7 +223,7 @@ class MicrobatchLoader:
         """The microbatches of the next optimizer step; `position` moves on by the global batch.
 
         Raises:
-            UserError: a shard has gone since the dataset was opened, say: whatever the thread met.
+            UsageError: a shard has gone since the dataset was opened, say: whatever the thread met.
             RuntimeError: the loader is closed.
         """
         if self._failure is not None:
@@ -274,10 +274,10 @@ def check_evaluate_sequences(reader: SequenceReader, wanted: int) -> None:
     """Does the held-out split have `wanted` different sequences?
 
     Raises:
-        UserError: it does not.
+        UsageError: it does not.
     """
     if wanted > reader.num_sequences:
-        raise UserError(
+        raise UsageError(
             f"train.evaluate_sequences={wanted}, but the held-out split of {reader.folder} has only "
             f"{reader.num_sequences} sequences of {reader.sequence_length} tokens; lower "
             f"train.evaluate_sequences to at most {reader.num_sequences} or raise data.heldout_fraction"
@@ -291,7 +291,7 @@ class HeldoutBatches:
         """`shape.global_batch_size` is the number of sequences over all ranks.
 
         Raises:
-            UserError: the held-out split has fewer.
+            UsageError: the held-out split has fewer.
         """
         check_evaluate_sequences(reader, shape.global_batch_size)
         self._reader = reader

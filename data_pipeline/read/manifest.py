@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from biroute.configs.errors import DISK_FULL, UserError
+from biroute.configs.errors import DISK_FULL, UsageError
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -98,22 +98,22 @@ def load_manifest(folder: Path) -> Manifest:
     """The manifest of the dataset in `folder`.
 
     Raises:
-        UserError: no dataset, an unfinished one, or a damaged manifest.
+        UsageError: no dataset, an unfinished one, or a damaged manifest.
     """
     path = folder / MANIFEST_NAME
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         state = "is not finished" if (folder / WORK_NAME).exists() else "holds no dataset"
-        raise UserError(f"data.dir={folder} {state}; run `biroute data build` with this configuration") from None
+        raise UsageError(f"data.dir={folder} {state}; run `biroute data build` with this configuration") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(
+        raise UsageError(
             f"{path}: damaged or of another version ({where}: {first['msg']}); remove it and run `biroute data build`"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -133,17 +133,17 @@ def to_json(entry: BaseModel) -> bytes:
 
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into a UserError that names `folder`."""
+    """Turns a full disk or a folder that cannot be written into a UsageError that names `folder`."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise UserError(
+            raise UsageError(
                 f"data.dir={folder}: the disk is full ({error.strerror}); free some space and run the same command "
                 "again, it continues, or set data.dir to another disk"
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
+            raise UsageError(
                 f"data.dir={folder}: cannot write {error.filename or 'there'} ({error.strerror}); "
                 "set data.dir to a folder of your own"
             ) from None

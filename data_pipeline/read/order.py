@@ -63,7 +63,7 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def choose_positions(length: int, count: int, key: np.ndarray) -> np.ndarray:
-    """`count` different positions in 0 ... length - 1, [count] int64: which tokens objective=masked hides."""
+    """`count` different positions in 0 ... length - 1, [count] int64: which tokens objective=mlm hides."""
     return permute(np.arange(count, dtype=np.int64), length, key)
 
 

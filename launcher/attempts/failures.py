@@ -2,7 +2,7 @@
 
     <run>/logs/attempt-0001/
         rank-00003.log              what the rank printed
-        ranks/rank-00003.json       its pulse: where it last was, written every now and then
+        ranks/rank-00003.json       its heartbeat: where it last was, written every now and then
         failures/rank-00003.json    the exception, or the hang, that ended it
         preflight/<host>.json       what the check of the node found
         stopped.json                training stopped because it was asked to, state saved
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, UserError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, UsageError
 
 Kind = Literal["error", "user", "peer", "hang"]
 
@@ -57,7 +57,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """Where a rank last was."""
 
     rank: int
@@ -92,7 +92,7 @@ def log_file(logs: Path, rank: int) -> Path:
 def record_failure(logs: Path, rank: int, step: int, error: Exception) -> None:
     """Write down the exception that ends this rank. Never raises: there may be no disk left."""
     kind: Kind = "error"
-    if isinstance(error, UserError):
+    if isinstance(error, UsageError):
         kind = "user"
     elif _LOST_PEER.search(str(error)):
         kind = "peer"
@@ -109,9 +109,9 @@ def write_failure(logs: Path, failure: Failure) -> None:
             _write(path, asdict(failure))
 
 
-def write_pulse(logs: Path, pulse: Pulse) -> None:
+def write_heartbeat(logs: Path, heartbeat: Heartbeat) -> None:
     """Raises OSError."""
-    _write(logs / "ranks" / f"rank-{pulse.rank:05d}.json", asdict(pulse))
+    _write(logs / "ranks" / f"rank-{heartbeat.rank:05d}.json", asdict(heartbeat))
 
 
 def record_stop(logs: Path, step: int | None, signal_name: str) -> None:
@@ -125,14 +125,16 @@ def read_failures(logs: Path) -> list[Failure]:
     return sorted(_read_all(logs / "failures", Failure), key=lambda failure: failure.time)
 
 
-def read_pulses(logs: Path) -> list[Pulse]:
+def read_heartbeats(logs: Path) -> list[Heartbeat]:
     """By rank."""
-    return sorted(_read_all(logs / "ranks", Pulse), key=lambda pulse: pulse.rank)
+    return sorted(_read_all(logs / "ranks", Heartbeat), key=lambda heartbeat: heartbeat.rank)
 
 
 def last_step(logs: Path) -> int | None:
     """The last step that any rank is known to have reached."""
-    steps = [pulse.step for pulse in read_pulses(logs)] + [failure.step for failure in read_failures(logs)]
+    steps = [heartbeat.step for heartbeat in read_heartbeats(logs)] + [
+        failure.step for failure in read_failures(logs)
+    ]
     return max(steps, default=0) or None
 
 
@@ -142,10 +144,10 @@ def first_failure(logs: Path) -> Failure | None:
     return next((failure for failure in failures if failure.kind != "peer"), failures[0] if failures else None)
 
 
-def silent_ranks(logs: Path) -> list[Pulse]:
+def silent_ranks(logs: Path) -> list[Heartbeat]:
     """Ranks that were there and left no failure."""
     told = {failure.rank for failure in read_failures(logs)}
-    return [pulse for pulse in read_pulses(logs) if pulse.rank not in told]
+    return [heartbeat for heartbeat in read_heartbeats(logs) if heartbeat.rank not in told]
 
 
 def bad_nodes(logs: Path) -> dict[str, list[str]]:
@@ -175,7 +177,7 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
         cause = "; ".join(f"node {node}: {', '.join(problems)}" for node, problems in nodes.items())
         return End(status, f"preflight: {cause}", step, crash=True, excluded=tuple(nodes))
     first = first_failure(logs)
-    if status == EXIT_USER_FAULT:
+    if status == EXIT_USAGE_ERROR:
         return End(status, first.error if first is not None else "a fault in the configuration or data", step)
     if first is not None and first.kind != "peer":
         return End(status, str(first), first.step, crash=True)
@@ -191,7 +193,7 @@ def tell_first_failure(logs: Path) -> str:
     if first is None or (first.kind == "peer" and silent):
         if not silent or len(silent) > _RANKS_NAMED:
             return ""
-        parts = [tail_of_log(logs, pulse.rank) for pulse in silent]
+        parts = [tail_of_log(logs, heartbeat.rank) for heartbeat in silent]
         return "\n".join(part for part in parts if part)
     shown = [str(first)]
     if first.traceback and first.kind != "user":
@@ -217,12 +219,12 @@ def ending(status: int) -> str:
     return f"exited with status {status}"
 
 
-def name_ranks(pulses: Sequence[Pulse]) -> str:
+def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
     """`rank 3 on n2` or `ranks 0, 1, 2, 3 and 12 more`."""
-    if len(pulses) == 1:
-        return f"rank {pulses[0].rank} on {pulses[0].host}"
-    named = ", ".join(f"{pulse.rank} on {pulse.host}" for pulse in pulses[:_RANKS_NAMED])
-    more = len(pulses) - _RANKS_NAMED
+    if len(heartbeats) == 1:
+        return f"rank {heartbeats[0].rank} on {heartbeats[0].host}"
+    named = ", ".join(f"{heartbeat.rank} on {heartbeat.host}" for heartbeat in heartbeats[:_RANKS_NAMED])
+    more = len(heartbeats) - _RANKS_NAMED
     return f"ranks {named}" + (f" and {more} more" if more > 0 else "")
 
 
@@ -230,7 +232,7 @@ def _without_a_word(logs: Path, status: int, first: Failure | None) -> str:
     silent = silent_ranks(logs)
     if not silent:
         return f"it {ending(status)} before any rank said where it was"
-    last = f"last seen at step {max(pulse.step for pulse in silent)}"
+    last = f"last seen at step {max(heartbeat.step for heartbeat in silent)}"
     killed = f"{name_ranks(silent)} ended without a word, as SIGKILL or a lost node do ({last}"
     if first is None:
         return f"{killed}); the job {ending(status)}"

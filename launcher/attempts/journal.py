@@ -1,7 +1,7 @@
 """The attempts of a run: who owns the run folder, how each attempt ended, and whether another one follows. No torch.
 
     <run>/attempts.jsonl           one line when an attempt begins, one when it ends; only ever appended to
-    <run>/attempt                  the fence: number of the attempt that owns the folder
+    <run>/attempt                  the fencing_token: number of the attempt that owns the folder
     <run>/logs/attempt-0001/       what its ranks wrote
 
 A rank on a node that the scheduler has given up may train on for minutes while the next attempt runs elsewhere. It
@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_FAULT, FencedError, UserError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
 from biroute.launcher.attempts.failures import End, last_step, log_dir
 from biroute.launcher.attempts.file_lock import file_lock
 
-LEDGER_NAME = "attempts.jsonl"
-FENCE_NAME = "attempt"
+JOURNAL_NAME = "attempts.jsonl"
+FENCING_TOKEN_NAME = "attempt"
 CANCELLED_MARK = Path("submission") / "cancelled"
 NO_END = "no end recorded: its node was lost or the job killed"
 ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # the number, for ranks whose launcher has begun the attempt
@@ -64,13 +64,13 @@ class Limits:
 
 
 def make_run_dir(path: Path) -> None:
-    """Create the run folder. Raises UserError if it can't be written."""
+    """Create the run folder. Raises UsageError if it can't be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
+        raise UsageError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
 
 
 def begin_attempt(
@@ -84,12 +84,12 @@ def begin_attempt(
     """Take over the run folder; the new attempt's number. What earlier attempts write from now on is refused.
 
     Raises:
-        UserError: the folder can't be written.
+        UsageError: the folder can't be written.
     """
     try:
         with folder_lock(run_dir):
             attempts = read_attempts(run_dir)
-            number = max([fence_of(run_dir), *(attempt.number for attempt in attempts)]) + 1
+            number = max([fencing_token_of(run_dir), *(attempt.number for attempt in attempts)]) + 1
             _raise_fence(run_dir, number)
             for attempt in attempts:
                 if attempt.ended is None:
@@ -100,7 +100,7 @@ def begin_attempt(
             _append(run_dir, begin | {"nodes": list(nodes), "world_size": world_size})
         log_dir(run_dir, number).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
+        raise UsageError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
     return number
 
 
@@ -108,11 +108,11 @@ def given_attempt() -> int | None:
     """The attempt that this rank's launcher has begun; None if it knows of none, as torchrun doesn't.
 
     Raises:
-        UserError: the variable is no number.
+        UsageError: the variable is no number.
     """
     text = os.environ.get(ATTEMPT_VARIABLE, "")
     if text and not text.isdecimal():
-        raise UserError(f"{ATTEMPT_VARIABLE}={text!r} is not the number of an attempt; unset it")
+        raise UsageError(f"{ATTEMPT_VARIABLE}={text!r} is not the number of an attempt; unset it")
     return int(text) if text else None
 
 
@@ -122,7 +122,7 @@ def end_attempt(run_dir: Path, number: int, end: End, limits: Limits | None) -> 
     `limits` is None where no scheduler could start the run again. The first end recorded stands.
     """
     with folder_lock(run_dir):
-        owner = fence_of(run_dir)
+        owner = fencing_token_of(run_dir)
         if owner != number:
             return "stop", f"attempt {number} no longer owns {run_dir}: attempt {owner} does"
         attempts = read_attempts(run_dir)
@@ -145,7 +145,7 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
         return "finished", "the run is at its last step"
     if cancelled:
         return "stop", "the run was cancelled; `biroute resume` goes on with it"
-    if end.status == EXIT_USER_FAULT:
+    if end.status == EXIT_USAGE_ERROR:
         return "stop", f"{end.cause}; put it right, then `biroute resume`"
     if not limits.requeue:
         return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on"
@@ -171,10 +171,10 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     """All attempts in order; empty if there was none. Damaged lines are passed over.
 
     Raises:
-        OSError: the ledger is there and can't be read.
+        OSError: the journal is there and can't be read.
     """
     attempts: dict[int, Attempt] = {}
-    for record in _records(run_dir / LEDGER_NAME):
+    for record in _records(run_dir / JOURNAL_NAME):
         with contextlib.suppress(KeyError, TypeError, ValueError):
             _take_in(attempts, record)
     return [attempts[number] for number in sorted(attempts)]
@@ -185,18 +185,20 @@ def excluded_nodes(run_dir: Path, job: str | None) -> list[str]:
     return sorted({node for attempt in read_attempts(run_dir) if attempt.job == job for node in attempt.excluded})
 
 
-def fence_of(run_dir: Path) -> int:
+def fencing_token_of(run_dir: Path) -> int:
     """Number of the attempt that owns the folder; 0 if none does."""
     try:
-        return int((run_dir / FENCE_NAME).read_text(encoding="ascii"))
+        return int((run_dir / FENCING_TOKEN_NAME).read_text(encoding="ascii"))
     except FileNotFoundError:
         return 0
     except ValueError:
-        raise UserError(f"{run_dir / FENCE_NAME}: not a number; write the newest number in {LEDGER_NAME}") from None
+        raise UsageError(
+            f"{run_dir / FENCING_TOKEN_NAME}: not a number; write the newest number in {JOURNAL_NAME}"
+        ) from None
 
 
 @dataclass(frozen=True)
-class Fence:
+class FencingToken:
     """The right of one attempt to write into the run folder."""
 
     run_dir: Path
@@ -205,16 +207,16 @@ class Fence:
     def holds(self) -> bool:
         """May this attempt still write? True as long as the answer can't be read: the write will fail by itself."""
         try:
-            return fence_of(self.run_dir) <= self.attempt
-        except (OSError, UserError):
+            return fencing_token_of(self.run_dir) <= self.attempt
+        except (OSError, UsageError):
             return True
 
     def check(self) -> None:
         """Raises FencedError if another attempt owns the folder."""
         if not self.holds():
             raise FencedError(
-                f"attempt {self.attempt} no longer owns {self.run_dir}: attempt {fence_of(self.run_dir)} does; "
-                "nothing more is written"
+                f"attempt {self.attempt} no longer owns {self.run_dir}: attempt {fencing_token_of(self.run_dir)} "
+                "does; nothing more is written"
             )
 
     @contextlib.contextmanager
@@ -230,20 +232,20 @@ class Fence:
 
 
 def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
-    """One process at a time changes fence, ledger or the list of checkpoints.
+    """One process at a time changes fencing_token, journal or the list of checkpoints.
 
     After some seconds it goes on without: a frozen holder must not stop the next attempt.
     """
-    return file_lock(run_dir / f".{FENCE_NAME}.lock", _LOCK_SECONDS)
+    return file_lock(run_dir / f".{FENCING_TOKEN_NAME}.lock", _LOCK_SECONDS)
 
 
 def _raise_fence(run_dir: Path, number: int) -> None:
-    draft = run_dir / f".{FENCE_NAME}.tmp"
+    draft = run_dir / f".{FENCING_TOKEN_NAME}.tmp"
     with draft.open("w", encoding="ascii") as file:
         file.write(f"{number}\n")
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(run_dir / FENCE_NAME)
+    draft.replace(run_dir / FENCING_TOKEN_NAME)
 
 
 def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None) -> None:
@@ -254,7 +256,7 @@ def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None)
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    with (run_dir / LEDGER_NAME).open("ab+") as file:
+    with (run_dir / JOURNAL_NAME).open("ab+") as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # torn by a kill

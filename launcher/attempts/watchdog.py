@@ -1,8 +1,9 @@
 """Watches one rank: shows where it is, notices when nothing moves any more, and tells who is missing where. No torch.
 
-A thread writes the rank's *pulse* into the attempt's logs. When the rank has reached nothing new within the limit, it
-dumps all stacks into its log, writes down in which collective it waits, reads what the others wrote, names the rank
-that is not there and ends the process: a hang ends the attempt, and the next goes on from the newest checkpoint.
+A thread writes the rank's *heartbeat* into the attempt's logs. When the rank has reached nothing new within the
+limit, it dumps all stacks into its log, writes down in which collective it waits, reads what the others wrote, names
+the rank that is not there and ends the process: a hang ends the attempt, and the next resumes from
+the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from biroute.configs.errors import EXIT_OUR_FAULT
-from biroute.launcher.attempts.failures import Failure, Pulse, read_pulses, record_failure, write_failure, write_pulse
+from biroute.configs.errors import EXIT_FAILURE
+from biroute.launcher.attempts.failures import (
+    Failure,
+    Heartbeat,
+    read_heartbeats,
+    record_failure,
+    write_failure,
+    write_heartbeat,
+)
 
 _SHORTEST_TICK, _LONGEST_TICK = 0.2, 15.0
-_RANK_0_TICK = 0.2  # its pulse tells the step of the run
+_RANK_0_TICK = 0.2  # its heartbeat tells the step of the run
 _REPORT_SECONDS = 10.0  # how long to wait for the others' reports
 
 
@@ -45,7 +53,7 @@ class HangReport:
 
 
 class Watchdog:
-    """One rank's pulse and its alarm. `reached` is called from the training thread."""
+    """One rank's heartbeat and its alarm. `reached` is called from the training thread."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -63,10 +71,10 @@ class Watchdog:
         self._written: tuple[int, str] | None = None
 
     def watch(self, logs: Path, rank: int, world_size: int, *, hang_seconds: float, startup_seconds: float) -> None:
-        """Start watching; `hang_seconds` = 0 leaves the pulse without the alarm."""
+        """Start watching; `hang_seconds` = 0 leaves the heartbeat without the alarm."""
         self._logs, self._rank, self._world_size = logs, rank, world_size
         self._hang_seconds, self._startup_seconds = hang_seconds, startup_seconds
-        self._write_pulse()
+        self._write_heartbeat()
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # no file behind stderr
             # Only the thread that takes the signal, the main one: reading the frames of one that runs can crash.
             faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False)
@@ -98,7 +106,7 @@ class Watchdog:
         """Leave word of the exception that ends this rank."""
         self.close()
         if self._logs is not None:
-            self._write_pulse()
+            self._write_heartbeat()
             record_failure(self._logs, self._rank, self.step, error)
 
     def close(self) -> None:
@@ -132,26 +140,26 @@ class Watchdog:
                 break
             if self._hang_seconds > 0 and looked - self._since > self._limit():
                 self._end_hang()
-            self._write_pulse()
+            self._write_heartbeat()
             self._closed.wait(_RANK_0_TICK)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _write_pulse(self) -> None:
+    def _write_heartbeat(self) -> None:
         assert self._logs is not None
         if self._written == (self.step, self._doing):
             return
         self._written = (self.step, self._doing)
-        with contextlib.suppress(OSError):  # training needs no pulse
-            write_pulse(
+        with contextlib.suppress(OSError):  # training needs no heartbeat
+            write_heartbeat(
                 self._logs,
-                Pulse(self._rank, socket.gethostname(), os.getpid(), time.time(), self.step, self._doing),
+                Heartbeat(self._rank, socket.gethostname(), os.getpid(), time.time(), self.step, self._doing),
             )
 
     def _end_hang(self) -> None:
         assert self._logs is not None
         signal.setitimer(signal.ITIMER_REAL, 0)
         waited = time.monotonic() - self._since
-        self._write_pulse()
+        self._write_heartbeat()
         print(f"\nwatchdog: nothing new for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -163,14 +171,14 @@ class Watchdog:
         with contextlib.suppress(OSError):
             write_report(self._logs, report)
         reports = self._await_reports()
-        text = f"hang: {name_missing(reports, read_pulses(self._logs), self._world_size)}"
+        text = f"hang: {name_missing(reports, read_heartbeats(self._logs), self._world_size)}"
         stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
         write_failure(
             self._logs, Failure(self._rank, socket.gethostname(), time.time(), self.step, "hang", text, stack)
         )
         print(f"error: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(EXIT_OUR_FAULT)
+        os._exit(EXIT_FAILURE)
 
     def _await_reports(self) -> dict[int, HangReport]:
         assert self._logs is not None
@@ -190,13 +198,13 @@ def where_in(frame: FrameType | None) -> tuple[str, str]:
         if module.startswith("torch.distributed") and frame.f_code.co_name != "wrapper":
             collective = frame.f_code.co_name  # the outermost one: broadcast_object_list rather than its broadcast
         elif module.startswith("biroute."):
-            folder = module.split(".")[1]
+            folder = "/".join(module.split(".")[1:-1])
             place = f"{folder}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
     return collective, place
 
 
-def name_missing(reports: Mapping[int, HangReport], pulses: Sequence[Pulse], world_size: int) -> str:
+def name_missing(reports: Mapping[int, HangReport], heartbeats: Sequence[Heartbeat], world_size: int) -> str:
     """Who keeps the others waiting, and where they wait."""
     waiting = [report for report in reports.values() if report.collective] or list(reports.values())
     if not waiting:
@@ -208,7 +216,7 @@ def name_missing(reports: Mapping[int, HangReport], pulses: Sequence[Pulse], wor
     scene = f"{goal}, where rank {where.rank} on {where.host} has waited {where.waited:.0f} s"
     silent = [rank for rank in range(world_size) if rank not in reports]
     if silent:
-        last_seen = {pulse.rank: pulse for pulse in pulses}
+        last_seen = {heartbeat.rank: heartbeat for heartbeat in heartbeats}
         first = last_seen.get(silent[0])
         who = f"rank {silent[0]}" + (f" on {first.host}" if first else "")
         who += f" and {len(silent) - 1} more" if len(silent) > 1 else ""

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import load_config
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench.report import (
     COLOURS,
-    circumstances,
+    environment_info,
     facts_list,
     make_folder,
     markdown_table,
@@ -42,18 +42,18 @@ def run_bench(path: Path, overrides: Sequence[str], ranks: Sequence[int], steps:
     """Train `steps` steps with each number of ranks; the answer as plain values.
 
     Raises:
-        UserError: a number of ranks does not divide the regions, or the run fails for another fault of the user.
+        UsageError: a number of ranks does not divide the regions, or the run fails for another fault of the user.
     """
     config = load_config(path, list(overrides))
     settings = {size: [*overrides, *_settings(size, steps)] for size in ranks}
     for size, wanted in settings.items():  # complains before anything is trained
         resolve_layout(load_config(path, wanted), size)
     open_dataset(config)
-    about_run = circumstances()
+    about_run = environment_info()
     rows = [_row(path, wanted, size, config.model.sequence_length) for size, wanted in settings.items()]
     return {
         "benchmark": "memory",
-        "circumstances": about_run,
+        "environment_info": about_run,
         "settings": {
             "model": config.model.model_dump(mode="json"),
             "vocab_size": config.padded_vocab_size,
@@ -82,7 +82,7 @@ def _row(path: Path, wanted: Sequence[str], ranks: int, sequence_length: int) ->
         command = [sys.executable, "-m", "biroute.launcher.cli.main", "train", str(path), *wanted]
         done = subprocess.run([*command, f"train.run_dir={run_dir}"], stdout=sys.stderr, check=False)
         if done.returncode:
-            raise UserError(f"training with parallel.region={ranks} ended with exit status {done.returncode}")
+            raise UsageError(f"training with parallel.region={ranks} ended with exit status {done.returncode}")
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     points = [json.loads(line)["metrics"] for line in lines]
     trained = [point for point in points if "memory/peak_gib" in point]
@@ -102,7 +102,7 @@ def print_memory(answer: Mapping[str, Any]) -> None:
 
 
 def write_memory(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
     make_folder(folder)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     _draw(answer, picture)
@@ -111,14 +111,14 @@ def write_memory(answer: Mapping[str, Any], folder: Path) -> list[Path]:
         "# Memory: one sequence shared by several ranks\n\n"
         "Made by `biroute bench memory`; do not edit.\n\n"
         f"`biroute train` itself: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
-        f"{model['num_heads']} query heads in {model['num_kv_groups']} KV groups, a vocabulary of "
+        f"{model['num_heads']} query heads in {model['num_kv_heads']} KV groups, a vocabulary of "
         f"{settings['vocab_size']:,}; sequences of {model['sequence_length']:,} tokens, "
         f"{settings['microbatch_size']} at a time, {settings['precision']}, ZeRO {settings['zero_stage']}. The peak "
         "is the largest resident set of any rank, Python and libraries (which ranks share) included."
     )
     parts = [
         introduction,
-        facts_list({**answer["circumstances"], "training": f"{settings['steps']} step(s) and one evaluation"}),
+        facts_list({**answer["environment_info"], "training": f"{settings['steps']} step(s) and one evaluation"}),
         markdown_table(_HEADER, _rows(answer)),
         f"![Peak memory]({PICTURE_NAME})",
     ]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.launcher.track.run_metadata import git_tags
 
 Rows = Sequence[Sequence[str]]
@@ -21,7 +21,7 @@ COLOURS = ("#3b6fb6", "#d1603d", "#3f8f5b", "#8a5aa8", "#b8892b", "#2b9aa8", "#a
 BASELINE_COLOUR = "#5f6368"
 
 
-def circumstances() -> dict[str, str]:
+def environment_info() -> dict[str, str]:
     """Machine, software, date and command of this run, for reports."""
     import torch
 
@@ -52,7 +52,7 @@ def select(names: Sequence[str], patterns: Sequence[str], default: Sequence[str]
     """The names that match any of the patterns (`*` as in file names), in their own order.
 
     Raises:
-        UserError: a pattern matches nothing.
+        UsageError: a pattern matches nothing.
     """
     from fnmatch import fnmatchcase
 
@@ -60,16 +60,16 @@ def select(names: Sequence[str], patterns: Sequence[str], default: Sequence[str]
         return list(default)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"--variants {pattern}: no such variant; there are {', '.join(names)}")
+            raise UsageError(f"--variants {pattern}: no such variant; there are {', '.join(names)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder of a report. Raises UserError if it cannot be."""
+    """Create the folder of a report. Raises UsageError if it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; use a folder that can be written") from None
+        raise UsageError(f"--out {path}: {error.strerror}; use a folder that can be written") from None
 
 
 def markdown_table(header: Sequence[str], rows: Rows) -> str:

@@ -20,7 +20,6 @@ from biroute.launcher.bench.recall.model import RecallAttention, RecallModel, Va
 from biroute.launcher.bench.recall.task import RecallBatch
 from biroute.launcher.bench.report import COLOURS, make_folder, new_figure, save_figure
 from biroute.model.attention.bi_level import bi_level_attention
-from biroute.model.flops import attended_pairs, routing_flops
 from biroute.model.attention.routing import (
     RouteRule,
     key_descriptors,
@@ -28,12 +27,13 @@ from biroute.model.attention.routing import (
     route_regions,
     select_regions,
 )
+from biroute.model.flops import attended_pairs, routing_flops
 
 MAP_SEED, LEAK_SEED = 77, 0
 
 
 def draw_pictures(folder: Path, steps: int) -> dict[str, Any]:
-    """Draw all three into `folder`; the numbers that they show. Raises UserError if it cannot be created."""
+    """Draw all three into `folder`; the numbers that they show. Raises UsageError if it cannot be created."""
     make_folder(folder)
     return {
         "route map": draw_route_map(folder / "route_map.png", steps),
@@ -222,7 +222,7 @@ def draw_cost(path: Path, num_tokens: int = 16_384, seen_tokens: int = 512) -> d
 def _layer_flops(num_tokens: int, attention: dict[str, Any]) -> Sequence[float]:
     """Operations of attention (forward and backward) and of routing (forward only) of one layer, H 8, G 2, D 64."""
     model = {
-        "hidden_size": 512, "num_heads": 8, "num_kv_groups": 2, "num_layers": 1, "sequence_length": num_tokens,
+        "hidden_size": 512, "num_heads": 8, "num_kv_heads": 2, "num_layers": 1, "sequence_length": num_tokens,
         "attention": attention,
     }  # fmt: skip
     config = config_from_tree({"model": model}, "picture")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 Row = dict[str, Any]
 
@@ -19,7 +19,7 @@ class KeptRows:
         """`path`: the file, which need not exist; None keeps nothing. `about`: what the rows depend on, as JSON.
 
         Raises:
-            UserError: a file of something else.
+            UsageError: a file of something else.
         """
         self._path, self._about = path, json.dumps(about)
         self._known: dict[str, Row] = {}
@@ -29,7 +29,7 @@ class KeptRows:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self._known = {line["row"]["name"]: line["row"] for line in lines if line["about"] == self._about}
         except (OSError, ValueError, TypeError, KeyError):
-            raise UserError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None
+            raise UsageError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None
 
     def row(self, name: str, measure: Callable[[], Row]) -> Row:
         """The kept row of that name, or the one that `measure` gives, which is kept from now on."""

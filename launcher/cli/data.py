@@ -107,8 +107,8 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
     """
     from dataclasses import asdict
 
-    from biroute.launcher.evaluate.bigram import score_bigram
     from biroute.data_pipeline.dataset import open_dataset
+    from biroute.launcher.evaluate.bigram import score_bigram
 
     score = score_bigram(open_dataset(load_config(config, overrides or [])))
     if as_json:

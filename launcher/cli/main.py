@@ -8,24 +8,18 @@ from typing import Annotated
 
 import typer
 
-from biroute.configs.errors import EXIT_USER_FAULT, UserError
-from biroute.launcher.bench.commands import bench_app
-from biroute.launcher.cli.data import data_app
-from biroute.slurm.commands import COMMANDS
+from biroute.configs.errors import EXIT_USAGE_ERROR, UsageError
+from biroute.launcher.cli.lazy import LazyGroup
 
 app = typer.Typer(
     name="biroute",
+    cls=LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain long-context language models with bi-level routing attention.",
     epilog="Exit status: 0 fine, 1 our fault, 2 yours, 75 stopped on a signal with the state saved (run me again).",
 )
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
-for command in COMMANDS:
-    app.command()(command)
-
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
@@ -64,8 +58,8 @@ def ui(
     Example: biroute ui configs/demo.yaml --port 5056
     """
     from biroute.configs.load import load_config
-    from biroute.launcher.track.uri import tracking_uri
     from biroute.launcher.track.mlflow_ui import serve_ui
+    from biroute.launcher.track.uri import tracking_uri
 
     loaded = load_config(config, overrides or [])
     serve_ui(tracking_uri(loaded, loaded.train.run_dir), port, host)
@@ -75,9 +69,9 @@ def main() -> None:
     """Entry point: a user's fault is one line and exit status 2."""
     try:
         app()
-    except UserError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_FAULT)
+        sys.exit(EXIT_USAGE_ERROR)
 
 
 if __name__ == "__main__":

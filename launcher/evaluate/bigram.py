@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.data_pipeline.dataset import Dataset
 from biroute.data_pipeline.read.loader import check_evaluate_sequences
-from biroute.data_pipeline.read.shards import TokenStream
+from biroute.data_pipeline.read.token_stream import TokenStream
 
 _CHUNK_TOKENS = 8_000_000
 
@@ -79,7 +79,7 @@ def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
     """The model over all training tokens, their number, and that of distinct bigrams.
 
     Raises:
-        UserError: the training split has no two tokens.
+        UsageError: the training split has no two tokens.
     """
     manifest = dataset.manifest
     layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
@@ -89,7 +89,7 @@ def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
     )
     keys, counts, num_tokens = count_bigrams(streams, manifest.vocab_size)
     if not len(keys):
-        raise UserError(f"data.dir={dataset.config.data.dir}: the training split is too small for a bigram model")
+        raise UsageError(f"data.dir={dataset.config.data.dir}: the training split is too small for a bigram model")
     return BigramModel(keys, counts, manifest.vocab_size), num_tokens, len(keys)
 
 
@@ -99,7 +99,7 @@ def score_bigram(dataset: Dataset) -> BigramScore:
     The targets are those of objective=causal: every token of a sequence but its first, given the one before.
 
     Raises:
-        UserError: too few held-out sequences.
+        UsageError: too few held-out sequences.
     """
     reader = dataset.reader("heldout")
     wanted = dataset.config.train.evaluate_sequences

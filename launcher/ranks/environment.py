@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 RENDEZVOUS_FILE = "BIROUTE_RENDEZVOUS_FILE"
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux gives to outgoing connections (32768 on)
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankEnvironment:
     """Rank among all processes and on this node; where they meet is `address`:`port`, or else a file."""
 
     rank: int
@@ -37,23 +37,23 @@ def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment or (several and _under_srun(environment))
 
 
-def find_seat(environment: Mapping[str, str] = os.environ) -> Seat:
+def find_rank_environment(environment: Mapping[str, str] = os.environ) -> RankEnvironment:
     """The place that the environment describes.
 
     Raises:
-        UserError: a variable is missing, is no number, or contradicts another.
+        UsageError: a variable is missing, is no number, or contradicts another.
     """
     if "RANK" not in environment and _under_srun(environment):
-        return _slurm_seat(environment)
+        return _slurm_rank_environment(environment)
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank
     file = environment.get(RENDEZVOUS_FILE, "")
     if not file and "MASTER_ADDR" not in environment:
-        raise UserError("RANK is set but MASTER_ADDR is not; set MASTER_ADDR and MASTER_PORT, or unset RANK")
+        raise UsageError("RANK is set but MASTER_ADDR is not; set MASTER_ADDR and MASTER_PORT, or unset RANK")
     if file:
-        return _checked(Seat(rank, local_rank, world_size, file=file))
+        return _checked(RankEnvironment(rank, local_rank, world_size, file=file))
     port = _number(environment, "MASTER_PORT")
-    return _checked(Seat(rank, local_rank, world_size, environment["MASTER_ADDR"], port))
+    return _checked(RankEnvironment(rank, local_rank, world_size, environment["MASTER_ADDR"], port))
 
 
 def port_of_job(job: int, step: int = 0) -> int:
@@ -67,7 +67,7 @@ def expand_nodes(text: str) -> list[str]:
     Done here because a container need not have Slurm's commands.
 
     Raises:
-        UserError: not such a list.
+        UsageError: not such a list.
     """
     nodes = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip()):
@@ -83,37 +83,39 @@ def _under_srun(environment: Mapping[str, str]) -> bool:
     return "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
 
 
-def _slurm_seat(environment: Mapping[str, str]) -> Seat:
+def _slurm_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
     nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
     address = environment.get("MASTER_ADDR") or (nodes[0] if nodes else "")
     if not address:
-        raise UserError("SLURM_PROCID is set but SLURM_STEP_NODELIST is not; start the ranks with srun, or set RANK")
+        raise UsageError("SLURM_PROCID is set but SLURM_STEP_NODELIST is not; start the ranks with srun, or set RANK")
     if "MASTER_PORT" in environment:
         port = _number(environment, "MASTER_PORT")
     else:
         port = port_of_job(_number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID"))
-    seat = Seat(
+    place = RankEnvironment(
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_LOCALID"),
         _number(environment, "SLURM_STEP_NUM_TASKS"),
         address,
         port,
     )
-    return _checked(seat)
+    return _checked(place)
 
 
-def _checked(seat: Seat) -> Seat:
-    if not 0 <= seat.rank < seat.world_size:
-        raise UserError(f"rank {seat.rank} is not below the number of ranks, {seat.world_size}; they count from 0")
-    return seat
+def _checked(environment: RankEnvironment) -> RankEnvironment:
+    if not 0 <= environment.rank < environment.world_size:
+        raise UsageError(
+            f"rank {environment.rank} is not below the number of ranks, {environment.world_size}; they count from 0"
+        )
+    return environment
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name)
     if text is None:
-        raise UserError(f"{name} is not set; start the ranks with biroute train, torchrun or srun, which set it")
+        raise UsageError(f"{name} is not set; start the ranks with biroute train, torchrun or srun, which set it")
     if not text.isdecimal():
-        raise UserError(f"{name}={text!r} is not a whole number")
+        raise UsageError(f"{name}={text!r} is not a whole number")
     return int(text)
 
 
@@ -122,6 +124,6 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
     for part in ranges.split(","):
         first, _, last = part.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise UserError(f"{text!r} is not a list of nodes as Slurm writes it, such as n[1-4]")
+            raise UsageError(f"{text!r} is not a list of nodes as Slurm writes it, such as n[1-4]")
         numbers += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
     return numbers

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.attempts.journal import begin_attempt, make_run_dir
-from biroute.launcher.ranks.environment import Seat
+from biroute.launcher.ranks.environment import RankEnvironment
 
 _SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before
 
@@ -29,41 +29,43 @@ class Place:
     device: torch.device
 
 
-def join_processes(seat: Seat, train: TrainConfig) -> Place:
+def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
     """Meet the other ranks and choose this one's device. Collective.
 
     Raises:
-        UserError: no GPU where one was asked for, the address is unknown, or the port is taken.
+        UsageError: no GPU where one was asked for, the address is unknown, or the port is taken.
     """
     # DeepSpeed reads them.
-    os.environ.update(RANK=str(seat.rank), LOCAL_RANK=str(seat.local_rank), WORLD_SIZE=str(seat.world_size))
-    device = _choose_device(train.device, seat.local_rank)
+    os.environ.update(
+        RANK=str(environment.rank), LOCAL_RANK=str(environment.local_rank), WORLD_SIZE=str(environment.world_size)
+    )
+    device = _choose_device(train.device, environment.local_rank)
     if train.threads_per_rank:
         torch.set_num_threads(train.threads_per_rank)
     timeout = max(_SHORTEST_TIMEOUT, 2 * timedelta(seconds=max(train.hang_seconds, train.startup_seconds)))
-    _handshake(seat, "nccl" if device.type == "cuda" else "gloo", timeout)
-    return Place(seat.rank, seat.local_rank, seat.world_size, device)
+    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", timeout)
+    return Place(environment.rank, environment.local_rank, environment.world_size, device)
 
 
 def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
     """Rank 0 takes over the run folder, for ranks that no launcher of ours started. Collective.
 
     Raises:
-        UserError: the folder can't be written; on all ranks.
+        UsageError: the folder can't be written; on all ranks.
     """
     hosts: list[str | None] = [None] * world_size
     dist.all_gather_object(hosts, socket.gethostname())
-    answer: list[int | UserError | None] = [None]
+    answer: list[int | UsageError | None] = [None]
     if dist.get_rank() == 0:
         try:
             make_run_dir(run_dir)
             nodes = list(dict.fromkeys(host for host in hosts if host))
             job = os.environ.get("SLURM_JOB_ID")
             answer = [begin_attempt(run_dir, nodes=nodes, world_size=world_size, job=job)]
-        except UserError as error:
+        except UsageError as error:
             answer = [error]
     dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
+    if isinstance(answer[0], UsageError):
         raise answer[0]
     assert answer[0] is not None
     return answer[0]
@@ -71,29 +73,31 @@ def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
+        raise UsageError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
+        raise UsageError(
             f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start one process per GPU"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def _handshake(seat: Seat, backend: str, timeout: timedelta) -> None:
-    address = f"{seat.address}:{seat.port}"
-    os.environ.update({"MASTER_ADDR": seat.address, "MASTER_PORT": str(seat.port)} if seat.address else {})
+def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -> None:
+    address = f"{environment.address}:{environment.port}"
+    os.environ.update(
+        {"MASTER_ADDR": environment.address, "MASTER_PORT": str(environment.port)} if environment.address else {}
+    )
     try:
         dist.init_process_group(
             backend,
-            init_method=f"file://{Path(seat.file).resolve()}" if seat.file else "env://",
-            rank=seat.rank,
-            world_size=seat.world_size,
+            init_method=f"file://{Path(environment.file).resolve()}" if environment.file else "env://",
+            rank=environment.rank,
+            world_size=environment.world_size,
             timeout=timeout,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = "is in use" if "EADDRINUSE" in str(error) or "address already in use" in str(error) else str(error)
-        raise UserError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None
+        raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None

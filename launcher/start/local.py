@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from biroute.configs.errors import EXIT_OK, EXIT_OUR_FAULT, EXIT_STOPPED, EXIT_USER_FAULT
-from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
+from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR
 from biroute.launcher.attempts.failures import ending, first_failure, log_file, tail_of_log
-from biroute.launcher.ranks.stop_signal import STOP_SIGNALS
+from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE
+from biroute.launcher.ranks.stop_signal import STOP_SIGNALS
 
 GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
 POLL_SECONDS = 0.1
@@ -96,16 +96,16 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
     if failed is None:
         return EXIT_OK
     codes = [rank.returncode for rank in ranks]
-    if codes[failed] in (EXIT_STOPPED, EXIT_USER_FAULT):
+    if codes[failed] in (EXIT_STOPPED, EXIT_USAGE_ERROR):
         if failed != 0 and codes[0] != codes[failed]:
             _show_log(failed, codes[failed], logs)
         return codes[failed]
     first = first_failure(logs)
-    if codes[failed] == EXIT_OUR_FAULT and first is not None:  # by their own clocks, not by who was looked at first
+    if codes[failed] == EXIT_FAILURE and first is not None:  # by their own clocks, not by who was looked at first
         print(f"error: {first}", file=sys.stderr)
         failed = first.rank
     _show_log(failed, codes[failed], logs)
-    return EXIT_OUR_FAULT
+    return EXIT_FAILURE
 
 
 def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -118,7 +118,7 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         return None
     # A second look at all: the cause may have ended after it was looked at, but before its victim was.
     failures = [(code, n) for n, rank in enumerate(ranks) if (code := rank.poll()) not in (None, EXIT_OK)]
-    return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_OUR_FAULT, failure[1]))[1]
+    return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_FAILURE, failure[1]))[1]
 
 
 def _show_log(rank: int, code: int, logs: Path) -> None:

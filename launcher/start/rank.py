@@ -6,11 +6,11 @@ from pathlib import Path
 
 from biroute.configs.load import load_config
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.attempts.journal import Fence, end_attempt, given_attempt
 from biroute.launcher.attempts.failures import explain_end, log_dir, record_stop
-from biroute.launcher.ranks.stop_signal import StopRequest
-from biroute.launcher.ranks.environment import Seat, find_seat
+from biroute.launcher.attempts.journal import FencingToken, end_attempt, given_attempt
 from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.launcher.ranks.environment import RankEnvironment, find_rank_environment
+from biroute.launcher.ranks.stop_signal import StopRequest
 
 
 class Rank:
@@ -19,18 +19,18 @@ class Rank:
     def __init__(self, stop: StopRequest) -> None:
         self.watchdog = Watchdog()
         self._stop = stop
-        self._began: Fence | None = None  # an attempt that this rank must end, as no launcher of ours does
+        self._began: FencingToken | None = None  # an attempt that this rank must end, as no launcher of ours does
 
     def train(self, config_path: str, overrides: list[str]) -> None:
         """Train as one of the ranks that the environment describes.
 
         Raises:
-            UserError, StoppedError, FencedError: see `run`.
+            UsageError, StoppedError, FencedError: see `run`.
         """
         config = load_config(config_path, overrides)
-        run_dir, seat, attempt = config.train.run_dir, find_seat(), given_attempt()
+        run_dir, environment, attempt = config.train.run_dir, find_rank_environment(), given_attempt()
         if attempt is not None:
-            self._watch(run_dir, attempt, seat, config.train)
+            self._watch(run_dir, attempt, environment, config.train)
 
         def note(signal_name: str) -> None:
             if attempt is not None:
@@ -39,14 +39,16 @@ class Rank:
         with self._stop.ending_at_once(note):
             from biroute.launcher.ranks.rendezvous import begin_joint_attempt, join_processes
 
-            place = join_processes(seat, config.train)
+            place = join_processes(environment, config.train)
         if attempt is None:
-            attempt = begin_joint_attempt(run_dir, seat.world_size)
-            self._began = Fence(run_dir, attempt) if seat.rank == 0 else None
-            self._watch(run_dir, attempt, seat, config.train)
-        from biroute.launcher.train.session import run  # imports DeepSpeed, which asks at once which device was chosen
+            attempt = begin_joint_attempt(run_dir, environment.world_size)
+            self._began = FencingToken(run_dir, attempt) if environment.rank == 0 else None
+            self._watch(run_dir, attempt, environment, config.train)
+        from biroute.launcher.train.session import (
+            run,  # imports DeepSpeed, which asks at once which device was chosen
+        )
 
-        run(config, place, self._stop, Fence(run_dir, attempt), self.watchdog)
+        run(config, place, self._stop, FencingToken(run_dir, attempt), self.watchdog)
 
     def close(self, status: int) -> None:
         """The process is about to end: record the end of an attempt that the ranks themselves began."""
@@ -55,11 +57,11 @@ class Rank:
             run_dir, attempt = self._began.run_dir, self._began.attempt
             end_attempt(run_dir, attempt, explain_end(log_dir(run_dir, attempt), status), limits=None)
 
-    def _watch(self, run_dir: Path, attempt: int, seat: Seat, train: TrainConfig) -> None:
+    def _watch(self, run_dir: Path, attempt: int, environment: RankEnvironment, train: TrainConfig) -> None:
         self.watchdog.watch(
             log_dir(run_dir, attempt),
-            seat.rank,
-            seat.world_size,
+            environment.rank,
+            environment.world_size,
             hang_seconds=train.hang_seconds,
             startup_seconds=train.startup_seconds,
         )

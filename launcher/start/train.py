@@ -12,14 +12,14 @@ from biroute.configs.layout import default_world_size, resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
-from biroute.launcher.attempts.journal import Fence, begin_attempt, end_attempt, make_run_dir
 from biroute.launcher.attempts.failures import explain_end, log_dir
-from biroute.launcher.train.identity import model_identity
-from biroute.launcher.start.local import run_local_ranks
+from biroute.launcher.attempts.journal import FencingToken, begin_attempt, end_attempt, make_run_dir
 from biroute.launcher.ranks.environment import started_by_launcher
+from biroute.launcher.start.local import run_local_ranks
+from biroute.launcher.start.worker import train_rank
 from biroute.launcher.track.tracker import close_after_crash
 from biroute.launcher.track.uri import tracking_uri
-from biroute.launcher.start.worker import train_rank
+from biroute.launcher.train.identity import model_identity
 from biroute.parallel.checkpoint.files import check_newest
 
 
@@ -27,7 +27,7 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     """Train with the ranks of this machine, or as one rank if another launcher started us; the exit status.
 
     Raises:
-        UserError: the configuration, the layout or the dataset is not usable.
+        UsageError: the configuration, the layout or the dataset is not usable.
     """
     config = load_config(config_path, overrides)
     if started_by_launcher():
@@ -45,13 +45,13 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
 
 def _run_attempt(run_dir: Path, arguments: Sequence[str], world_size: int) -> int:
     attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
-    fence, logs = Fence(run_dir, attempt), log_dir(run_dir, attempt)
+    fencing_token, logs = FencingToken(run_dir, attempt), log_dir(run_dir, attempt)
     status = run_local_ranks(arguments, world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)
-    if end.crash and fence.holds():
+    if end.crash and fencing_token.holds():
         print(f"attempt {attempt} ended: {end.cause}; run the same command again to go on", file=sys.stderr)
-        close_after_crash(fence)
+        close_after_crash(fencing_token)
     return status
 
 

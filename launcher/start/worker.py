@@ -1,4 +1,4 @@
-"""One rank: `python -m biroute.launcher.start.worker CONFIG [overrides]`, started by the local launcher or by srun."""
+"""One rank, by the local launcher or srun: `python -m biroute.launcher.start.worker CONFIG [overrides]`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Callable
 
 from biroute.configs.errors import (
+    EXIT_FAILURE,
     EXIT_OK,
-    EXIT_OUR_FAULT,
     EXIT_STOPPED,
-    EXIT_USER_FAULT,
+    EXIT_USAGE_ERROR,
     FencedError,
     StoppedError,
-    UserError,
+    UsageError,
 )
 from biroute.launcher.ranks.stop_signal import StopRequest
 
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its pare
 def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
     """Run `action` and turn how it ends into an exit status, with one line for a user's fault.
 
-    `failed` is told of an error that is neither a stop nor the fence.
+    `failed` is told of an error that is neither a stop nor the fencing_token.
     """
     try:
         action()
@@ -36,15 +36,15 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
         return EXIT_STOPPED
     except FencedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_OUR_FAULT
-    except UserError as error:
+        return EXIT_FAILURE
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         failed(error)
-        return EXIT_USER_FAULT
+        return EXIT_USAGE_ERROR
     except Exception as error:
         traceback.print_exc()
         failed(error)
-        return EXIT_OUR_FAULT
+        return EXIT_FAILURE
     return EXIT_OK
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.launcher.track.metrics_log import Point, read_points
 
 CURVE_NAME = "loss_curve.png"
@@ -31,16 +31,16 @@ def draw_curves(
     replaced at once, so a reader never sees half of it.
 
     Raises:
-        UserError: no file, or no loss in it.
+        UsageError: no file, or no loss in it.
         OSError: the image cannot be written.
     """
     try:
         points = read_points(metrics_path)
     except OSError as error:
-        raise UserError(f"{metrics_path}: {error.strerror}; give the metrics.jsonl of a run") from None
+        raise UsageError(f"{metrics_path}: {error.strerror}; give the metrics.jsonl of a run") from None
     train, heldout, bits = (curve_of(points, name) for name in (_TRAIN, _HELDOUT, _BITS))
     if not train[0] and not heldout[0]:
-        raise UserError(f"{metrics_path}: no {_TRAIN} in it yet; train for at least train.log_every steps")
+        raise UsageError(f"{metrics_path}: no {_TRAIN} in it yet; train for at least train.log_every steps")
     # The object interface, not pyplot: no global state, so any thread may draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

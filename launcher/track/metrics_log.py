@@ -1,7 +1,7 @@
 """The local record of a run's metrics: one JSON line per point, written before anything is sent anywhere.
 
 A line is `{"step": 10, "time_ms": 1700000000000, "metrics": {"train/loss": 3.5}}`; values that JSON cannot
-hold are the texts "nan", "inf" and "-inf". The file outlives the process: when `Spool.append` returns, the
+hold are the texts "nan", "inf" and "-inf". The file outlives the process: when `MetricsLog.append` returns, the
 operating system has the line, so SIGKILL takes nothing away.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-SPOOL_NAME = "metrics.jsonl"
+METRICS_LOG_NAME = "metrics.jsonl"
 _KEPT_IN_MEMORY = 10_000  # lines that wait for room on a full disk
 
 
@@ -31,7 +31,7 @@ class Point:
 
 
 def read_points(path: Path) -> list[Point]:
-    """All complete points of a spool, in the order of writing, without damaged lines and a torn last one.
+    """All complete points of a metrics_log, in the order of writing, without damaged lines and a torn last one.
 
     Raises:
         OSError: the file cannot be read.
@@ -46,7 +46,7 @@ def scan(path: Path, start_byte: int = 0) -> Iterator[tuple[Point | None, int]]:
         file.seek(start_byte)
         for line in file:
             if not line.endswith(b"\n"):
-                return  # being written, or torn by a kill: Spool repairs it when it opens the file
+                return  # being written, or torn by a kill: MetricsLog repairs it when it opens the file
             end += len(line)
             yield _parse(line), end
 
@@ -60,7 +60,7 @@ def _parse(line: bytes) -> Point | None:
         return None
 
 
-class Spool:
+class MetricsLog:
     """Appends points to `path`. A (step, name) that the file already holds is not written again.
 
     That is how a resumed run repeats the steps after its checkpoint without a second point for any of them:

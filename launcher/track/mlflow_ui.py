@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from types import FrameType
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path, without_password
 
 _START_SECONDS = 120.0  # it takes about ten; a busy machine is slow
@@ -23,7 +23,7 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
     """Serve the runs of the tracking URI `uri` until interrupted; prints the address of the training view.
 
     Raises:
-        UserError: `uri` cannot be served, or the port is in use or not allowed.
+        UsageError: `uri` cannot be served, or the port is in use or not allowed.
         RuntimeError: the server did not start; its own messages are on the terminal.
     """
     command = server_command(uri, port, host)
@@ -47,16 +47,16 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
     """The command that serves `uri` with one worker.
 
     Raises:
-        UserError: `uri` is a server already, or names no database.
+        UsageError: `uri` is a server already, or names no database.
     """
     check_uri(uri, "--uri")
     if uri.startswith("http"):
-        raise UserError(f"--uri={without_password(uri)} is a server already; open it in a browser")
+        raise UsageError(f"--uri={without_password(uri)} is a server already; open it in a browser")
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     database = sqlite_path(uri)
     if database is not None:
         if not database.is_file():
-            raise UserError(f"{database}: no MLflow database there; train a run first, or name another with --uri")
+            raise UsageError(f"{database}: no MLflow database there; train a run first, or name another with --uri")
         command += ["--artifacts-destination", artifacts_dir(database).as_uri()]
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
@@ -72,25 +72,25 @@ def check_port(host: str, port: int) -> None:
     """Make sure that `port` of `host` can be listened on.
 
     Raises:
-        UserError: it cannot.
+        UsageError: it cannot.
     """
     if not 0 < port < 65536:
-        raise UserError(f"port {port} is out of range; choose one from 1024 to 65535 with --port")
+        raise UsageError(f"port {port} is out of range; choose one from 1024 to 65535 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
+        raise UsageError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
     with socket.socket(family, kind, protocol) as probe:
         # As servers do: a port in TIME_WAIT after a restart is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
         except PermissionError:
-            raise UserError(f"port {port} needs root; choose one above 1023 with --port") from None
+            raise UsageError(f"port {port} needs root; choose one above 1023 with --port") from None
         except OSError as error:
             if error.errno == 98 or "in use" in str(error):
-                raise UserError(f"port {port} is in use; choose another with --port") from None
-            raise UserError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
+                raise UsageError(f"port {port} is in use; choose another with --port") from None
+            raise UsageError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
 
 
 def training_view(host: str, port: int) -> str:

@@ -7,7 +7,7 @@ latest with the next attempt. Sending a point twice is harmless: MLflow keeps on
 step and value.
 
 A resumed run goes on in the same MLflow run. Steps that it repeats because they came after its checkpoint are
-already in the spool, and are not written again: of each (step, metric) the first value stays.
+already in the metrics_log, and are not written again: of each (step, metric) the first value stays.
 
 This is the only file that imports mlflow, and it does so inside functions: `biroute --help` must be fast.
 """
@@ -27,15 +27,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.track import run_metadata as provenance
-from biroute.launcher.attempts.journal import Fence, read_attempts
 from biroute.launcher.attempts.file_lock import file_lock
-from biroute.launcher.track.uploader import Sender
-from biroute.launcher.track.metrics_log import SPOOL_NAME, Point, Spool
+from biroute.launcher.attempts.journal import FencingToken, read_attempts
+from biroute.launcher.track import run_metadata as run_metadata
+from biroute.launcher.track.metrics_log import METRICS_LOG_NAME, MetricsLog, Point
 from biroute.launcher.track.upload_state import STATE_NAME, TrackingState
+from biroute.launcher.track.uploader import Uploader
 from biroute.launcher.track.uri import artifacts_dir, sqlite_path, tracking_uri, without_password
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -53,35 +53,35 @@ def open_tracker(
     *,
     tags: Mapping[str, str],
     notify: Callable[[str], None] | None = None,
-    fence: Fence | None = None,
+    fencing_token: FencingToken | None = None,
 ) -> Tracker:
     """Open the record of a run, on rank 0; `tags` are the caller's (world size), the rest is found out.
 
-    With a `fence`, nothing is written or sent once another attempt owns the folder.
+    With a `fencing_token`, nothing is written or sent once another attempt owns the folder.
 
     `notify` gets the few lines meant for people (server lost, server back), also from another thread; by
-    default they go to the log. With `tracking.enabled=false` only the spool is written. The first call in a
+    default they go to the log. With `tracking.enabled=false` only the metrics_log is written. The first call in a
     process takes some seconds, for importing mlflow and making a new SQLite file; no server is waited for.
 
     Raises:
-        UserError: `tracking.uri` is malformed or of an unsupported scheme, or `run_dir` cannot be written.
+        UsageError: `tracking.uri` is malformed or of an unsupported scheme, or `run_dir` cannot be written.
     """
-    owned = fence.holds if fence else lambda: True
+    owned = fencing_token.holds if fencing_token else lambda: True
     notify = notify or logging.getLogger(__name__).warning
     # Checked first, so that a bad URI leaves nothing behind.
     uri = tracking_uri(config, run_dir) if config.tracking.enabled else None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        spool = Spool(run_dir / SPOOL_NAME)
+        metrics_log = MetricsLog(run_dir / METRICS_LOG_NAME)
         if uri is None:
-            return Tracker(spool, None, notify, flush_seconds=0.0, owned=owned)
+            return Tracker(metrics_log, None, notify, flush_seconds=0.0, owned=owned)
         target = f"{without_password(uri)} {config.tracking.experiment}"
-        state = TrackingState.load(run_dir / STATE_NAME, target, spool.size_bytes, notify)
-        state.attempt = fence.attempt if fence else state.attempt + 1
+        state = TrackingState.load(run_dir / STATE_NAME, target, metrics_log.size_bytes, notify)
+        state.attempt = fencing_token.attempt if fencing_token else state.attempt + 1
         state.save()
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        raise UserError(f"train.run_dir={run_dir}: {reason}; use a writable folder") from None
+        raise UsageError(f"train.run_dir={run_dir}: {reason}; use a writable folder") from None
     _prepare_mlflow(uri, config.tracking.timeout_seconds)
 
     def say(text: str) -> None:
@@ -94,18 +94,18 @@ def open_tracker(
         # better now than in the middle of a step. If it fails, the thread tries again.
         with contextlib.suppress(Exception):
             destination.open_client()
-    sender = Sender(spool.path, state, destination, say, owned)
-    sender.start()
-    return Tracker(spool, sender, notify, flush_seconds=config.tracking.flush_seconds, owned=owned)
+    uploader = Uploader(metrics_log.path, state, destination, say, owned)
+    uploader.start()
+    return Tracker(metrics_log, uploader, notify, flush_seconds=config.tracking.flush_seconds, owned=owned)
 
 
-def close_after_crash(fence: Fence) -> None:
+def close_after_crash(fencing_token: FencingToken) -> None:
     """Tell MLflow that an attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
-    run_dir = fence.run_dir
+    run_dir = fencing_token.run_dir
     try:
         config = load_config(run_dir / "config.yaml")
-        if fence.holds() and config.tracking.enabled and (run_dir / STATE_NAME).exists():
-            open_tracker(config, run_dir, tags={}, notify=lambda _: None, fence=fence).close("FAILED")
+        if fencing_token.holds() and config.tracking.enabled and (run_dir / STATE_NAME).exists():
+            open_tracker(config, run_dir, tags={}, notify=lambda _: None, fencing_token=fencing_token).close("FAILED")
     except Exception as error:
         logging.getLogger(__name__).warning("MLflow does not know yet that the run has ended: %s", error)
 
@@ -115,15 +115,15 @@ class Tracker:
 
     def __init__(
         self,
-        spool: Spool,
-        sender: Sender | None,
+        metrics_log: MetricsLog,
+        uploader: Uploader | None,
         notify: Callable[[str], None],
         *,
         flush_seconds: float,
         owned: Callable[[], bool],
     ) -> None:
-        self._spool = spool
-        self._sender = sender
+        self._metrics_log = metrics_log
+        self._uploader = uploader
         self._notify = notify
         self._flush_seconds = flush_seconds
         self._owned = owned
@@ -139,8 +139,8 @@ class Tracker:
             except Exception as error:  # whatever it is, the record of a run must not end the run
                 self._complain(f"metric {name!r} of step {step} is left out", error)
         try:
-            if self._owned() and self._spool.append(step, numbers) and self._sender is not None:
-                self._sender.wake()
+            if self._owned() and self._metrics_log.append(step, numbers) and self._uploader is not None:
+                self._uploader.wake()
         except Exception as error:
             self._complain(f"metrics of step {step} not written yet", error)
 
@@ -149,34 +149,34 @@ class Tracker:
 
         Never raises. A path that does not exist (yet) is looked for again every few seconds.
         """
-        if self._sender is not None:
-            self._sender.add_artifact(Path(path))
+        if self._uploader is not None:
+            self._uploader.add_artifact(Path(path))
 
     def close(self, status: Status, cause: str = "") -> None:
         """Send what is left, and the status; after `tracking.flush_seconds` leave it to the next attempt.
 
-        `cause`: why the attempt ended, where its ledger doesn't say yet.
+        `cause`: why the attempt ended, where its journal doesn't say yet.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            self._spool.close()
+            self._metrics_log.close()
         except Exception as error:
             self._complain("the last metrics are lost", error)
-        if self._sender is not None:
-            self._sender.finish(status, cause, self._flush_seconds)
+        if self._uploader is not None:
+            self._uploader.finish(status, cause, self._flush_seconds)
 
     def _complain(self, what: str, error: Exception) -> None:
         kind = type(error).__name__
         if kind not in self._complaints:
             self._complaints.add(kind)
             with contextlib.suppress(Exception):
-                self._notify(f"{self._spool.path}: {what} ({kind}: {error}); training goes on")
+                self._notify(f"{self._metrics_log.path}: {what} ({kind}: {error}); training goes on")
 
 
 class _MlflowRun:
-    """The run in MLflow that a `TrackingState` names: a `Destination`, used from the sender's thread only."""
+    """The run in MLflow that a `TrackingState` names: a `Destination`, used from the uploader's thread only."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _MlflowRun:
     def terminate(self, status: str, end_ms: int, cause: str) -> None:
         if cause:
             this = [a for a in read_attempts(self._run_dir) if a.number == self._state.attempt]
-            for name, value in provenance.attempt_tags([replace(attempt, cause=cause) for attempt in this]).items():
+            for name, value in run_metadata.attempt_tags([replace(attempt, cause=cause) for attempt in this]).items():
                 self._client.set_tag(self._state.run_id, name, value)
         self._client.set_terminated(self._state.run_id, status, end_ms)
 
@@ -298,14 +298,16 @@ class _MlflowRun:
         from mlflow.entities import Param, RunTag
 
         data = self._client.get_run(run_id).data
-        wanted = provenance.parameters(self._config)
+        wanted = run_metadata.parameters(self._config)
         parameters = [Param(name, value) for name, value in wanted.items() if name not in data.params]
-        tags = {"attempt": str(self._state.attempt), **provenance.placement_tags(self._config)}
-        tags |= provenance.environment_tags() | provenance.attempt_tags(read_attempts(self._run_dir)) | self._tags
-        changed = provenance.changed_parameters(data.params, wanted)
+        tags = {"attempt": str(self._state.attempt), **run_metadata.placement_tags(self._config)}
+        tags |= run_metadata.environment_tags() | run_metadata.attempt_tags(read_attempts(self._run_dir)) | self._tags
+        changed = run_metadata.changed_parameters(data.params, wanted)
         if changed or "config.changed" in data.tags:
             tags["config.changed"] = changed
-        entries = [RunTag(_allowed_name(key), str(value)[: provenance.TAG_CHARACTERS]) for key, value in tags.items()]
+        entries = [
+            RunTag(_allowed_name(key), str(value)[: run_metadata.TAG_CHARACTERS]) for key, value in tags.items()
+        ]
         for start in range(0, len(parameters), _ENTRIES_PER_BATCH):
             self._client.log_batch(run_id, params=parameters[start : start + _ENTRIES_PER_BATCH])
         for start in range(0, len(entries), _ENTRIES_PER_BATCH):
@@ -324,7 +326,7 @@ class _MlflowRun:
                 self._log_metrics(metrics[middle:])
             elif metrics[0].key not in self._refused:
                 self._refused.add(metrics[0].key)
-                self._say(f"refuses metric {metrics[0].key!r} ({_reason(error)}); it stays in {SPOOL_NAME}")
+                self._say(f"refuses metric {metrics[0].key!r} ({_reason(error)}); it stays in {METRICS_LOG_NAME}")
 
     def _run_is_deleted(self) -> bool:
         try:

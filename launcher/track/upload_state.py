@@ -14,7 +14,7 @@ STATE_NAME = "tracking_state.json"
 
 @dataclass
 class TrackingState:
-    """How far the spool is sent, and to which MLflow run. Written by one thread at a time, atomically."""
+    """How far the metrics_log is sent, and to which MLflow run. Written by one thread at a time, atomically."""
 
     path: Path
     target: str  # URI without password, and experiment: elsewhere the run starts from the first byte
@@ -26,8 +26,8 @@ class TrackingState:
     artifacts: dict[str, str] = field(default_factory=dict)  # path from the run folder -> fingerprint sent or ""
 
     @classmethod
-    def load(cls, path: Path, target: str, spool_bytes: int, notify: Callable[[str], None]) -> TrackingState:
-        """Read the state, or start a new one; a changed `target` or a shorter spool means sending all again.
+    def load(cls, path: Path, target: str, metrics_log_bytes: int, notify: Callable[[str], None]) -> TrackingState:
+        """Read the state, or start a new one; a changed `target` or a shorter metrics_log means sending all again.
 
         Raises:
             OSError: the file is there and cannot be read.
@@ -42,7 +42,7 @@ class TrackingState:
         if state.target != target:
             state.target = target
             state.forget_run()
-        if state.sent_bytes > spool_bytes:  # somebody replaced the spool
+        if state.sent_bytes > metrics_log_bytes:  # somebody replaced the metrics_log
             state.sent_bytes = 0
         return state
 

@@ -1,4 +1,4 @@
-"""The thread that follows a run's spool and sends it on, however long the other side is away."""
+"""The thread that follows a run's metrics_log and sends it on, however long the other side is away."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ class Destination(Protocol):
         """The cause in a few words."""
 
 
-class Sender(threading.Thread):
-    """Sends what is new in the spool, the artifacts and the final status. No error here reaches training.
+class Uploader(threading.Thread):
+    """Sends what is new in the metrics_log, the artifacts and the final status. No error here reaches training.
 
     It ends at once when `owned()` is false: another attempt sends now.
     """
 
     def __init__(
         self,
-        spool_path: Path,
+        metrics_log_path: Path,
         state: TrackingState,
         destination: Destination,
         say: Callable[[str], None],
         owned: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(name="biroute-tracking", daemon=True)  # daemon: a frozen server must not delay the exit
-        self._spool_path, self._state, self._destination, self._say = spool_path, state, destination, say
+        self._metrics_log_path, self._state, self._destination, self._say = metrics_log_path, state, destination, say
         self._owned = owned
         self._connected = False
         self._final: tuple[str, int, str] | None = None  # status, end time in ms, cause
@@ -65,7 +65,7 @@ class Sender(threading.Thread):
         self._wake.set()  # the earlier attempt may have left something
 
     def wake(self) -> None:
-        """There is something new in the spool."""
+        """There is something new in the metrics_log."""
         self._wake.set()
 
     def add_artifact(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class Sender(threading.Thread):
             except Exception as error:  # anything at all: retried for ever, never passed on to training
                 failures += 1
                 if failures == 2:  # not at the first: a locked database heals in a moment
-                    what = f"training goes on, metrics are kept in {self._spool_path} and sent later"
+                    what = f"training goes on, metrics are kept in {self._metrics_log_path} and sent later"
                     self._say(f"{self._destination.describe(error)}; {what}")
                 self._pause(min(_FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 10), _LONGEST_DELAY_SECONDS))
                 self._wake.set()
@@ -135,7 +135,7 @@ class Sender(threading.Thread):
 
     def _send_points(self) -> None:
         while not self._given_up.is_set():
-            points, end = next_batch(self._spool_path, self._state.sent_bytes)
+            points, end = next_batch(self._metrics_log_path, self._state.sent_bytes)
             if end == self._state.sent_bytes:
                 return
             self._destination.log_points(points)
@@ -174,7 +174,7 @@ class Sender(threading.Thread):
 
     @property
     def _run_dir(self) -> Path:
-        return self._spool_path.parent.absolute()
+        return self._metrics_log_path.parent.absolute()
 
 
 def next_batch(path: Path, start_byte: int) -> tuple[list[Point], int]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 
 DATABASE_NAME = "mlflow.db"
@@ -20,7 +20,7 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
     """The MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the folder that holds the run's.
 
     Raises:
-        UserError: malformed URI, unsupported scheme, or an SQLite file that is none.
+        UsageError: malformed URI, unsupported scheme, or an SQLite file that is none.
     """
     uri = config.tracking.uri or f"sqlite:///{run_dir.absolute().parent / DATABASE_NAME}"
     check_uri(uri)
@@ -31,18 +31,18 @@ def check_uri(uri: str, field: str = "tracking.uri") -> None:
     """Refuse a URI that could never work; whether a server answers is not asked.
 
     Raises:
-        UserError: malformed URI, unsupported scheme, or an SQLite file that is none.
+        UsageError: malformed URI, unsupported scheme, or an SQLite file that is none.
     """
     shown = f"{field}={without_password(uri)}"
     scheme, separator, _ = uri.partition("://")
     if not separator:
         near = f"; did you mean http://{uri}?" if re.fullmatch(r"[\w.-]+:\d+(/\S*)?", uri) else ""
         kind = "a folder or file path" if not near else "no URI"
-        raise UserError(f"{shown}: {kind}, which MLflow does not track to{near or '; ' + _REMEDY}")
+        raise UsageError(f"{shown}: {kind}, which MLflow does not track to{near or '; ' + _REMEDY}")
     if scheme in ("http", "https"):
         _check_http(uri, shown)
     elif scheme.partition("+")[0] not in _DATABASES:
-        raise UserError(f"{shown}: unsupported scheme {scheme!r}; {_REMEDY}")
+        raise UsageError(f"{shown}: unsupported scheme {scheme!r}; {_REMEDY}")
     elif scheme.startswith("sqlite"):
         _check_sqlite(uri, shown)
 
@@ -71,21 +71,21 @@ def _check_http(uri: str, shown: str) -> None:
         parts = urlsplit(uri)
         host, _ = parts.hostname, parts.port  # both are parsed, and may raise, on access
     except ValueError as error:
-        raise UserError(f"{shown}: {error}; {_REMEDY}") from None
+        raise UsageError(f"{shown}: {error}; {_REMEDY}") from None
     if not host or re.search(r"\s", uri):
-        raise UserError(f"{shown}: {'no host in it' if not host else 'blanks in it'}; {_REMEDY}")
+        raise UsageError(f"{shown}: {'no host in it' if not host else 'blanks in it'}; {_REMEDY}")
 
 
 def _check_sqlite(uri: str, shown: str) -> None:
     path = sqlite_path(uri)
     if path is None or not uri.partition("://")[2].startswith("/") or path.is_dir():
-        raise UserError(f"{shown}: names no file; {_REMEDY}")
+        raise UsageError(f"{shown}: names no file; {_REMEDY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with path.open("rb") as file:
                 start = file.read(len(_SQLITE_MAGIC))
             if start and start != _SQLITE_MAGIC:
-                raise UserError(f"{shown}: {path} is not an SQLite file; move it away or name another file")
+                raise UsageError(f"{shown}: {path} is not an SQLite file; move it away or name another file")
     except OSError as error:
-        raise UserError(f"{shown}: {error.strerror}: {error.filename}; name a file in a writable folder") from None
+        raise UsageError(f"{shown}: {error.strerror}: {error.filename}; name a file in a writable folder") from None

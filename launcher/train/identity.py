@@ -13,7 +13,7 @@ _SHAPE_FIELDS = (
     "hidden_size",
     "num_layers",
     "num_heads",
-    "num_kv_groups",
+    "num_kv_heads",
     "head_size",
     "ffn_hidden_size",
     "qk_norm",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.journal import Fence
+from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.track.loss_plot import CURVE_NAME, draw_curves
+from biroute.launcher.track.metrics_log import METRICS_LOG_NAME
 from biroute.launcher.track.progress_line import ProgressLine
-from biroute.launcher.track.metrics_log import SPOOL_NAME
 from biroute.launcher.track.tracker import Status, open_tracker
 
 
@@ -19,12 +19,14 @@ class Observer:
     Nothing is written, either, once another attempt owns the folder.
     """
 
-    def __init__(self, config: RunConfig, tags: Mapping[str, str], fence: Fence) -> None:
-        """Raises UserError for a tracking URI that can't work or a folder that can't be written."""
+    def __init__(self, config: RunConfig, tags: Mapping[str, str], fencing_token: FencingToken) -> None:
+        """Raises UsageError for a tracking URI that can't work or a folder that can't be written."""
         self._run_dir = config.train.run_dir
-        self._fence = fence
+        self._fencing_token = fencing_token
         self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
-        self._tracker = open_tracker(config, self._run_dir, tags=tags, notify=self.message, fence=fence)
+        self._tracker = open_tracker(
+            config, self._run_dir, tags=tags, notify=self.message, fencing_token=fencing_token
+        )
         self._tracker.log_artifact(self._run_dir / "config.yaml")
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
 
@@ -43,11 +45,11 @@ class Observer:
     def draw(self) -> None:
         """Draw the loss curve so far, into the run folder and MLflow."""
         path = self._run_dir / CURVE_NAME
-        if not self._fence.holds():
+        if not self._fencing_token.holds():
             return
         try:
-            draw_curves(self._run_dir / SPOOL_NAME, path, title=self._run_dir.name)
-        except (UserError, OSError) as error:
+            draw_curves(self._run_dir / METRICS_LOG_NAME, path, title=self._run_dir.name)
+        except (UsageError, OSError) as error:
             self.message(f"warning: no loss curve: {error}")
             return
         self._tracker.log_artifact(path)

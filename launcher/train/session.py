@@ -10,38 +10,38 @@ from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.data_pipeline.read.manifest import write_atomically
-from biroute.launcher.ranks.stop_consensus import Agreement
-from biroute.launcher.attempts.journal import Fence
 from biroute.launcher.attempts.failures import explain_end, log_dir, record_stop
+from biroute.launcher.attempts.journal import FencingToken
+from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.launcher.ranks.rendezvous import Place
+from biroute.launcher.ranks.stop_consensus import StopConsensus
+from biroute.launcher.ranks.stop_signal import StopRequest
+from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.identity import describe, model_identity
 from biroute.launcher.train.observer import Observer
-from biroute.launcher.ranks.stop_signal import StopRequest
-from biroute.launcher.ranks.rendezvous import Place
-from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.trainer import Trainer
-from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.parallel.checkpoint.save import load_checkpoint
 from biroute.parallel.engine.engine import build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
 
 
-def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchdog: Watchdog) -> None:
+def run(config: RunConfig, place: Place, stop: StopRequest, fencing_token: FencingToken, watchdog: Watchdog) -> None:
     """Train as one of the ranks that have joined, from the newest checkpoint if there is one. Collective.
 
     Raises:
-        UserError: bad input. StoppedError: a signal came; the state is saved. FencedError: a newer attempt began.
+        UsageError: bad input. StoppedError: a signal came; the state is saved. FencedError: a newer attempt began.
     """
     layout = resolve_layout(config, place.world_size)
     dataset = open_dataset(config)
-    agreement = Agreement(stop, fence, place.device)
-    agreement.check_before_training()
-    logs = log_dir(config.train.run_dir, fence.attempt)
+    stop_consensus = StopConsensus(stop, fencing_token, place.device)
+    stop_consensus.check_before_training()
+    logs = log_dir(config.train.run_dir, fencing_token.attempt)
     observer = None
     if place.rank == 0:
         write_atomically(config.train.run_dir / "config.yaml", dump_config(config).encode())
         tags = {"layout": str(layout), "world_size": str(layout.world_size)}
-        observer = Observer(config, tags, fence)
+        observer = Observer(config, tags, fencing_token)
     status: Status = "FAILED"
     cause = "an error on rank 0"
     try:
@@ -50,15 +50,15 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchd
             observer.message(describe(config, layout))
         mesh = build_mesh(layout)
         engine = build_engine(config, mesh, place.device)
-        agreement.check_before_training()
+        stop_consensus.check_before_training()
         checkpoints = config.train.run_dir / "checkpoints"
         about = {"model": model_identity(config, dataset), "layout": str(layout)}
         progress = load_checkpoint(engine, checkpoints, about, observer.message if observer else lambda _: None)
-        agreement.check_before_training()
+        stop_consensus.check_before_training()
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, agreement, watchdog, observer)
+        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, observer)
         if progress is not None:
             trainer.resume(progress)
         with loader:
@@ -66,7 +66,7 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fence: Fence, watchd
         status, cause = "FINISHED", explain_end(logs, EXIT_OK).cause
     except StoppedError:
         if place.rank == 0:
-            record_stop(logs, watchdog.step or None, agreement.signal_name)
+            record_stop(logs, watchdog.step or None, stop_consensus.signal_name)
         status, cause = "KILLED", explain_end(logs, EXIT_STOPPED).cause
         raise
     except Exception as error:

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from biroute.configs.errors import StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
-from biroute.launcher.ranks.stop_consensus import Agreement
+from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.train.memory import peak_memory_gib
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.schedule import learning_rate
-from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.save import Progress, save_checkpoint
-from biroute.parallel.engine.phase_clock import PHASES
 from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
+from biroute.parallel.phase_clock import PHASES
 from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 
@@ -38,7 +38,7 @@ class Trainer:
     heldout: Iterable[Batch]
     checkpoints: Path
     about: dict[str, Any]
-    agreement: Agreement
+    stop_consensus: StopConsensus
     watchdog: Watchdog
     observer: Observer | None = None
     step: int = 0
@@ -59,7 +59,7 @@ class Trainer:
         Raises:
             StoppedError: a signal asked to stop; the state is saved.
             FencedError: another attempt owns the run folder; nothing is written.
-            UserError: a checkpoint could not be written.
+            UsageError: a checkpoint could not be written.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
         if self._evaluation_pending:
@@ -70,7 +70,7 @@ class Trainer:
             self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
             # Before the step, as a rank that waits for data must be able to say no.
             with self.engine.clock.phase("data"):
-                self.loader.wait(give_up=lambda: bool(self.agreement.stop))
+                self.loader.wait(give_up=lambda: bool(self.stop_consensus.stop))
             self._stop_if_agreed()
             self._train_one_step()
             last = self.step == train.steps
@@ -81,11 +81,11 @@ class Trainer:
 
     def _stop_if_agreed(self) -> None:
         """Save and raise StoppedError, on all ranks, if one was asked to stop. Collective."""
-        if not self.agreement.to_stop():
+        if not self.stop_consensus.to_stop():
             return
         self._save()
         raise StoppedError(
-            f"stopped by {self.agreement.signal_name} after step {self.step}; the state is saved: "
+            f"stopped by {self.stop_consensus.signal_name} after step {self.step}; the state is saved: "
             "run the same command again to go on"
         )
 
@@ -189,7 +189,7 @@ class Trainer:
             progress,
             self.about,
             self.config.checkpoint.keep,
-            owner=self.agreement.fence,
+            owner=self.stop_consensus.fencing_token,
         )
         self._saved_step = self.step
         self.watchdog.reached("training")

@@ -21,7 +21,7 @@ def route_regions(
     causal: bool,
     force_own: bool = True,
     force_previous: bool = True,
-    force_first: bool = False,
+    attention_sink: bool = False,
     descriptors_per_region: int = 1,
 ) -> Tensor:
     """q [B, H, S, D], k [B, G, S, D] -> index int64 [B, G, S // Lq, topk], ascending, -1 = empty.
@@ -51,7 +51,7 @@ def route_regions(
                 forced = {own} if force_own else set()
                 if force_previous and own > 0:
                     forced.add(own - 1)
-                if force_first:
+                if attention_sink:
                     forced.add(0)
                 candidates = [j for j in range(own if causal else num_regions) if j not in forced]
                 affinity = {

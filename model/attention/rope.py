@@ -40,21 +40,21 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _turn(x.detach(), cosines, sines, 1.0)
+        return _rotate(x.detach(), cosines, sines, 1.0)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cosines, sines = ctx.saved_tensors
-        return _turn(dout, cosines, sines, -1.0), None, None
+        return _rotate(dout, cosines, sines, -1.0), None, None
 
 
-def _turn(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
     """Turn by the angles, or back again with `direction` -1."""
     # Products and sums apart, each rounded by itself: a fused one rounds by the place in memory.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    (first, second), (turned_first, turned_second) = (y.chunk(2, dim=-1) for y in (x.float(), out))
+    (first, second), (rotated_first, rotated_second) = (y.chunk(2, dim=-1) for y in (x.float(), out))
     product = second * sines
-    torch.mul(first, cosines, out=turned_first).sub_(product, alpha=direction)
+    torch.mul(first, cosines, out=rotated_first).sub_(product, alpha=direction)
     torch.mul(first, sines, out=product)
-    torch.mul(second, cosines, out=turned_second).add_(product, alpha=direction)
+    torch.mul(second, cosines, out=rotated_second).add_(product, alpha=direction)
     return out.to(x.dtype)

@@ -34,7 +34,7 @@ class RouteRule:
     causal: bool
     force_own: bool = True
     force_previous: bool = True
-    force_first: bool = False
+    attention_sink: bool = False
     router: Router = "affinity"
     seed: int = 0
     descriptors_per_region: int = 1
@@ -48,7 +48,7 @@ class RouteRule:
                 raise ValueError(f"{name}={size} does not divide region_size={self.region_size}")
         if self.causal and not self.force_own:
             raise ValueError("force_own=False needs causal=False: a causal token must see itself")
-        forced = self.force_own + self.force_previous + self.force_first
+        forced = self.force_own + self.force_previous + self.attention_sink
         if self.topk < max(1, forced):
             raise ValueError(f"topk={self.topk} leaves no room for {forced} forced regions")
         if self.router not in ("affinity", "random"):
@@ -107,7 +107,7 @@ def route_regions(
     causal: bool,
     force_own: bool = True,
     force_previous: bool = True,
-    force_first: bool = False,
+    attention_sink: bool = False,
     router: Router = "affinity",
     seed: int = 0,
     descriptors_per_region: int = 1,
@@ -119,7 +119,7 @@ def route_regions(
     Source: BiFormer (CVPR 2023, arXiv:2303.08810) for blocks, MoBA (arXiv:2502.13189) for single tokens.
     """
     rule = RouteRule(
-        region_size, query_block_size, topk, causal, force_own, force_previous, force_first, router, seed,
+        region_size, query_block_size, topk, causal, force_own, force_previous, attention_sink, router, seed,
         descriptors_per_region,
     )  # fmt: skip
     return route_query_blocks(q, key_descriptors(k, region_size, descriptors_per_region), rule)
@@ -191,7 +191,7 @@ def select_regions(affinity_BGCR: Tensor, own_C: Tensor, rule: RouteRule) -> Ten
         bias_CR.masked_fill_(distance_CR == 0, torch.inf)
     if rule.force_previous:
         bias_CR.masked_fill_(distance_CR == 1, torch.inf)
-    if rule.force_first:
+    if rule.attention_sink:
         bias_CR[:, 0] = torch.inf
     slots = min(rule.topk, num_regions)
     index_BGCT = _top_regions(affinity_BGCR + bias_CR, slots)
@@ -248,7 +248,7 @@ def local_route(
     sequence_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The route of `kind: local`: a window of topk regions.
+    """The route of `kind: sliding_window`: a window of topk regions.
 
     Causal: the own region and the topk - 1 before it. Bidirectional: a window around the own region (one more before
     than after if topk is even), moved inwards at the ends so that it keeps topk regions.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 FORMAT = 1
 META = "meta.json"
@@ -38,27 +38,27 @@ def read_meta(path: Path) -> dict[str, Any]:
     """meta.json of the checkpoint `path`.
 
     Raises:
-        UserError: written in a format that this version does not read.
+        UsageError: written in a format that this version does not read.
         OSError, ValueError, KeyError, TypeError: damaged or incomplete.
     """
     meta: dict[str, Any] = json.loads((path / META).read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {meta['format']}, this BiRoute reads {FORMAT}")
+        raise UsageError(f"{path}: checkpoint format {meta['format']}, this BiRoute reads {FORMAT}")
     return meta
 
 
 def check_same_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises UserError naming each setting in which the checkpoint's model differs from ours."""
+    """Raises UsageError naming each setting in which the checkpoint's model differs from ours."""
     differing = [key for key in sorted({*saved, *ours}) if saved.get(key) != ours.get(key)]
     if differing:
         changes = ", ".join(f"{key}: {saved.get(key)} there, {ours.get(key)} here" for key in differing)
-        raise UserError(
+        raise UsageError(
             f"{path}: checkpoint of another model ({changes}); use its settings, or another train.run_dir"
         )
 
 
 def check_newest(directory: Path, ours: dict[str, Any]) -> None:
-    """Before any rank is started: raises UserError if the newest readable checkpoint is of another model."""
+    """Before any rank is started: raises UsageError if the newest readable checkpoint is of another model."""
     for path in list_checkpoints(directory):
         try:
             saved = read_meta(path)["about"]["model"]

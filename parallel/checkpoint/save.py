@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from biroute.configs.errors import DISK_FULL, FencedError, UserError
+from biroute.configs.errors import DISK_FULL, FencedError, UsageError
 from biroute.parallel.checkpoint.files import (
     FORMAT,
     META,
@@ -59,7 +59,7 @@ def save_checkpoint(
     only when every file in it is complete and on disk, and if `owner` still owns the run.
 
     Raises:
-        UserError: the disk is full or not writable; older checkpoints are untouched.
+        UsageError: the disk is full or not writable; older checkpoints are untouched.
         FencedError: another attempt owns the run; on all ranks, and nothing that it sees has changed.
     """
     final = directory / f"{PREFIX}{progress.step:08d}"
@@ -101,7 +101,7 @@ def load_checkpoint(
     Damaged ones are passed over, each with a line to `say`.
 
     Raises:
-        UserError: the newest valid checkpoint is of another model, or there are only damaged ones.
+        UsageError: the newest valid checkpoint is of another model, or there are only damaged ones.
     """
     damaged = []
     for path in list_checkpoints(directory):
@@ -116,7 +116,7 @@ def load_checkpoint(
         _read_rank_files(engine, path, meta)
         return Progress(**meta["progress"])
     if damaged:
-        raise UserError(f"{directory}: no checkpoint is valid; restore one, or remove the folder to start anew")
+        raise UsageError(f"{directory}: no checkpoint is valid; restore one, or remove the folder to start anew")
     return None
 
 
@@ -254,7 +254,7 @@ def _write(path: Path, content: Any) -> None:
         raise
 
 
-def _make_folder(path: Path) -> UserError | None:
+def _make_folder(path: Path) -> UsageError | None:
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -263,9 +263,9 @@ def _make_folder(path: Path) -> UserError | None:
     return None
 
 
-def _explain_write(error: OSError, path: Path) -> UserError:
+def _explain_write(error: OSError, path: Path) -> UsageError:
     cause = "the disk is full" if error.errno in DISK_FULL else str(error)
-    return UserError(
+    return UsageError(
         f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: "
         "free some space and run again"
     )

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import RunConfig
 from biroute.model.language_model import LayerPlan, loss_function, plan_layers
-from biroute.parallel.engine.phase_clock import PhaseClock
 from biroute.parallel.engine.deepspeed_setup import (
     partitioned_construction,
     pipeline_specs,
@@ -29,9 +28,10 @@ from biroute.parallel.engine.deepspeed_setup import (
     start,
     start_engine,
 )
-from biroute.parallel.mesh.mesh import Mesh
-from biroute.parallel.region.shard import RegionExchange, RegionLayout
 from biroute.parallel.engine.zero_state import OptimizerState, decay_groups
+from biroute.parallel.mesh.mesh import Mesh
+from biroute.parallel.phase_clock import PhaseClock
+from biroute.parallel.region.shard import RegionExchange, RegionLayout
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def build_mesh(layout: Layout) -> Mesh:
     """Place this rank and create all groups. Collective; torch.distributed must have the layout's size.
 
     Raises:
-        UserError: Megatron-core and DeepSpeed would place the ranks differently.
+        UsageError: Megatron-core and DeepSpeed would place the ranks differently.
     """
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     check_rank_order(layout)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from megatron.core.parallel_state import RankGenerator
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import Layout
 
 # Fastest axis first; "cp" is our region axis, "ep" has one rank.
@@ -44,7 +44,7 @@ def check_rank_order(
     """Compare the three for every rank; no process is asked.
 
     Raises:
-        UserError: the installed versions order some rank's place differently.
+        UsageError: the installed versions order some rank's place differently.
     """
     megatron = _megatron_coordinates(layout, megatron_order)
     sizes = {"pipe": layout.pipe, "data": layout.data * layout.region, "model": layout.tensor}
@@ -58,7 +58,7 @@ def check_rank_order(
         }
         for library, theirs in found.items():
             if theirs != ours:
-                raise UserError(
+                raise UsageError(
                     f"layout {layout}: {library} {version(library)} puts rank {rank} at {_text(theirs)}, BiRoute at "
                     f"{_text(ours)}; install the versions that pyproject.toml names"
                 )

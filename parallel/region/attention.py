@@ -293,7 +293,7 @@ def fetched_backward(
 
 
 def add_regions(d_table: Tensor, served: list[Tensor], received: Tensor, gives: Units, regions_per_rank: int) -> None:
-    """Add what the askers' units give to the owner's gradients [2, B * G * R', L, D], in the order of the units."""
+    """Add the requesters' units to the owner's gradients [2, B * G * R', L, D], in the order of the units."""
     shipped = iter(served)
     for unit in gives:
         part = next(shipped) if unit.ship else received[unit.rows]

@@ -5,7 +5,7 @@ Rank p holds a contiguous run of regions and the queries of the same tokens. Wha
 one KV group of one sequence, is a *unit*; each unit travels the way that costs fewer bytes:
 
 - *fetch*: the owner sends keys and values of the regions that were chosen, each once;
-- *ship*: the asker sends the queries that chose them, the owner returns their partial outputs and log-sum-exps.
+- *ship*: the requester sends the queries that chose them, the owner returns their partial outputs and log-sum-exps.
 
 Legend: B sequences, G KV groups, N query blocks of this rank, T slots of a route, U units, V visits (a query block
 that chose regions of one owner), W wanted (distinct regions of a unit).
@@ -218,7 +218,7 @@ HEADER = 3  # numbers that announce a unit: is it shipped, its visits, its regio
 
 
 def pack_requests(units: Units) -> tuple[Tensor, Tensor, list[int]]:
-    """What an asker tells the owners: a header int64 [P, B * G, 3], a message int32 and its length for each owner.
+    """What a requester tells the owners: a header int64 [P, B * G, 3], a message int32 and its length for each owner.
 
     The part of one owner: the regions of all its units, then the slots of those that are shipped.
     """
@@ -232,13 +232,13 @@ def pack_requests(units: Units) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def request_lengths(header_Pg3: Tensor, topk: int) -> list[int]:
-    """Length of the message of each asker whose header this is."""
+    """Length of the message of each requester whose header this is."""
     ship_Pg, visits_Pg, wanted_Pg = header_Pg3.unbind(-1)
     return (wanted_Pg + ship_Pg * visits_Pg * topk).sum(1).tolist()
 
 
 def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Units:
-    """What the others want of this rank, from what they packed: header [P, B * G, 3] and message by asker."""
+    """What the others want of this rank, from what they packed: header [P, B * G, 3] and message by requester."""
     ship_Pg, visits_Pg, wanted_Pg = header_Pg3.unbind(-1)
     peer_U, group_U = (wanted_Pg > 0).nonzero(as_tuple=True)
     ship_U = ship_Pg[peer_U, group_U].bool()

@@ -6,7 +6,7 @@ whether the regions were fetched or the queries shipped, and units merge in the 
 a unit travels changes no bit of the result, and what later tokens choose changes no bit of an earlier one.
 
 All payloads are rows of bytes in one all-to-all for each kind; those of forward are under way while the rank's own
-regions are attended. Gradients of keys and values are summed in fp32 at the owner, asker by asker.
+regions are attended. Gradients of keys and values are summed in fp32 at the owner, requester by requester.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from biroute.model.attention.partial import RegionGrid
 from biroute.model.attention.suffix import suffix_attention
-from biroute.parallel.engine.phase_clock import PhaseClock
-from biroute.parallel.region.traffic_log import ExchangeLog
+from biroute.parallel.phase_clock import PhaseClock
 from biroute.parallel.region.attention import routed_attention
 from biroute.parallel.region.plan import (
     Baselines,
@@ -33,6 +32,7 @@ from biroute.parallel.region.plan import (
     request_lengths,
     unpack_requests,
 )
+from biroute.parallel.region.traffic_log import ExchangeLog
 
 __all__ = ["ExchangePlan", "Pending", "RegionExchange", "RegionLayout", "plan_exchange"]
 

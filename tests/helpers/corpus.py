@@ -52,7 +52,7 @@ def small_run(corpus: Path, run_dir: Path, *, steps: int, parallel: dict[str, An
             "hidden_size": 32,
             "num_layers": 2,
             "num_heads": 4,
-            "num_kv_groups": 2,
+            "num_kv_heads": 2,
             "sequence_length": 64,
             "attention": {"region_size": 8, "topk": 3},
         },

@@ -11,7 +11,7 @@ from random import Random
 
 import psutil
 
-from biroute.launcher.attempts.failures import log_dir, read_pulses
+from biroute.launcher.attempts.failures import log_dir, read_heartbeats
 from helpers.slurm_cluster import wait_for
 from helpers.slurm_runs import START_SECONDS, ClusterRun
 
@@ -51,7 +51,9 @@ def _while(doing: str) -> Callable[[ClusterRun, Random], None]:
         _some_steps_later(run, random)
         logs = log_dir(run.run_dir, run.attempts[-1].number)
         deadline = time.monotonic() + START_SECONDS
-        while not any(pulse.rank == 0 and pulse.doing.startswith(doing) for pulse in read_pulses(logs)):
+        while not any(
+            heartbeat.rank == 0 and heartbeat.doing.startswith(doing) for heartbeat in read_heartbeats(logs)
+        ):
             assert time.monotonic() < deadline, f"rank 0 is never {doing}\n{run.story()}"
             time.sleep(0.005)
 

@@ -17,22 +17,22 @@ def run_job(tree: dict[str, Any]) -> str:
 
     from biroute.configs.errors import FencedError, StoppedError
     from biroute.configs.load import config_from_tree
-    from biroute.launcher.attempts.journal import Fence
     from biroute.launcher.attempts.failures import log_dir
-    from biroute.launcher.ranks.stop_signal import StopRequest
-    from biroute.launcher.ranks.rendezvous import Place, begin_joint_attempt
-    from biroute.launcher.train.session import run
+    from biroute.launcher.attempts.journal import FencingToken
     from biroute.launcher.attempts.watchdog import Watchdog
+    from biroute.launcher.ranks.rendezvous import Place, begin_joint_attempt
+    from biroute.launcher.ranks.stop_signal import StopRequest
+    from biroute.launcher.train.session import run
 
     config = config_from_tree(tree, "test")
     place = Place(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     stop = StopRequest()
-    fence = Fence(config.train.run_dir, begin_joint_attempt(config.train.run_dir, place.world_size))
+    fencing_token = FencingToken(config.train.run_dir, begin_joint_attempt(config.train.run_dir, place.world_size))
     watchdog = Watchdog()
-    logs = log_dir(config.train.run_dir, fence.attempt)
+    logs = log_dir(config.train.run_dir, fencing_token.attempt)
     watchdog.watch(logs, place.rank, place.world_size, hang_seconds=0, startup_seconds=600)
     try:
-        run(config, place, stop, fence, watchdog)
+        run(config, place, stop, fencing_token, watchdog)
     except (StoppedError, FencedError) as end:
         return f"{type(end).__name__}: {end}"
     finally:

@@ -22,7 +22,11 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-IMPORTED_BEFORE = ["biroute.launcher.train.session", "biroute.launcher.start.worker", "biroute.parallel.engine.engine"]
+IMPORTED_BEFORE = [
+    "biroute.launcher.train.session",
+    "biroute.launcher.start.worker",
+    "biroute.parallel.engine.engine",
+]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "dev_cluster.sh"
+SCRIPT = Path(__file__).resolve().parents[1] / "system" / "slurm" / "dev_cluster.sh"
 NOT_HERE = 3  # the script's status for "this machine cannot have a cluster"
 Found = TypeVar("Found")
 

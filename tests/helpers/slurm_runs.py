@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from biroute.launcher.attempts.failures import log_dir, read_heartbeats
 from biroute.launcher.attempts.journal import Attempt, read_attempts
-from biroute.launcher.attempts.failures import log_dir, read_pulses
 from helpers.corpus import small_run
 from helpers.slurm_cluster import Cluster, wait_for
 
@@ -64,7 +64,7 @@ class ClusterRun:
     def node_of(self, rank: int) -> str:
         """The node that a rank of the newest attempt runs on."""
         logs = log_dir(self.run_dir, self.attempts[-1].number)
-        return next(pulse.host for pulse in read_pulses(logs) if pulse.rank == rank)
+        return next(heartbeat.host for heartbeat in read_heartbeats(logs) if heartbeat.rank == rank)
 
     def resumed_after(self, number: int) -> int:
         """The step after which an attempt went on; 0 if it began anew."""

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 from helpers.job import points_of, until
 
+from biroute.launcher.attempts.failures import log_dir, read_heartbeats
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.failures import log_dir, read_pulses
 
 from .conftest import Answer
 from .test_train import only_run
@@ -52,7 +52,7 @@ def test_stopped_before_training_begins(config_file: Path, run_dir: Path, start:
     assert "before training began; nothing is lost" in err
 
     later = start(*TWO_RANKS)
-    until(lambda: len(read_pulses(log_dir(run_dir, 2))) == 2)
+    until(lambda: len(read_heartbeats(log_dir(run_dir, 2))) == 2)
     later.send_signal(signal.SIGUSR1)
     out, err = later.communicate(timeout=120)
     assert later.returncode == 75, (out, err)

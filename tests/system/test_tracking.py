@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.track.metrics_log import read_points
-from biroute.launcher.track.tracker import open_tracker
 from biroute.launcher.track.mlflow_ui import check_port, serve_ui
+from biroute.launcher.track.tracker import open_tracker
 
 LOG_SECONDS = 0.05  # what a log call may take, whatever the server does
 
@@ -245,7 +245,7 @@ def test_artifacts_and_odd_metrics_over_http(server: Server, tmp_path: Path) -> 
 def test_serve_ui_ends_with_all_its_processes(server: Server) -> None:
     server.start()
     assert len(server.processes()) >= 1
-    with pytest.raises(UserError, match=f"port {server.port} is in use; choose another with --port"):
+    with pytest.raises(UsageError, match=f"port {server.port} is in use; choose another with --port"):
         serve_ui(f"sqlite:///{server.database}", server.port)
     assert server.stop() == []
     check_port("127.0.0.1", server.port)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from biroute.launcher.bench.report import circumstances, say
+from biroute.launcher.bench.report import environment_info, say
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.partial import Path
 from biroute.model.attention.routing import route_regions
@@ -42,7 +42,7 @@ class Setting:
     region_size: int
     topk: int
     query_block_size: int
-    num_kv_groups: int = 2
+    num_kv_heads: int = 2
     num_heads: int = 8
     head_size: int = 64
     descriptors_per_region: int = 1
@@ -56,7 +56,7 @@ class Setting:
 
 TARGETS = (
     Setting("one route per region", 16_384, 64, 8, 64, target=13.0),
-    Setting("one route per region, 8 KV groups", 16_384, 64, 8, 64, num_kv_groups=8, target=9.0),
+    Setting("one route per region, 8 KV groups", 16_384, 64, 8, 64, num_kv_heads=8, target=9.0),
     Setting("one route per 8 tokens", 16_384, 64, 8, 8, target=8.0),
     Setting("one route per token", 16_384, 64, 8, 1, target=6.0),
     Setting("the same, 32 descriptors", 16_384, 64, 8, 1, descriptors_per_region=32, target=6.0),
@@ -93,7 +93,7 @@ class _Wanted:
     def shape(self) -> tuple[int, ...]:
         """Settings of one shape are measured beside the same dense attention."""
         one = self.setting
-        return one.num_tokens, one.num_kv_groups, one.num_heads, one.head_size
+        return one.num_tokens, one.num_kv_heads, one.num_heads, one.head_size
 
 
 def run_bench(
@@ -109,7 +109,7 @@ def run_bench(
     `train_steps`: `bench_train_step.measure_train_steps`, or left out.
     """
     clock_name, now = _clock()
-    about_run = circumstances()  # now: the code may change while this runs
+    about_run = environment_info()  # now: the code may change while this runs
     wanted = [_Wanted(setting, ("auto",), "targets") for setting in targets]
     for num_tokens in lengths:
         paths = EVERY_PATH if num_tokens <= LONGEST_FOR_EVERY_PATH else EVERY_PATH[:1]
@@ -120,7 +120,7 @@ def run_bench(
             tables[name] += rows
     return {
         "benchmark": "attention",
-        "circumstances": about_run,
+        "environment_info": about_run,
         "settings": {"repeats": repeats, "layout": layout, "precision": "fp32", "clock": clock_name},
         **tables,
         "slope": slope(tables["sweep"], sweep_settings(SLOPE_FROM)[0].name),
@@ -209,7 +209,7 @@ def _inputs(setting: Setting, layout: str) -> _Inputs:
             return torch.randn(1, setting.num_tokens, heads, setting.head_size, generator=generator).transpose(1, 2)
         return torch.randn(1, heads, setting.num_tokens, setting.head_size, generator=generator)
 
-    groups = setting.num_kv_groups
+    groups = setting.num_kv_heads
     q, k, v, dout = draw(setting.num_heads), draw(groups), draw(groups), draw(setting.num_heads)
     return _Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 

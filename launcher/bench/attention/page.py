@@ -46,14 +46,14 @@ def print_attention(answer: Mapping[str, Any]) -> None:
 
 
 def write_attention(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
     make_folder(folder)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     _draw(answer["sweep"], picture)
     one = (answer["targets"] or answer["sweep"])[0]
     parts = [
         _INTRODUCTION.format(heads=one["num_heads"], head=one["head_size"]),
-        facts_list({**answer["circumstances"], **answer["settings"]}),
+        facts_list({**answer["environment_info"], **answer["settings"]}),
         f"## Settings with a target\n\n{markdown_table(_HEADER, _rows(answer['targets']))}",
         f"## Over the length\n\n{markdown_table(_HEADER, _rows(answer['sweep']))}",
         "\n".join(f"- {line}" for line in _findings(answer)),
@@ -110,7 +110,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 str(row[name]) if row["path"] != "dense" else "–"
                 for name in ("region_size", "topk", "query_block_size", "descriptors_per_region")
             ),
-            str(row["num_kv_groups"]),
+            str(row["num_kv_heads"]),
             row["path"],
             *(f"{row[name] * 1e3:,.0f}" for name in ("route_seconds", "forward_seconds", "backward_seconds")),
             f"{row['ratio']:.2f}",

@@ -41,7 +41,7 @@ STEP_VARIANTS = (
     StepVariant("one route per token, 8 descriptors", EIGHT_DESCRIPTORS),
 )
 # 8 heads of 32 in 2 groups; the vocabulary is that of configs/demo.yaml.
-STEP_MODEL = ModelConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_groups=2, sequence_length=8192)
+STEP_MODEL = ModelConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=2, sequence_length=8192)
 STEP_VOCABULARY = 2048
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import ParallelConfig, RunConfig
@@ -24,11 +24,11 @@ from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
 from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
-from biroute.launcher.bench.report import circumstances, say
+from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.train.identity import model_identity
 from biroute.model.block import CoreAttention
-from biroute.parallel.checkpoint.save import load_checkpoint
 from biroute.parallel.checkpoint.files import list_checkpoints
+from biroute.parallel.checkpoint.save import load_checkpoint
 from biroute.parallel.engine.engine import Microbatch, build_engine
 from biroute.parallel.mesh.mesh import build_mesh
 
@@ -45,20 +45,20 @@ class TrainedRun:
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> TrainedRun:
-    """The run of a configuration. Raises UserError: it has no checkpoint, or no layer that routes."""
+    """The run of a configuration. Raises UsageError: it has no checkpoint, or no layer that routes."""
     config = load_config(path, list(overrides))
     if not list_checkpoints(config.train.run_dir / "checkpoints"):
-        raise UserError(f"train.run_dir={config.train.run_dir}: no checkpoint there; run biroute train {path} first")
+        raise UsageError(f"train.run_dir={config.train.run_dir}: no checkpoint there; run biroute train {path} first")
     if not routed_layers(config):
-        raise UserError(f"{path}: no layer has model.attention.kind=bi_level; there is no route to measure")
+        raise UsageError(f"{path}: no layer has model.attention.kind=bi_level; there is no route to measure")
     return TrainedRun(config.train.run_dir.name, config.model_copy(update={"parallel": ParallelConfig()}))
 
 
 def at_length(config: RunConfig, length: int) -> RunConfig:
-    """The same with another sequence length. Raises UserError: not a whole number of regions."""
+    """The same with another sequence length. Raises UsageError: not a whole number of regions."""
     size = config.model.attention.region_size
     if length % size:
-        raise UserError(f"--length {length} is not a multiple of model.attention.region_size={size}")
+        raise UsageError(f"--length {length} is not a multiple of model.attention.region_size={size}")
     return config.model_copy(update={"model": config.model.model_copy(update={"sequence_length": length})})
 
 
@@ -99,7 +99,7 @@ class Trained(NamedTuple):
 def trained_routes(config: RunConfig, sequences: int, weights: Path | None) -> Trained:
     """The newest checkpoint over the first held-out sequences, in one process.
 
-    `weights`: a file to keep the trained weights in, for other ranks. Raises UserError: too little held-out text.
+    `weights`: a file to keep the trained weights in, for other ranks. Raises UsageError: too little held-out text.
     """
     train = config.train.model_copy(
         update={"microbatch_size": 1, "global_batch_size": 1, "evaluate_sequences": sequences}
@@ -134,9 +134,9 @@ def run_bench(
 ) -> dict[str, Any]:
     """Plans of every run at every length (none: its own), measured at the first length; the answer as plain values.
 
-    `weights`: a folder for trained weights on their way to the measuring ranks. Raises UserError: bad input.
+    `weights`: a folder for trained weights on their way to the measuring ranks. Raises UsageError: bad input.
     """
-    about_run = circumstances()
+    about_run = environment_info()
     join_alone(runs[0].config)
     tables, measured = [], []
     for run in runs:
@@ -166,7 +166,7 @@ def run_bench(
     model = runs[0].config.model
     return {
         "benchmark": "exchange",
-        "circumstances": about_run,
+        "environment_info": about_run,
         "settings": {
             "model": model.model_dump(mode="json"),
             "precision": runs[0].config.train.precision,

@@ -61,17 +61,17 @@ def print_exchange(answer: Mapping[str, Any]) -> None:
 
 
 def write_exchange(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
     make_folder(folder)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     _draw(answer, picture)
     settings, model = answer["settings"], answer["settings"]["model"]
     parts = [
         _INTRODUCTION.format(
-            layers=model["num_layers"], heads=model["num_heads"], groups=model["num_kv_groups"],
+            layers=model["num_layers"], heads=model["num_heads"], groups=model["num_kv_heads"],
             head=model["head_size"], precision=settings["precision"], sequences=settings["sequences"],
         ),
-        facts_list({**answer["circumstances"], **_training(answer)}),
+        facts_list({**answer["environment_info"], **_training(answer)}),
         f"![Bytes relative to the causal-only fetch]({PICTURE_NAME})",
     ]  # fmt: skip
     for table in answer["tables"]:

@@ -70,7 +70,7 @@ def _costs(config: RunConfig) -> ExchangeCosts:
     return ExchangeCosts.of(
         region_size=model.attention.region_size,
         query_block_size=model.attention.query_block_size,
-        heads_per_group=model.num_heads // model.num_kv_groups,
+        heads_per_group=model.num_heads // model.num_kv_heads,
         head_size=model.head_size,
         element_size=2 if config.train.precision == "bf16" else 4,
     )
@@ -96,7 +96,7 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
 def descriptor_bytes(config: RunConfig) -> int:
     """Of all key descriptors of one layer and sequence, which every rank gathers: fp32."""
     model = config.model
-    return model.num_regions * model.attention.descriptors_per_region * model.num_kv_groups * model.head_size * 4
+    return model.num_regions * model.attention.descriptors_per_region * model.num_kv_heads * model.head_size * 4
 
 
 def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:
@@ -108,7 +108,7 @@ def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:
             layout,
             rank,
             _costs(config),
-            groups=model.num_kv_groups,
+            groups=model.num_kv_heads,
             blocks=layout.tokens_per_rank // model.attention.query_block_size,
             topk=model.attention.topk,
             causal=model.causal,

@@ -15,16 +15,16 @@ import torch.distributed as dist
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_seat
 from biroute.launcher.start.worker import ignore_library_warnings
 from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.phase_clock import PhaseClock
 from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_exchange
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
+from biroute.parallel.phase_clock import PhaseClock
 
-# The kinds of a plan's forward payload: what an asker receives, and what it sends.
+# The kinds of a plan's forward payload: what an requester receives, and what it sends.
 RECEIVED_PAYLOAD, SENT_PAYLOAD = ("keys", "results"), ("queries",)
 
 
@@ -63,7 +63,9 @@ def _rank(rank: int, ranks: int, job: RankJob, folder: str) -> None:
         "WORLD_SIZE": str(ranks),
         RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
     }
-    place = join_processes(find_seat(), job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1}))
+    place = join_processes(
+        find_rank_environment(), job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1})
+    )
     report = forward_and_backward(job, place.device)
     Path(folder, f"{rank}.json").write_text(json.dumps(report), "utf-8")
     dist.barrier()

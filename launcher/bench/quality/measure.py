@@ -20,19 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.data_pipeline.read.loader import Batch
 from biroute.launcher.bench.quality.variants import VARIANTS, variant_config
-from biroute.launcher.bench.report import circumstances, each, mean, say, select
+from biroute.launcher.bench.report import each, environment_info, mean, say, select
 from biroute.launcher.bench.rows import KeptRows
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.train.schedule import learning_rate
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_seat
-from biroute.model.block import CoreAttention
 from biroute.model.attention.routing import Router
+from biroute.model.block import CoreAttention
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
@@ -92,7 +92,7 @@ def join_alone(config: RunConfig) -> Mesh:
     if not dist.is_initialized():
         rendezvous = Path(tempfile.mkdtemp(prefix="biroute-bench-")) / "rendezvous"
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
-        join_processes(find_seat(), config.train)
+        join_processes(find_rank_environment(), config.train)
     return build_mesh(resolve_layout(config, 1))
 
 
@@ -110,14 +110,14 @@ def run_bench(
     from there.
 
     Raises:
-        UserError: no such variant, no seed, a masked objective, no dataset; a rows file that is none.
+        UsageError: no such variant, no seed, a masked objective, no dataset; a rows file that is none.
     """
     if seeds < 1 or steps < 1:
-        raise UserError(f"--seeds {seeds} --steps {steps}: use at least 1 of each")
+        raise UsageError(f"--seeds {seeds} --steps {steps}: use at least 1 of each")
     if not config.model.causal:
-        raise UserError(f"model.objective={config.model.objective}: this benchmark trains causal models")
+        raise UsageError(f"model.objective={config.model.objective}: this benchmark trains causal models")
     names = select(VARIANTS, patterns, VARIANTS)
-    about_run = circumstances()  # now: the code may change while this runs
+    about_run = environment_info()  # now: the code may change while this runs
     dataset = open_dataset(config)  # complains before anything is trained
     kept = KeptRows(rows_path, [rows_depend_on(config), dataset.manifest.tokenizer_fingerprint, steps, seeds])
     plans = {name: [variant_config(config, name, seed, steps) for seed in range(seeds)] for name in names}
@@ -126,7 +126,7 @@ def run_bench(
     model = config.model
     return {
         "benchmark": "quality",
-        "circumstances": about_run,
+        "environment_info": about_run,
         "settings": {
             "steps": steps,
             "tokens_per_step": config.tokens_per_step,

@@ -48,20 +48,20 @@ def print_quality(answer: Mapping[str, Any]) -> None:
 
 
 def write_quality(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
     make_folder(folder)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     _draw(answer, picture)
     settings, model = answer["settings"], answer["settings"]["model"]
     introduction = _INTRODUCTION.format(
         layers=model["num_layers"], hidden=model["hidden_size"], heads=model["num_heads"],
-        groups=model["num_kv_groups"], head=model["head_size"], length=model["sequence_length"],
+        groups=model["num_kv_heads"], head=model["head_size"], length=model["sequence_length"],
         vocabulary=settings["vocab_size"], seen=settings["tokens_seen"],
         share=settings["tokens_seen"] / model["sequence_length"],
     )  # fmt: skip
     tokens = settings["steps"] * settings["tokens_per_step"]
     facts = {
-        **answer["circumstances"],
+        **answer["environment_info"],
         "training": f"{settings['steps']} steps of {settings['tokens_per_step']:,} tokens, {tokens:,} in all, peak "
         f"learning rate {settings['learning_rate']}: far too few for a good model, the same for all",
         "seeds": ", ".join(map(str, answer["seeds"])),

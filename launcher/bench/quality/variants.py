@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 
@@ -27,15 +27,15 @@ def variant_config(config: RunConfig, name: str, seed: int, steps: int) -> RunCo
     All have smeared keys, but `-no-smear`. All but dense see the same number of tokens.
 
     Raises:
-        UserError: the configuration's regions are no multiple of 8 tokens.
+        UsageError: the configuration's regions are no multiple of 8 tokens.
     """
     region_size, topk = config.model.attention.region_size, config.model.attention.topk
     if region_size % 8:
-        raise UserError(f"model.attention.region_size={region_size}: this benchmark needs a multiple of 8")
+        raise UsageError(f"model.attention.region_size={region_size}: this benchmark needs a multiple of 8")
     base = name.removesuffix("-no-smear").removesuffix("-dense0")
     changes: dict[str, dict[str, Any]] = {
         "dense": {"kind": "dense"},
-        "local": {"kind": "local"},
+        "local": {"kind": "sliding_window"},
         "token": {},
         "token-fine": {"region_size": region_size // 4, "topk": 4 * topk},
         "token-parts": {"descriptors_per_region": 4},

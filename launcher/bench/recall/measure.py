@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.launcher.bench.recall.model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallTask
-from biroute.launcher.bench.report import circumstances, mean, say, select
+from biroute.launcher.bench.report import environment_info, mean, say, select
 from biroute.launcher.bench.rows import KeptRows
 from biroute.model.attention.routing import Router
 
@@ -46,7 +46,7 @@ class RecallSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: train for at least 1 step")
+            raise UsageError(f"--steps {self.steps}: train for at least 1 step")
 
     @property
     def task(self) -> RecallTask:
@@ -79,7 +79,7 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("dense", kind="dense"),
-        Variant("local-8x4", kind="local", region_size=8, topk=4),
+        Variant("local-8x4", kind="sliding_window", region_size=8, topk=4),
         _bi_level("token-8x4", "8x4"),
         _bi_level("token-8x4-parts4", "8x4", descriptors_per_region=4),
         _bi_level("token-8x4-parts8", "8x4", descriptors_per_region=8),
@@ -186,13 +186,13 @@ def run_bench(
     Rows are kept in `rows_path` as they come, and those of the same settings and seeds are taken from there.
 
     Raises:
-        UserError: no such variant, no seed; a rows file that is none.
+        UsageError: no such variant, no seed; a rows file that is none.
     """
     if seeds < 1:
-        raise UserError(f"--seeds {seeds}: use at least 1")
+        raise UsageError(f"--seeds {seeds}: use at least 1")
     names = select(list(VARIANTS), patterns, DEFAULT_VARIANTS)
     kept = KeptRows(rows_path, [asdict(settings), seeds])
-    about_run = circumstances()  # now: the code may change while this runs
+    about_run = environment_info()  # now: the code may change while this runs
     rows = []
     for name in names:
         row = kept.row(name, partial(run_variant, VARIANTS[name], range(seeds), settings))
@@ -201,7 +201,7 @@ def run_bench(
             f"{row['seconds']:.0f} s")  # fmt: skip
     return {
         "benchmark": "recall",
-        "circumstances": about_run,
+        "environment_info": about_run,
         "settings": asdict(settings),
         "num_values": settings.task.num_values,
         "seeds": list(range(seeds)),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from biroute.launcher.bench.recall.masked_attention import masked_attention
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.attention.routing import Router, local_route, route_regions
-from biroute.model.attention.key_smear import KeySmear
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Variant:
     """What a row of the benchmark tries: how the layers that are not in `dense_layers` choose what they see."""
 
     name: str
-    kind: Literal["bi_level", "dense", "local"] = "bi_level"
+    kind: Literal["bi_level", "dense", "sliding_window"] = "bi_level"
     region_size: int = 4
     query_block_size: int = 1
     topk: int = 8
@@ -48,7 +48,7 @@ class ModelSize:
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
-    num_kv_groups: int = 2
+    num_kv_heads: int = 2
     head_size: int = 32
 
 
@@ -66,11 +66,11 @@ class RecallAttention(nn.Module):
         self.kind = "dense" if layer in variant.dense_layers else variant.kind
         self.router: Router = "affinity"
         self.through_mask = True
-        width = size.num_kv_groups * size.head_size
+        width = size.num_kv_heads * size.head_size
         self.widths = (size.num_heads * size.head_size, width, width)
         self.project = nn.Linear(size.hidden_size, sum(self.widths), bias=False)
         self.out = nn.Linear(self.widths[0], size.hidden_size, bias=False)
-        self.key_smear = KeySmear(size.num_kv_groups, size.head_size) if variant.key_smear else None
+        self.key_smear = KeySmear(size.num_kv_heads, size.head_size) if variant.key_smear else None
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         q, k, v = (
@@ -80,25 +80,25 @@ class RecallAttention(nn.Module):
         if self.key_smear is not None:
             k = self.key_smear(k)
         tables = rotary_tables(q.shape[2], 0, q.shape[3], 10_000.0, q.device)
-        turned_q, turned_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        rotated_q, rotated_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if self.kind == "dense":
-            out = dense_attention(turned_q, turned_k, v, causal=True)
+            out = dense_attention(rotated_q, rotated_k, v, causal=True)
         else:
             before = self.variant.descriptor == "pre_rope"
-            index = self.route(q, k) if before else self.route(turned_q, turned_k)
+            index = self.route(q, k) if before else self.route(rotated_q, rotated_k)
             region_size, lq = self.variant.region_size, self._query_block_size
             attend = masked_attention if self.through_mask else partial(bi_level_attention, causal=True)
-            out = attend(turned_q, turned_k, v, index, region_size=region_size, query_block_size=lq)
+            out = attend(rotated_q, rotated_k, v, index, region_size=region_size, query_block_size=lq)
         return self.out(out.transpose(1, 2).flatten(2))
 
     @property
     def _query_block_size(self) -> int:
-        return self.variant.region_size if self.kind == "local" else self.variant.query_block_size
+        return self.variant.region_size if self.kind == "sliding_window" else self.variant.query_block_size
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, N, topk], -1 = empty."""
         variant = self.variant
-        if self.kind == "local":
+        if self.kind == "sliding_window":
             return local_route(
                 batch=k.shape[0],
                 groups=k.shape[1],

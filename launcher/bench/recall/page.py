@@ -50,7 +50,7 @@ def print_recall(answer: Mapping[str, Any]) -> None:
 
 
 def write_recall(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UserError if it cannot be created."""
+    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
     make_folder(folder)
     page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
     _draw(answer, picture)
@@ -59,9 +59,9 @@ def write_recall(answer: Mapping[str, Any], folder: Path) -> list[Path]:
     introduction = _INTRODUCTION.format(
         length=length, short=length // 8, middle=length // 4, pairs=length // 8, guess=1 / answer["num_values"],
         layers=size["num_layers"], hidden=size["hidden_size"], heads=size["num_heads"],
-        groups=size["num_kv_groups"], head=size["head_size"],
+        groups=size["num_kv_heads"], head=size["head_size"],
     )  # fmt: skip
-    facts = {**answer["circumstances"], **_training_facts(answer)}
+    facts = {**answer["environment_info"], **_training_facts(answer)}
     unit = answer["distance_unit_tokens"]
     page.write_text(
         f"{introduction}\n{facts_list(facts)}\n\n{markdown_table(_header(answer), _rows(answer))}\n\n"
@@ -120,7 +120,7 @@ def _draw(answer: Mapping[str, Any], path: Path) -> None:
             values,
             label=row["name"],
             color=BASELINE_COLOUR if baseline else next(colours, BASELINE_COLOUR),
-            linestyle="--" if row["kind"] == "local" else "-",
+            linestyle="--" if row["kind"] == "sliding_window" else "-",
             linewidth=2.0 if baseline else 1.3,
             marker="o",
             markersize=3,

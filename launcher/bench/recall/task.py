@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class RecallTask:
 
     def __post_init__(self) -> None:
         if self.num_pairs > self.num_keys:
-            raise UserError(f"{self.num_pairs} pairs need as many different keys; there are {self.num_keys}")
+            raise UsageError(f"{self.num_pairs} pairs need as many different keys; there are {self.num_keys}")
         if self.num_pairs < 1 or 8 * self.num_pairs > self.sequence_length:
             # Pairs and questions take 4 tokens each; in a fuller sequence they no longer find a place.
-            raise UserError(
+            raise UsageError(
                 f"{self.num_pairs} pairs in {self.sequence_length} tokens: use 1 to {self.sequence_length // 8}"
             )
 

@@ -24,9 +24,9 @@ CAUSAL_MODELS: dict[str, dict[str, Any]] = {
     "per block": {"attention": {"region_size": 4, "query_block_size": 2, "topk": 3}},
     "per region": {"attention": {"region_size": 4, "query_block_size": 4, "topk": 3}},
     "descriptors after RoPE": {"attention": {"region_size": 4, "topk": 3, "descriptor": "post_rope"}},
-    "first region forced": {"attention": {"region_size": 4, "topk": 4, "force_first": True}},
+    "first region forced": {"attention": {"region_size": 4, "topk": 4, "attention_sink": True}},
     "random route": {"attention": {"region_size": 4, "topk": 4, "router": "random"}},
-    "local": {"attention": {"region_size": 4, "topk": 3, "kind": "local"}},
+    "local": {"attention": {"region_size": 4, "topk": 3, "kind": "sliding_window"}},
     "dense": {"attention": {"region_size": 4, "kind": "dense"}},
     "keys not smeared": {"key_smear": False},
     "two descriptors": {"attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2}},
@@ -65,12 +65,12 @@ def test_no_future_token_reaches_an_earlier_output(model: str, ranks: Ranks) -> 
 
 
 def test_the_perturbation_test_can_fail(ranks: Ranks) -> None:
-    ((earlier, _),) = ranks(1).run(earlier_outputs_changed_job, {"objective": "masked"})
+    ((earlier, _),) = ranks(1).run(earlier_outputs_changed_job, {"objective": "mlm"})
     assert earlier == 11
 
 
 def recomputed_job(recompute: bool) -> Any:
-    return plain_torch_run(small_config(train={"recompute": recompute}), 2)
+    return plain_torch_run(small_config(train={"activation_checkpointing": recompute}), 2)
 
 
 def test_recomputation_changes_nothing(ranks: Ranks) -> None:
@@ -106,9 +106,9 @@ def counts_job(model: dict[str, Any]) -> list[tuple[str, int, int]]:
     [
         {},
         {"qk_norm": True, "tied_embeddings": False},
-        {"objective": "masked", "key_smear": False},
+        {"objective": "mlm", "key_smear": False},
         {"attention": {"region_size": 8, "query_block_size": 4, "topk": 9}},
-        {"attention": {"region_size": 4, "topk": 3, "kind": "local"}},
+        {"attention": {"region_size": 4, "topk": 3, "kind": "sliding_window"}},
     ],
     ids=str,
 )

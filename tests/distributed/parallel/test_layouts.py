@@ -31,7 +31,7 @@ LAYOUTS = [
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied, normed": {"tied_embeddings": False, "qk_norm": True},
-    "masked": {"objective": "masked"},
+    "mlm": {"objective": "mlm"},
     "keys not smeared, two descriptors": {
         "key_smear": False,
         "attention": {"region_size": 4, "topk": 3, "descriptors_per_region": 2},

@@ -94,7 +94,7 @@ CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again (Slurm's default: 120 s)
 AuthInfo=socket=$DIR/munge/munge.socket,cred_expire=10
 StateSaveLocation=$DIR/state
-SlurmdSpoolDir=$DIR/spool/%n
+SlurmdSpoolDir=$DIR/metrics_log/%n
 SlurmctldPidFile=$DIR/run/slurmctld.pid
 SlurmdPidFile=$DIR/run/slurmd-%n.pid
 SlurmctldLogFile=$DIR/log/slurmctld.log
@@ -203,7 +203,7 @@ network_down() {
 
 # A node is a small container. Its init (pid 1 of the PID namespace) is a bash that only reaps; killing it kills all.
 start_node() {
-    mkdir -p "$DIR/spool/$1"
+    mkdir -p "$DIR/metrics_log/$1"
     setsid ip netns exec "$(namespace "$1")" unshare --uts --pid --fork --kill-child --mount-proc bash -c '
         hostname "$1"; slurmd -N "$1" -f "$2"
         while :; do sleep 3600 & wait $!; done' node-init "$1" "$SLURM_CONF" \
@@ -290,7 +290,7 @@ up() {
     if grep -qsx "$wanted" "$DIR/params" && (load; healthy); then say "already up"; status; return; fi
     (down) # of whatever is there, with its own settings
     rm -rf "$DIR"
-    mkdir -p "$DIR"/{state,spool,log,run,dev}
+    mkdir -p "$DIR"/{state,metrics_log,log,run,dev}
     chmod 755 "$DIR"
     install_packages
     claim_network

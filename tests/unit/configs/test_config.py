@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import microbatches_per_step, resolve_layout
 from biroute.configs.load import config_from_tree, dump_config, flatten, load_config
 from biroute.configs.reference import reference
 from biroute.configs.schema import RunConfig
 from biroute.launcher.train.schedule import learning_rate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -42,7 +42,7 @@ def test_derived_sizes_follow() -> None:
 def test_flat_names_are_those_of_overrides() -> None:
     flat = flatten(config_from_tree({}, "test"))
     assert flat["model.attention.topk"] == "8"
-    with pytest.raises(UserError, match="unknown key"):
+    with pytest.raises(UsageError, match="unknown key"):
         load_config(SHIPPED[0], ["model.attention.topq=3"])
 
 

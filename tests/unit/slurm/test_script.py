@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from biroute.configs.errors import UserError
-from biroute.slurm import script as job_script
 from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
-from biroute.slurm.script import JobRequest, render_job
+from biroute.configs.errors import UsageError
+from biroute.slurm import script as job_script
 from biroute.slurm.client import seconds_of
+from biroute.slurm.script import JobRequest, render_job
 
 # Anything that a shell could take for more than text; the shell itself holds no NUL.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -190,7 +190,7 @@ def test_shipped_profiles_are_valid_and_survive_writing(name: str, tmp_path: Pat
 def test_a_bad_profile_is_named(text: str, parts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_profile(str(path))
     for part in ["cluster.yaml", *parts]:
         assert part in str(caught.value)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from biroute.configs.errors import UserError
-from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
+from biroute.configs.errors import UsageError
 from biroute.launcher.attempts.failures import End, Failure, log_dir, log_file, write_failure
-from biroute.slurm.run_folder import RunFolder, find_run
-from biroute.slurm.logs import follow_logs, tell_logs
+from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
 from biroute.slurm.client import Job
+from biroute.slurm.logs import follow_logs, tell_logs
+from biroute.slurm.run_folder import RunFolder, find_run
 from biroute.slurm.status import run_state, status_of, tell_status
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
@@ -104,7 +104,7 @@ def test_the_first_failing_rank_comes_first(run: RunFolder) -> None:
     newest = tell_logs(run, None, rank=0, lines=2)
     assert "attempt 2" in newest
     assert newest.splitlines()[-2:] == ["step 11", "step 12"]
-    with pytest.raises(UserError, match=r"no attempt 5; it has 1, 2"):
+    with pytest.raises(UsageError, match=r"no attempt 5; it has 1, 2"):
         tell_logs(run, 5, rank=0, lines=2)
 
 
@@ -138,7 +138,7 @@ def test_a_run_by_its_folder_or_configuration(run: RunFolder, tmp_path: Path) ->
         (str(tmp_path), "holds no run"),
         ("nowhere", "no such run folder, configuration or job"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UsageError, match=message):
             find_run(target)
 
 
@@ -146,5 +146,5 @@ def test_a_job_by_its_number_without_slurm(run: RunFolder, tmp_path: Path, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert find_run("7") == run
-    with pytest.raises(UserError, match="scontrol: no such command"):
+    with pytest.raises(UsageError, match="scontrol: no such command"):
         find_run("8")

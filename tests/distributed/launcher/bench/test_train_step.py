@@ -17,7 +17,7 @@ VARIANTS = (
     StepVariant("dense", AttentionConfig(kind="dense")),
     StepVariant("routed", AttentionConfig(region_size=16, topk=2), dense_layers=(0,), target=2.0),
 )
-MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_groups=1, sequence_length=64)
+MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, sequence_length=64)
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:

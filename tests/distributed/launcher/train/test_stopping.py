@@ -19,10 +19,10 @@ from helpers.training import small_config, start_engine, train
 
 from biroute.configs.errors import FencedError
 from biroute.data_pipeline.read.loader import Batch
-from biroute.launcher.attempts.journal import Fence, begin_attempt, read_attempts
 from biroute.launcher.attempts.failures import log_dir
-from biroute.parallel.checkpoint.save import Progress, save_checkpoint
+from biroute.launcher.attempts.journal import FencingToken, begin_attempt, read_attempts
 from biroute.parallel.checkpoint.files import list_checkpoints, read_meta
+from biroute.parallel.checkpoint.save import Progress, save_checkpoint
 
 Ranks = Callable[[int], WorkerPool]
 STEPS = 6
@@ -137,7 +137,7 @@ def test_stopped_while_waiting_for_data(ranks: Ranks, corpus: Path, tmp_path: Pa
 def fenced_save_job(run_dir: Path, attempt: int) -> str:
     engine = start_engine(small_config(parallel={"data": 2}))
     train(engine, (1,))
-    owner = Fence(run_dir, attempt)
+    owner = FencingToken(run_dir, attempt)
     try:
         about = {"model": {"model.hidden_size": 32}}
         save_checkpoint(engine, run_dir / "checkpoints", Progress(1, 8), about, 1, owner=owner)

@@ -13,8 +13,8 @@ import torch
 from helpers.pool import RankFailedError, WorkerPool
 from helpers.training import Shards, merge, shards_of, small_config, start_engine, train
 
-from biroute.parallel.checkpoint.save import Progress, load_checkpoint, reshard, save_checkpoint
 from biroute.parallel.checkpoint.files import list_checkpoints
+from biroute.parallel.checkpoint.save import Progress, load_checkpoint, reshard, save_checkpoint
 from biroute.parallel.engine.engine import Engine
 
 Ranks = Callable[[int], WorkerPool]
@@ -186,7 +186,7 @@ def test_no_checkpoint_at_all(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_only_damaged_ones_is_an_error(checkpoints: Path, ranks: Ranks, tmp_path: Path) -> None:
     folder = damaged(checkpoints, tmp_path, flip_a_byte, every=True)
-    with pytest.raises(RankFailedError, match=r"UserError: .*no checkpoint is valid"):
+    with pytest.raises(RankFailedError, match=r"UsageError: .*no checkpoint is valid"):
         ranks(1).run(load_job, folder, ABOUT)
 
 
@@ -209,7 +209,7 @@ def full_disk_job(folder: Path) -> tuple[str, list[str]]:
 
 def test_full_disk_keeps_the_last_checkpoint(ranks: Ranks, small_disk: Path) -> None:
     (message, left), *others = ranks(2).run(full_disk_job, small_disk)
-    assert message.startswith("UserError: ")
+    assert message.startswith("UsageError: ")
     assert "the disk is full" in message
     assert left
     assert all(other == (message, left) for other in others), "every rank says the same"

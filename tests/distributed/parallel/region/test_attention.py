@@ -15,9 +15,9 @@ from torch import Tensor
 
 from biroute.model.attention import reference
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.partial import RegionGrid
 from biroute.model.attention.routing import key_descriptors, local_route, route_query_blocks, route_regions
-from biroute.model.attention.key_smear import KeySmear
 from biroute.parallel.region import attention as region_attention
 from biroute.parallel.region.shard import Pending, RegionExchange, RegionLayout
 
@@ -52,7 +52,7 @@ def single(case: Case, in_fp64: bool = False) -> tuple[Tensor, ...]:
 
 def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
     sizes = {"region_size": case.region_size, "query_block_size": case.query_block_size, "topk": case.topk}
-    if case.kind == "local":
+    if case.kind == "sliding_window":
         return local_route(batch=2, groups=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes)
     return route_regions(q, k, causal=case.causal, descriptors_per_region=case.descriptors_per_region, **sizes)
 
@@ -85,7 +85,7 @@ def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
 
 
 def shard_route(case: Case, exchange: RegionExchange, q: Tensor, k: Tensor) -> Tensor:
-    if case.kind == "local":
+    if case.kind == "sliding_window":
         return local_route(
             batch=2, groups=case.groups, num_tokens=q.shape[2], region_size=case.region_size,
             query_block_size=case.query_block_size, topk=case.topk, causal=case.causal,
@@ -120,9 +120,9 @@ CASES = [
     Case(4, num_regions=4, topk=2),
     Case(4, causal=False, query_block_size=4),
     Case(4, causal=False, way="ship"),
-    Case(4, kind="local", query_block_size=4, topk=3),
-    Case(8, kind="local", query_block_size=4, topk=7),
-    Case(4, kind="local", query_block_size=4, causal=False),
+    Case(4, kind="sliding_window", query_block_size=4, topk=3),
+    Case(8, kind="sliding_window", query_block_size=4, topk=7),
+    Case(4, kind="sliding_window", query_block_size=4, causal=False),
     Case(2, kind="dense"),
     Case(8, kind="dense"),
     Case(4, kind="dense", causal=False),

@@ -18,32 +18,31 @@ import pytest
 import webdataset
 from helpers.corpora import chinese_texts, copy_of, data_config, english_texts, tree_bytes, write_jsonl
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare import build as build_module
-from biroute.data_pipeline.prepare import encode
-from biroute.data_pipeline.read import shards
+from biroute.data_pipeline.prepare import encode, shard_writer
 from biroute.data_pipeline.prepare.build import build_dataset
-from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, load_manifest
 from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.read.shards import TokenStream
 from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.prepare.verify import verify_dataset
+from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, load_manifest
+from biroute.data_pipeline.read.token_stream import TokenStream
 
 QUIET = Progress(quiet=True)
 # A build in a process of its own, with parts small enough that many are made.
 SCRIPT = """
 import sys
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare import build
 if __name__ == "__main__":
     build.PART_BYTES = 8_000
     try:
         build.build_dataset(DataConfig.model_validate_json(sys.argv[1]))
-    except UserError as error:
-        sys.exit(f"UserError: {error}")
+    except UsageError as error:
+        sys.exit(f"UsageError: {error}")
 """
 
 
@@ -120,7 +119,7 @@ def test_wide_vocabularies_take_four_bytes() -> None:
 def test_four_byte_shards_read_back(tmp_path: Path) -> None:
     tokens = np.arange(70_000, 70_257, dtype=np.uint32)
     token_bytes = np.ones(80_000, dtype=np.int64)
-    entry = shards.write_stream(
+    entry = shard_writer.write_stream(
         tmp_path,
         "s",
         "train",
@@ -215,7 +214,7 @@ def test_changing_back_in_mid_build_is_no_mixture(
 ) -> None:
     data = copy_of(built, tmp_path / "d")
     written: list[str] = []
-    write_shard = shards.write_shard
+    write_shard = shard_writer.write_shard
 
     def interrupted(folder: Path, file: str, *rest: Any) -> Any:
         if len(written) == 3:
@@ -223,14 +222,14 @@ def test_changing_back_in_mid_build_is_no_mixture(
         written.append(file)
         return write_shard(folder, file, *rest)
 
-    monkeypatch.setattr(shards, "write_shard", interrupted)
+    monkeypatch.setattr(shard_writer, "write_shard", interrupted)
     # Other texts in shards of the same names and sizes.
     with pytest.raises(KeyboardInterrupt):
         build_dataset(data.model_copy(update={"min_document_bytes": 60}), QUIET)
     assert written[0] == "english/train-000000.tar"
-    with pytest.raises(UserError, match="is not finished; run `biroute data build`"):
+    with pytest.raises(UsageError, match="is not finished; run `biroute data build`"):
         verify_dataset(data.dir)
-    monkeypatch.setattr(shards, "write_shard", write_shard)
+    monkeypatch.setattr(shard_writer, "write_shard", write_shard)
     build_dataset(data, QUIET)
     assert tree_bytes(data.dir) == tree_bytes(built.dir)
 
@@ -268,7 +267,7 @@ def test_continuing_keeps_finished_parts_and_shards(
     monkeypatch.setattr(build_module, "PART_BYTES", 20_000)
     data = built.model_copy(update={"dir": tmp_path / "d"})
     encoded: list[str] = []
-    encode_part, write_shard = encode._encode_part, shards.write_shard
+    encode_part, write_shard = encode._encode_part, shard_writer.write_shard
 
     def stop_after_five(path: Path, texts: encode.Texts) -> None:
         if len(encoded) == 5:
@@ -290,12 +289,12 @@ def test_continuing_keeps_finished_parts_and_shards(
         written.append(file)
         return write_shard(folder, file, *rest)
 
-    monkeypatch.setattr(shards, "write_shard", stop_after_two)
+    monkeypatch.setattr(shard_writer, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         build_dataset(data, QUIET)
     assert len(encoded) > 5
     assert sorted(set(encoded)) == encoded  # each part once
-    monkeypatch.setattr(shards, "write_shard", lambda *args: (written.append(args[1]), write_shard(*args))[1])
+    monkeypatch.setattr(shard_writer, "write_shard", lambda *args: (written.append(args[1]), write_shard(*args))[1])
     build_dataset(data, QUIET)
     assert len(written) == len(set(written)) == sum(1 for _ in load_manifest(data.dir).shards())
     assert tree_bytes(data.dir) == tree_bytes(built.dir)
@@ -303,7 +302,7 @@ def test_continuing_keeps_finished_parts_and_shards(
 
 def test_two_builds_at_once_are_refused(built: DataConfig, tmp_path: Path) -> None:
     data = copy_of(built, tmp_path / "d")
-    with build_module._lock(data.dir), pytest.raises(UserError, match="another build is at work"):
+    with build_module._lock(data.dir), pytest.raises(UsageError, match="another build is at work"):
         build_dataset(data, QUIET)
     build_dataset(data, QUIET)
 
@@ -320,7 +319,7 @@ def test_killed_worker_is_one_clear_line(tmp_path: Path, built: DataConfig, monk
 
     monkeypatch.setattr(encode.PartEncoder, "submit", kill_one)
     data = built.model_copy(update={"dir": tmp_path / "d", "workers": 2})
-    with pytest.raises(UserError, match="a tokenising process was killed"):
+    with pytest.raises(UsageError, match="a tokenising process was killed"):
         build_dataset(data, QUIET)
     monkeypatch.setattr(encode.PartEncoder, "submit", submit)
     build_dataset(data, QUIET)
@@ -337,7 +336,7 @@ def test_full_disk_is_one_clear_line_and_the_build_continues(built: DataConfig, 
     command = [sys.executable, "-c", limited, data.model_dump_json()]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"UserError: data.dir={data.dir}: the disk is full (File too large)"), run.stderr
+    assert last.startswith(f"UsageError: data.dir={data.dir}: the disk is full (File too large)"), run.stderr
     assert run.returncode == 1
     build_dataset(data, QUIET)
     assert tree_bytes(data.dir) == tree_bytes(built.dir)
@@ -355,20 +354,20 @@ def test_full_disk_is_one_clear_line_and_the_build_continues(built: DataConfig, 
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         build_dataset(data_config(tmp_path, **changes), QUIET)
     assert "\n" not in str(error.value)
 
 
 def test_given_model_of_another_size(built: DataConfig, tmp_path: Path) -> None:
     given = {"model_path": built.dir / "tokenizer.model", "vocab_size": 4096}
-    with pytest.raises(UserError, match=r"vocab_size=4096, but .* has 512 pieces; set .*vocab_size=512"):
+    with pytest.raises(UsageError, match=r"vocab_size=4096, but .* has 512 pieces; set .*vocab_size=512"):
         build_dataset(data_config(tmp_path, tokenizer=given), QUIET)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"data.dir=.*file/dataset: cannot write"):
+    with pytest.raises(UsageError, match=r"data.dir=.*file/dataset: cannot write"):
         build_dataset(data_config(tmp_path, dir=tmp_path / "file" / "dataset"), QUIET)
 
 

@@ -14,7 +14,7 @@ from helpers.corpora import english_texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.sources import Document, SourceCounts, read_documents, resolve_files
 
@@ -60,7 +60,7 @@ def test_truncated_file_is_the_users_fault(tmp_path: Path, suffix: str, kept: fl
     whole = COMPRESSIONS[suffix](os.urandom(20_000).hex().encode())
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(UserError, match=rf"a\.txt\{suffix}: the compressed file is truncated"):
+    with pytest.raises(UsageError, match=rf"a\.txt\{suffix}: the compressed file is truncated"):
         read(path)
 
 
@@ -68,7 +68,7 @@ def test_truncated_file_is_the_users_fault(tmp_path: Path, suffix: str, kept: fl
 def test_garbage_in_a_compressed_file_is_the_users_fault(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(b"this is not compressed at all")
-    with pytest.raises(UserError, match=r"a\.jsonl.*not a sound compressed file"):
+    with pytest.raises(UsageError, match=r"a\.jsonl.*not a sound compressed file"):
         read(path)
 
 
@@ -106,13 +106,13 @@ def test_invalid_utf8_in_txt_is_counted_once_a_file(tmp_path: Path) -> None:
 
 def test_nothing_but_malformed_lines_names_the_field(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"], field="content")
-    with pytest.raises(UserError, match=r"none of the 2 lines of .*a\.jsonl .* text field 'text'"):
+    with pytest.raises(UsageError, match=r"none of the 2 lines of .*a\.jsonl .* text field 'text'"):
         read(tmp_path / "a.jsonl")
 
 
 def test_source_without_documents_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"a\.txt holds no document \(1 empty"):
+    with pytest.raises(UsageError, match=r"a\.txt holds no document \(1 empty"):
         read(tmp_path / "a.txt")
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.pdf").write_bytes(b"x")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UsageError, match=message):
         resolve_files(SourceConfig(name="s", paths=(str(tmp_path / name),)))
 
 

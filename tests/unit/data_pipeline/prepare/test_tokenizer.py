@@ -13,7 +13,7 @@ from helpers.corpora import chinese_texts, english_texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import TokenizerConfig
 from biroute.data_pipeline.prepare.sources import Document
 from biroute.data_pipeline.prepare.tokenizer import (
@@ -107,21 +107,21 @@ def test_fingerprint_sees_normalisation_and_kind() -> None:
     ],
 )
 def test_models_that_lose_text_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^given: .*{message}"):
+    with pytest.raises(UsageError, match=f"^given: .*{message}"):
         Tokenizer(model_with(**options), "given")
 
 
 def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
-    with pytest.raises(UserError, match=r"t\.model: the tokenizer cannot be read"):
+    with pytest.raises(UsageError, match=r"t\.model: the tokenizer cannot be read"):
         load_tokenizer(path)
     whole = TOKENIZERS["bpe"].model_bytes
     for content in (b"", b"no model", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"t\.model: "):
+        with pytest.raises(UsageError, match=r"t\.model: "):
             load_tokenizer(path, 600)
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"vocab_size=4096, but .*t\.model has 600 .*vocab_size=600"):
+    with pytest.raises(UsageError, match=r"vocab_size=4096, but .*t\.model has 600 .*vocab_size=600"):
         load_tokenizer(path, 4096)
 
 
@@ -139,7 +139,7 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_text_that_cannot_make_the_vocabulary(texts: list[str], config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UsageError, match=message):
         train_tokenizer(texts, TokenizerConfig(**config))
 
 

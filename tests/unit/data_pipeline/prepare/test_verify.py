@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.corpora import copy_of, tree_bytes
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare.build import build_dataset
-from biroute.data_pipeline.read.manifest import load_manifest
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.verify import verify_dataset
+from biroute.data_pipeline.read.manifest import load_manifest
 
 QUIET = Progress(quiet=True)
 
@@ -92,7 +92,7 @@ def test_damage_is_seen_without_reading_everything_and_build_repairs_it(
     data = copy_of(built, tmp_path / "d")
     damage, message = DAMAGE[kind]
     damage(data.dir / "english" / "train-000001.tar")
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         verify_dataset(data.dir)
     assert "\n" not in str(error.value)
     if kind in (
@@ -111,7 +111,7 @@ def test_a_flipped_byte_is_seen_by_the_checksum(built: DataConfig, tmp_path: Pat
     data = copy_of(built, tmp_path / "d")
     flip_byte(data.dir / "chinese" / "heldout-000000.tar")
     verify_dataset(data.dir)
-    with pytest.raises(UserError, match=r"chinese/heldout-000000\.tar: checksum \w+ instead of \w+.*remove it"):
+    with pytest.raises(UsageError, match=r"chinese/heldout-000000\.tar: checksum \w+ instead of \w+.*remove it"):
         verify_dataset(data.dir, deep=True)
     (data.dir / "chinese" / "heldout-000000.tar").unlink()  # as the message says
     build_dataset(data, QUIET)
@@ -128,5 +128,5 @@ def test_counting_sees_what_a_forged_checksum_hides(built: DataConfig, tmp_path:
     path.write_bytes(content)
     text = (data.dir / "manifest.json").read_text().replace(shard.sha256, hashlib.sha256(content).hexdigest())
     (data.dir / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="holds no tokens of this vocabulary"):
+    with pytest.raises(UsageError, match="holds no tokens of this vocabulary"):
         verify_dataset(data.dir, deep=True)

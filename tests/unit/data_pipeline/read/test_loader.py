@@ -17,12 +17,11 @@ from helpers.corpora import data_config, run_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
-from biroute.launcher.evaluate import bigram
-from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
-from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.dataset import Dataset, open_dataset
+from biroute.data_pipeline.prepare.build import build_dataset
+from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.read.loader import (
     IGNORED_LABEL,
     Batch,
@@ -31,8 +30,9 @@ from biroute.data_pipeline.read.loader import (
     SequenceReader,
     make_batch,
 )
-from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.read.shards import TokenStream
+from biroute.data_pipeline.read.token_stream import TokenStream
+from biroute.launcher.evaluate import bigram
+from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
 
 S = 64
 CAUSAL = Objective("causal", np.zeros(512, dtype=np.int64))
@@ -93,13 +93,13 @@ def test_weights_mix_the_sources(data: DataConfig) -> None:
 
 
 def test_too_few_tokens_for_a_sequence(data: DataConfig) -> None:
-    with pytest.raises(UserError, match=r"model.sequence_length=500000: the train split .* fewer than"):
+    with pytest.raises(UsageError, match=r"model.sequence_length=500000: the train split .* fewer than"):
         SequenceReader(data.dir, "train", sequence_length=500_000, seed=0)
     length = 6000
     SequenceReader(data.dir, "train", sequence_length=length, seed=0)
-    with pytest.raises(UserError, match=r"the heldout split of source chinese .* raise data.heldout_fraction"):
+    with pytest.raises(UsageError, match=r"the heldout split of source chinese .* raise data.heldout_fraction"):
         SequenceReader(data.dir, "heldout", sequence_length=length, seed=0, weights={"english": 1, "chinese": 1})
-    with pytest.raises(UserError, match="weights for french"):
+    with pytest.raises(UsageError, match="weights for french"):
         SequenceReader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
 
 
@@ -128,7 +128,7 @@ def test_target_bytes_of_an_epoch_are_the_bytes_of_the_text(dataset: Dataset) ->
 
 
 def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
-    opened = open_dataset(run_config(data, S, model={"objective": "masked", "mask_fraction": 0.15}))
+    opened = open_dataset(run_config(data, S, model={"objective": "mlm", "mask_fraction": 0.15}))
     reader, objective = opened.reader("train"), opened.objective("train")
     batch = make_batch(reader, np.arange(20), objective)
     tokens = reader.sequences(np.arange(20))[:, :-1]
@@ -141,7 +141,7 @@ def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
     assert len({row.tobytes() for row in hidden}) == 20  # each sequence has its own mask
     again = make_batch(reader, np.arange(20), objective)
     np.testing.assert_array_equal(again.inputs, batch.inputs)
-    other_seed = Objective("masked", opened.token_bytes, opened.tokenizer.mask_id, round(0.15 * S), seed=1)
+    other_seed = Objective("mlm", opened.token_bytes, opened.tokenizer.mask_id, round(0.15 * S), seed=1)
     assert (make_batch(reader, np.arange(20), other_seed).inputs != batch.inputs).any()
     next_epoch = make_batch(reader, np.arange(reader.num_sequences), objective).labels
     assert next_epoch.shape == (reader.num_sequences, S)
@@ -230,7 +230,7 @@ def test_errors_of_the_thread_reach_the_consumer(data: DataConfig, tmp_path: Pat
     before = threading.active_count()
     with opened.train_loader(data_rank=0, data_size=1) as loader:
         for _ in range(2):  # and stays an error
-            with pytest.raises(UserError, match=f"{shard}: the shard is missing"):
+            with pytest.raises(UsageError, match=f"{shard}: the shard is missing"):
                 list(itertools.starmap(loader.step, itertools.repeat((), 50)))
     assert threading.active_count() == before
 
@@ -250,7 +250,7 @@ def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataCon
 
 def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
     opened = open_dataset(run_config(data, S, train={"evaluate_sequences": 5000}))
-    with pytest.raises(UserError, match=r"train.evaluate_sequences=5000, but the held-out split .* has only \d+"):
+    with pytest.raises(UsageError, match=r"train.evaluate_sequences=5000, but the held-out split .* has only \d+"):
         opened.heldout_batches(data_rank=0, data_size=1)
 
 
@@ -273,7 +273,7 @@ def test_a_configuration_that_does_not_fit_the_dataset(
     data: DataConfig, changes: dict[str, Any], message: str
 ) -> None:
     tree = data.model_dump() | changes
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UsageError, match=message):
         open_dataset(run_config(DataConfig.model_validate(tree), S))
 
 

@@ -1,4 +1,4 @@
-"""Attempts of a run: the ledger, the fence, what is decided at an end, and who is named as its cause."""
+"""Attempts of a run: the journal, the fencing_token, what is decided at an end, and who is named as its cause."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import pytest
 import yaml
 
 from biroute.configs.errors import FencedError
-from biroute.launcher.attempts.journal import (
-    NO_END,
-    Attempt,
-    Fence,
-    Limits,
-    begin_attempt,
-    decide,
-    end_attempt,
-    excluded_nodes,
-    fence_of,
-    read_attempts,
-)
 from biroute.launcher.attempts.failures import (
     End,
     Failure,
-    Pulse,
+    Heartbeat,
     explain_end,
     log_dir,
     record_failure,
     record_stop,
     write_failure,
-    write_pulse,
+    write_heartbeat,
+)
+from biroute.launcher.attempts.journal import (
+    NO_END,
+    Attempt,
+    FencingToken,
+    Limits,
+    begin_attempt,
+    decide,
+    end_attempt,
+    excluded_nodes,
+    fencing_token_of,
+    read_attempts,
 )
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
@@ -77,7 +77,7 @@ def test_a_cancelled_run_is_not_queued_again() -> None:
 
 def test_an_attempt_without_end_gets_one_when_the_next_begins(tmp_path: Path) -> None:
     assert begin_attempt(tmp_path, nodes=["n1", "n2"], world_size=4, job="7", restart=0) == 1
-    write_pulse(log_dir(tmp_path, 1), Pulse(0, "n1", 1, time.time(), 12, "step"))
+    write_heartbeat(log_dir(tmp_path, 1), Heartbeat(0, "n1", 1, time.time(), 12, "step"))
     assert begin_attempt(tmp_path, nodes=["n1", "n3"], world_size=4, job="7", restart=1) == 2
     first, second = read_attempts(tmp_path)
     assert (first.nodes, first.cause, first.step, first.crash) == (("n1", "n2"), NO_END, 12, False)
@@ -85,10 +85,10 @@ def test_an_attempt_without_end_gets_one_when_the_next_begins(tmp_path: Path) ->
 
 
 def test_the_fence_stops_the_older_attempt(tmp_path: Path) -> None:
-    old = Fence(tmp_path, begin_attempt(tmp_path, nodes=[], world_size=1))
+    old = FencingToken(tmp_path, begin_attempt(tmp_path, nodes=[], world_size=1))
     with old.writing():
         pass
-    new = Fence(tmp_path, begin_attempt(tmp_path, nodes=[], world_size=1))
+    new = FencingToken(tmp_path, begin_attempt(tmp_path, nodes=[], world_size=1))
     assert (old.holds(), new.holds()) == (False, True)
     with pytest.raises(FencedError, match=r"attempt 1 no longer owns .* attempt 2 does"), old.writing():
         pytest.fail("it wrote")
@@ -110,13 +110,13 @@ def test_two_that_begin_at_once_get_different_numbers(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert numbers == list(range(1, 9))
-    assert fence_of(tmp_path) == 8
+    assert fencing_token_of(tmp_path) == 8
 
 
-def test_a_torn_ledger_still_tells_the_rest(tmp_path: Path) -> None:
+def test_a_torn_journal_still_tells_the_rest(tmp_path: Path) -> None:
     begin_attempt(tmp_path, nodes=["n1"], world_size=1)
-    ledger = tmp_path / "attempts.jsonl"
-    ledger.write_bytes(ledger.read_bytes() + b'not json\n{"attempt": 1, "ev')
+    journal = tmp_path / "attempts.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'not json\n{"attempt": 1, "ev')
     assert begin_attempt(tmp_path, nodes=["n2"], world_size=1) == 2
     assert [(attempt.number, attempt.cause) for attempt in read_attempts(tmp_path)] == [(1, NO_END), (2, "")]
 
@@ -133,9 +133,9 @@ def test_the_first_end_stands_and_bad_nodes_add_up(tmp_path: Path) -> None:
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    """Logs of an attempt in which three ranks have shown a pulse."""
+    """Logs of an attempt in which three ranks have shown a heartbeat."""
     for rank in range(3):
-        write_pulse(tmp_path, Pulse(rank, f"n{rank}", 1, 100.0, 7, "step"))
+        write_heartbeat(tmp_path, Heartbeat(rank, f"n{rank}", 1, 100.0, 7, "step"))
     return tmp_path
 
 

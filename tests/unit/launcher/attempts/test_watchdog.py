@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from biroute.launcher.attempts.failures import Pulse, read_pulses
+from biroute.launcher.attempts.failures import Heartbeat, read_heartbeats
 from biroute.launcher.attempts.watchdog import HangReport, name_missing, where_in
 
 
-def report(rank: int, collective: str = "all_reduce", place: str = "launcher/train/trainer.py:9 in fit") -> HangReport:
+def report(
+    rank: int, collective: str = "all_reduce", place: str = "launcher/train/trainer.py:9 in fit"
+) -> HangReport:
     return HangReport(rank, f"n{rank}", 4, "training", collective, place, 31.0)
 
 
-PULSES = [Pulse(rank, f"n{rank}", 1, 0.0, 4, "saving after step 4") for rank in range(2)]
+HEARTBEATS = [Heartbeat(rank, f"n{rank}", 1, 0.0, 4, "saving after step 4") for rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -29,9 +31,15 @@ PULSES = [Pulse(rank, f"n{rank}", 1, 0.0, 4, "saving after step 4") for rank in 
     [
         (
             [report(0)],
-            ["rank 1 on n1 did not reach all_reduce (launcher/train/trainer.py:9 in fit) of step 5", "saving after step 4"],
+            [
+                "rank 1 on n1 did not reach all_reduce (launcher/train/trainer.py:9 in fit) of step 5",
+                "saving after step 4",
+            ],
         ),
-        ([report(0), report(1, "", "data_pipeline/read/loader.py:7 in step")], ["rank 1 on n1 did not", "loader.py:7"]),
+        (
+            [report(0), report(1, "", "data_pipeline/read/loader.py:7 in step")],
+            ["rank 1 on n1 did not", "loader.py:7"],
+        ),
         (
             [report(0, "barrier"), report(1)],
             ["wait for each other", "rank 0 on n0 in barrier", "rank 1 on n1 in all"],
@@ -39,13 +47,13 @@ PULSES = [Pulse(rank, f"n{rank}", 1, 0.0, 4, "saving after step 4") for rank in 
     ],
 )
 def test_the_missing_rank_is_named(reports: list[HangReport], parts: list[str]) -> None:
-    text = name_missing({item.rank: item for item in reports}, PULSES, 2)
+    text = name_missing({item.rank: item for item in reports}, HEARTBEATS, 2)
     assert all(part in text for part in parts), text
 
 
 def test_a_rank_that_never_started_is_named() -> None:
-    assert "rank 2 did not reach" in name_missing({0: report(0), 1: report(1)}, PULSES, 3)
-    assert "it never started" in name_missing({0: report(0), 1: report(1)}, PULSES, 3)
+    assert "rank 2 did not reach" in name_missing({0: report(0), 1: report(1)}, HEARTBEATS, 3)
+    assert "it never started" in name_missing({0: report(0), 1: report(1)}, HEARTBEATS, 3)
 
 
 def test_place_of_a_thread_in_our_code_and_in_a_collective() -> None:
@@ -53,12 +61,12 @@ def test_place_of_a_thread_in_our_code_and_in_a_collective() -> None:
     code = """
 import sys, threading, time
 from datetime import timedelta
-from biroute.launcher.ranks.environment import Seat
+from biroute.launcher.ranks.environment import RankEnvironment
 from biroute.launcher.attempts.watchdog import where_in
 from biroute.launcher.ranks.rendezvous import _handshake
 def meet():
     try:
-        _handshake(Seat(0, 0, 2, file=sys.argv[1]), "gloo", timedelta(seconds=20))
+        _handshake(RankEnvironment(0, 0, 2, file=sys.argv[1]), "gloo", timedelta(seconds=20))
     except Exception:
         pass
 thread = threading.Thread(target=meet)
@@ -109,7 +117,7 @@ def test_the_alarm_ends_a_process_that_stands_still(tmp_path: Path) -> None:
     assert "the stacks of this rank" in done.stderr
     failure = json.loads((tmp_path / "failures" / "rank-00000.json").read_text())
     assert (failure["kind"], failure["step"]) == ("hang", 3)
-    assert [(pulse.step, pulse.doing) for pulse in read_pulses(tmp_path)] == [(3, "training")]
+    assert [(heartbeat.step, heartbeat.doing) for heartbeat in read_heartbeats(tmp_path)] == [(3, "training")]
 
 
 def test_a_process_that_was_stopped_itself_raises_no_alarm(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
-from biroute.launcher.bench.exchange.plan import planned_rows, single_process_plan, spread
 from biroute.launcher.bench.exchange.page import size, write_exchange
+from biroute.launcher.bench.exchange.plan import planned_rows, single_process_plan, spread
 from biroute.model.attention.routing import route_regions
 from biroute.parallel.region.plan import ExchangeCosts, RegionLayout, plan_exchange, traffic
 
@@ -20,7 +20,7 @@ SEQUENCES, LAYERS = 2, (0, 3)
 
 def configuration(query_block_size: int = 1) -> RunConfig:
     attention = {"region_size": 4, "query_block_size": query_block_size, "topk": 5}
-    model = {"hidden_size": 32, "num_heads": 4, "num_kv_groups": 2, "sequence_length": 256, "attention": attention}
+    model = {"hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "sequence_length": 256, "attention": attention}
     return config_from_tree({"model": model}, "test")
 
 
@@ -45,14 +45,14 @@ def test_traffic_has_every_byte_once() -> None:
     plans = [plan_exchange(part, layout, rank, costs) for rank, part in enumerate(routes(config)[0].chunk(8, 2))]
     sent = traffic(plans)
     assert sent.diagonal().sum() == 0
-    for asker in plans:
+    for requester in plans:
         for owner in range(8):
-            there, back = int(sent[asker.rank, owner]), int(sent[owner, asker.rank])
-            if owner < asker.rank:  # causal: nobody asks a later rank
-                assert there == int(asker.sent_bytes()[owner])
-                assert back == int(asker.received_bytes()[owner])
+            there, back = int(sent[requester.rank, owner]), int(sent[owner, requester.rank])
+            if owner < requester.rank:  # causal: nobody asks a later rank
+                assert there == int(requester.sent_bytes()[owner])
+                assert back == int(requester.received_bytes()[owner])
             else:
-                assert int(asker.sent_bytes()[owner]) == int(asker.received_bytes()[owner]) == 0
+                assert int(requester.sent_bytes()[owner]) == int(requester.received_bytes()[owner]) == 0
 
 
 def test_spread_names_the_worst_and_the_hottest() -> None:
@@ -99,7 +99,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
         "seconds": 1.0,
     }  # fmt: skip
     answer = {
-        "circumstances": {"machine": "here", "command": "biroute bench exchange"},
+        "environment_info": {"machine": "here", "command": "biroute bench exchange"},
         "settings": {"model": model, "precision": "fp32", "sequences": SEQUENCES},
         "tables": [table],
         "measured": [measured],

@@ -12,13 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
 from biroute.launcher.bench.commands import bench_app
-from biroute.launcher.bench.recall.masked_attention import masked_attention
 from biroute.launcher.bench.quality.page import write_quality
 from biroute.launcher.bench.quality.variants import VARIANTS as VARIANTS_OF_QUALITY
 from biroute.launcher.bench.quality.variants import variant_config
+from biroute.launcher.bench.recall.masked_attention import masked_attention
 from biroute.launcher.bench.recall.measure import VARIANTS, RecallSettings, distance_bins, score, train_variant
 from biroute.launcher.bench.recall.model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallTask
@@ -61,9 +61,9 @@ def test_batches_follow_from_the_seed_and_reach_all_distances() -> None:
 
 
 def test_sizes_that_do_not_fit_are_the_users_fault() -> None:
-    with pytest.raises(UserError, match="20 pairs in 128 tokens: use 1 to 16"):
+    with pytest.raises(UsageError, match="20 pairs in 128 tokens: use 1 to 16"):
         RecallTask(128, 20)
-    with pytest.raises(UserError, match="as many different keys"):
+    with pytest.raises(UsageError, match="as many different keys"):
         RecallTask(128, 16, num_keys=8)
 
 
@@ -187,7 +187,7 @@ def test_finished_rows_are_kept(tmp_path: Path) -> None:
     other = json.loads(invoke(*arguments, "--variants", "local*", "--seeds", "2").stdout)["rows"]
     assert len(other[0]["accuracy"]) == 2  # other settings are measured
     rows.write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match="not a file of rows"):
+    with pytest.raises(UsageError, match="not a file of rows"):
         invoke(*arguments)
 
 
@@ -198,11 +198,11 @@ def assert_tables(page: str, columns: int, rows: int) -> None:
 
 
 def test_bad_options_are_the_users_fault() -> None:
-    with pytest.raises(UserError, match=r"--variants nothing: no such variant; there are dense, local-8x4"):
+    with pytest.raises(UsageError, match=r"--variants nothing: no such variant; there are dense, local-8x4"):
         invoke("recall", "--variants", "nothing")
-    with pytest.raises(UserError, match=r"--seeds 0"):
+    with pytest.raises(UsageError, match=r"--seeds 0"):
         invoke("recall", "--seeds", "0")
-    with pytest.raises(UserError, match=r"--steps 0"):
+    with pytest.raises(UsageError, match=r"--steps 0"):
         invoke("recall", "--steps", "0")
 
 
@@ -223,13 +223,15 @@ def test_variants_see_equally_many_tokens() -> None:
         model = variant_config(config, name, 1, 50).model
         sizes[name] = (model.attention.region_size, model.attention.topk, model.attention.query_block_size)
         assert sizes[name][0] * sizes[name][1] == 32
-        assert model.attention_kind(1) == (name if name in ("dense", "local") else model.attention.kind)
+        assert model.attention_kind(1) == (
+            {"dense": "dense", "local": "sliding_window"}.get(name) or model.attention.kind
+        )
         assert model.attention_kind(0) == ("dense" if "dense" in name else model.attention.kind)
     assert len({sizes[name] for name in ("token", "token-fine", "block", "region")}) == 4
     one = variant_config(config, "region-dense0", 1, 50)
     assert one.train.seed == one.data.seed == 1 and one.optim.warmup_steps == 10
     small = config_from_tree({"model": {"attention": {"region_size": 4}}}, "test")
-    with pytest.raises(UserError, match="region_size=4: this benchmark needs a multiple of 8"):
+    with pytest.raises(UsageError, match="region_size=4: this benchmark needs a multiple of 8"):
         variant_config(small, "dense", 0, 50)
 
 
@@ -259,7 +261,7 @@ def test_the_quality_page(tmp_path: Path) -> None:
     sizes = {"region_size": 4, "query_block_size": 1, "topk": 8, "nats_per_token": [5.0, 5.1]}
     settings = {"steps": 1, "tokens_per_step": 64, "model": model, "vocab_size": 300, "learning_rate": 1e-3,
                 "heldout_sequences": 4, "tokens_seen": 32}  # fmt: skip
-    answer = {"circumstances": {"date": "today"}, "settings": settings, "seeds": [0, 1],
+    answer = {"environment_info": {"date": "today"}, "settings": settings, "seeds": [0, 1],
               "rows": [{**row, **sizes} for row in rows]}  # fmt: skip
     page, picture = write_quality(answer, tmp_path)
     text = page.read_text(encoding="utf-8")
@@ -275,7 +277,7 @@ def test_the_random_router_reaches_the_layers() -> None:
     from biroute.launcher.bench.quality.measure import set_router
     from biroute.model.block import CoreAttention, megatron_config
 
-    tree = {"sequence_length": 64, "num_heads": 4, "num_kv_groups": 2, "hidden_size": 32}
+    tree = {"sequence_length": 64, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32}
     model = config_from_tree({"model": {**tree, "attention": {"region_size": 4, "topk": 5}}}, "test").model
     core = CoreAttention(model, 0, None, megatron_config(model, 1), 1)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import zstandard
 from helpers.corpora import data_config
 from typer.testing import CliRunner
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.data_pipeline.examples import demo_corpora
 from biroute.data_pipeline.examples.demo_corpora import chinese_documents, docstrings, poem_text, untagged
 from biroute.launcher.cli.data import data_app
@@ -87,7 +87,7 @@ def test_bigram(config: Path) -> None:
 
 
 def test_user_errors_pass_through(config: Path) -> None:
-    with pytest.raises(UserError, match="holds no dataset"):
+    with pytest.raises(UsageError, match="holds no dataset"):
         invoke("verify", str(config), "data.dir=nowhere")
 
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from biroute.configs.errors import UserError
-from biroute.launcher.ranks.environment import Seat, expand_nodes, find_seat, port_of_job, started_by_launcher
+from biroute.configs.errors import UsageError
+from biroute.launcher.ranks.environment import (
+    RankEnvironment,
+    expand_nodes,
+    find_rank_environment,
+    port_of_job,
+    started_by_launcher,
+)
 
 SRUN = {
     "SLURM_JOB_ID": "12345",
@@ -36,15 +42,15 @@ def test_list_of_nodes(text: str, nodes: list[str]) -> None:
 
 
 def test_srun() -> None:
-    assert find_seat(SRUN) == Seat(5, 1, 8, "node07", port_of_job(12345, 1))
-    assert find_seat(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).address == "10.0.0.1"
-    assert find_seat(SRUN | TORCHRUN).rank == 3, "torchrun inside a step of srun"
+    assert find_rank_environment(SRUN) == RankEnvironment(5, 1, 8, "node07", port_of_job(12345, 1))
+    assert find_rank_environment(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).address == "10.0.0.1"
+    assert find_rank_environment(SRUN | TORCHRUN).rank == 3, "torchrun inside a step of srun"
 
 
 def test_torchrun_and_the_local_launcher() -> None:
-    assert find_seat(TORCHRUN) == Seat(3, 1, 4, "head", 29500)
+    assert find_rank_environment(TORCHRUN) == RankEnvironment(3, 1, 4, "head", 29500)
     local = {"RANK": "1", "WORLD_SIZE": "2", "BIROUTE_RENDEZVOUS_FILE": "/tmp/x"}
-    assert find_seat(local) == Seat(1, 1, 2, file="/tmp/x")
+    assert find_rank_environment(local) == RankEnvironment(1, 1, 2, file="/tmp/x")
 
 
 def test_only_srun_with_several_tasks_makes_this_process_a_rank() -> None:
@@ -74,7 +80,7 @@ def test_ports_stay_in_range_and_differ_between_neighbours() -> None:
     ],
 )
 def test_what_contradicts_itself_is_one_clear_line(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        find_seat(environment)
+    with pytest.raises(UsageError) as caught:
+        find_rank_environment(environment)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

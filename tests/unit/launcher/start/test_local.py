@@ -10,7 +10,7 @@ import pytest
 from biroute.launcher.attempts.failures import Failure, write_failure
 from biroute.launcher.start.local import _watch
 
-KILLED, FAILED, USER_FAULT, FINE = "kill -9 $$", "exit 1", "exit 2", "exit 0"
+KILLED, FAILED, USAGE_ERROR, FINE = "kill -9 $$", "exit 1", "exit 2", "exit 0"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ KILLED, FAILED, USER_FAULT, FINE = "kill -9 $$", "exit 1", "exit 2", "exit 0"
     [
         ([FAILED, KILLED], 1, "rank 1 ended by SIGKILL"),
         ([KILLED, FAILED], 1, "rank 0 ended by SIGKILL"),
-        ([FAILED, FINE, USER_FAULT], 2, "rank 2 exited with status 2"),
+        ([FAILED, FINE, USAGE_ERROR], 2, "rank 2 exited with status 2"),
         ([FINE, FAILED, FAILED], 1, "rank 1 exited with status 1"),
         ([FINE, FINE], 0, None),
     ],

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.launcher.track.loss_plot import curve_of, draw_curves, smooth
-from biroute.launcher.track.metrics_log import Spool, read_points
+from biroute.launcher.track.metrics_log import MetricsLog, read_points
 
 
 def write_run(path: Path, steps: int, *, heldout: bool = True) -> None:
-    spool = Spool(path)
+    metrics_log = MetricsLog(path)
     for step in range(1, steps + 1):
         loss = 2.0 + 6.0 * math.exp(-step / 100) + 0.1 * math.sin(step)
         metrics = {"train/loss": loss if step != 7 else float("nan")}
         if heldout and step % 50 == 0:
             metrics |= {"heldout/loss": loss + 0.1, "heldout/bits_per_byte": loss / 2}
-        spool.append(step, metrics)
-    spool.close()
+        metrics_log.append(step, metrics)
+    metrics_log.close()
 
 
 def pixels(path: Path) -> Any:
@@ -73,9 +73,9 @@ def test_one_point_is_a_picture_too(tmp_path: Path) -> None:
 
 
 def test_curve_leaves_out_nan_and_repeated_steps(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "metrics.jsonl")
+    metrics_log = MetricsLog(tmp_path / "metrics.jsonl")
     for step, loss in ((1, 5.0), (3, float("nan")), (4, 3.0), (2, 4.0)):
-        spool.append(step, {"train/loss": loss})
+        metrics_log.append(step, {"train/loss": loss})
     points = read_points(tmp_path / "metrics.jsonl")
     assert curve_of([*points, *points], "train/loss") == ([1, 2, 4], [5.0, 4.0, 3.0])
 
@@ -91,9 +91,9 @@ def test_smoothing_keeps_a_straight_line_and_removes_noise() -> None:
 
 
 def test_nothing_to_draw_is_the_users_fault_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.jsonl: No such file or directory; give the metrics\.jsonl"):
+    with pytest.raises(UsageError, match=r"absent\.jsonl: No such file or directory; give the metrics\.jsonl"):
         draw_curves(tmp_path / "absent.jsonl", tmp_path / "x.png")
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: no train/loss in it yet"):
+    with pytest.raises(UsageError, match=r"metrics\.jsonl: no train/loss in it yet"):
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

@@ -1,4 +1,4 @@
-"""The parts of tracking that need no server: spool, state, URI checks, provenance."""
+"""The parts of tracking that need no server: metrics_log, state, URI checks, run_metadata."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
-from biroute.launcher.track import run_metadata as provenance
-from biroute.launcher.track.uploader import next_batch
-from biroute.launcher.track.metrics_log import Spool, read_points, scan
-from biroute.launcher.track.upload_state import TrackingState
-from biroute.launcher.track.uri import sqlite_path, tracking_uri, without_password
+from biroute.launcher.track import run_metadata as run_metadata
+from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
 from biroute.launcher.track.mlflow_ui import check_port, server_command
+from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.uploader import next_batch
+from biroute.launcher.track.uri import sqlite_path, tracking_uri, without_password
 
-# ---- spool ----
+# ---- metrics_log ----
 
 
 def test_spool_keeps_every_value_as_strict_json(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    spool = Spool(path)
-    spool.append(1, {"a": 0.1, "b": float("nan"), "c": float("inf"), "d": float("-inf"), "损失": 2.0})
+    metrics_log = MetricsLog(path)
+    metrics_log.append(1, {"a": 0.1, "b": float("nan"), "c": float("inf"), "d": float("-inf"), "损失": 2.0})
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -38,42 +38,42 @@ def test_spool_keeps_every_value_as_strict_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tail", [b'{"step": 3, "ti', b"\x00" * 100_000, b"\xff\xfe", b'{"step": 3}'])
 def test_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    Spool(path).append(1, {"a": 1.0})
+    MetricsLog(path).append(1, {"a": 1.0})
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
     assert len(read_points(path)) == 1
-    spool = Spool(path)
+    metrics_log = MetricsLog(path)
     assert path.read_bytes() == whole
-    assert spool.size_bytes == len(whole)
-    spool.append(2, {"a": 2.0})
+    assert metrics_log.size_bytes == len(whole)
+    metrics_log.append(2, {"a": 2.0})
     assert [point.step for point in read_points(path)] == [1, 2]
 
 
 def test_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    Spool(path).append(1, {"a": 1.0})
+    MetricsLog(path).append(1, {"a": 1.0})
     path.write_bytes(path.read_bytes()[:-1])
-    spool = Spool(path)
-    assert not spool.append(1, {"a": 5.0})
-    assert spool.size_bytes == path.stat().st_size
+    metrics_log = MetricsLog(path)
+    assert not metrics_log.append(1, {"a": 5.0})
+    assert metrics_log.size_bytes == path.stat().st_size
     assert [point.metrics for point in read_points(path)] == [{"a": 1.0}]
 
 
 def test_damaged_line_in_the_middle_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    spool = Spool(path)
-    spool.append(1, {"a": 1.0})
+    metrics_log = MetricsLog(path)
+    metrics_log.append(1, {"a": 1.0})
     with path.open("ab") as file:
         file.write(b'{"step": 2, "metrics": []}\n')
-    Spool(path).append(3, {"a": 3.0})
+    MetricsLog(path).append(3, {"a": 3.0})
     assert [point.step for point in read_points(path)] == [1, 3]
     assert [end for _, end in scan(path)][-1] == path.stat().st_size
 
 
 def test_repeated_step_keeps_its_first_value_and_takes_new_names(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    Spool(path).append(10, {"loss": 1.0})
-    again = Spool(path)
+    MetricsLog(path).append(10, {"loss": 1.0})
+    again = MetricsLog(path)
     assert not again.append(10, {"loss": 2.0})
     assert again.append(10, {"loss": 2.0, "heldout": 3.0})
     assert [point.metrics for point in read_points(path)] == [{"loss": 1.0}, {"heldout": 3.0}]
@@ -81,30 +81,30 @@ def test_repeated_step_keeps_its_first_value_and_takes_new_names(tmp_path: Path)
 
 def test_full_disk_delays_points_and_leaves_no_half_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    spool = Spool(path)
-    spool.append(1, {"a": 1.0})
+    metrics_log = MetricsLog(path)
+    metrics_log.append(1, {"a": 1.0})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The kernel writes the first ten bytes of the line and then refuses, as a full disk does.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (spool.size_bytes + 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (metrics_log.size_bytes + 10, hard))
     try:
         with pytest.raises(OSError, match="only 10 of"):
-            spool.append(2, {"a": 2.0})
+            metrics_log.append(2, {"a": 2.0})
         with pytest.raises(OSError, match="only 10 of"):
-            spool.append(3, {"a": 3.0})
+            metrics_log.append(3, {"a": 3.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.stat().st_size == spool.size_bytes
-    spool.append(4, {"a": 4.0})
+    assert path.stat().st_size == metrics_log.size_bytes
+    metrics_log.append(4, {"a": 4.0})
     assert [point.step for point in read_points(path)] == [1, 2, 3, 4]
 
 
 def test_batches_cover_the_spool_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    spool = Spool(path)
+    metrics_log = MetricsLog(path)
     for step in range(700):
-        spool.append(step, {"a": 1.0, "b": 2.0, "c": 3.0})
+        metrics_log.append(step, {"a": 1.0, "b": 2.0, "c": 3.0})
     steps, end, batches = [], 0, 0
-    while end < spool.size_bytes:
+    while end < metrics_log.size_bytes:
         points, end = next_batch(path, end)
         assert 0 < sum(len(point.metrics) for point in points) <= 1000
         steps += [point.step for point in points]
@@ -160,7 +160,7 @@ def test_unreadable_state_is_said_and_replaced(tmp_path: Path) -> None:
 )
 def test_hopeless_uri_is_refused_in_one_line(uri: str, message: str, tmp_path: Path) -> None:
     config = config_from_tree({"tracking": {"uri": uri}}, "test")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         tracking_uri(config, tmp_path / "run")
     assert str(caught.value).startswith(f"tracking.uri={uri}: ")
     assert message in str(caught.value)
@@ -169,7 +169,7 @@ def test_hopeless_uri_is_refused_in_one_line(uri: str, message: str, tmp_path: P
 
 def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but a text of some length")
-    with pytest.raises(UserError, match=r"mlflow\.db is not an SQLite file"):
+    with pytest.raises(UsageError, match=r"mlflow\.db is not an SQLite file"):
         tracking_uri(config_from_tree({}, "test"), tmp_path / "run")
 
 
@@ -184,43 +184,43 @@ def test_passwords_are_not_shown() -> None:
     text = "http://me:secret@server:5055/path and postgresql://you:word@db/x"
     assert without_password(text) == "http://me:***@server:5055/path and postgresql://you:***@db/x"
     config = config_from_tree({"tracking": {"uri": "http://me:secret@server:99999"}}, "test")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UsageError) as caught:
         tracking_uri(config, Path("run"))
     assert "secret" not in str(caught.value)
-    assert not any("secret" in value for value in provenance.parameters(config).values())
-    assert not any("secret" in value for value in provenance.placement_tags(config).values())
+    assert not any("secret" in value for value in run_metadata.parameters(config).values())
+    assert not any("secret" in value for value in run_metadata.placement_tags(config).values())
 
 
 # ---- user interface ----
 
 
 def test_ui_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a server already"):
+    with pytest.raises(UsageError, match="is a server already"):
         server_command("http://server:5055", 5055)
-    with pytest.raises(UserError, match=r"mlflow\.db: no MLflow database there"):
+    with pytest.raises(UsageError, match=r"mlflow\.db: no MLflow database there"):
         server_command(f"sqlite:///{tmp_path}/mlflow.db", 5055)
-    with pytest.raises(UserError, match="port 99999 is out of range"):
+    with pytest.raises(UsageError, match="port 99999 is out of range"):
         check_port("127.0.0.1", 99999)
-    with pytest.raises(UserError, match=r"use 127\.0\.0\.1 or"):
+    with pytest.raises(UsageError, match=r"use 127\.0\.0\.1 or"):
         check_port("192.0.2.1", 5055)  # an address reserved for documentation: no machine has it
 
 
-# ---- provenance ----
+# ---- run_metadata ----
 
 
 def test_every_setting_is_a_parameter_or_a_tag() -> None:
     config = config_from_tree({"data": {"sources": [{"name": "long", "paths": ["x" * 9000]}]}}, "test")
-    parameters, tags = provenance.parameters(config), provenance.placement_tags(config)
+    parameters, tags = run_metadata.parameters(config), run_metadata.placement_tags(config)
     assert parameters["optim.learning_rate"] == "0.0003"
     assert tags["parallel.tensor"] == "1"
     assert not set(parameters) & set(tags)
-    assert max(map(len, parameters.values())) == provenance.PARAMETER_CHARACTERS
+    assert max(map(len, parameters.values())) == run_metadata.PARAMETER_CHARACTERS
 
 
 def test_changed_parameters_are_named_with_both_values() -> None:
     before = {"train.steps": "100", "optim.beta1": "0.9"}
-    assert provenance.changed_parameters(before, before) == ""
-    assert provenance.changed_parameters(before, before | {"train.steps": "200", "new.field": "1"}) == (
+    assert run_metadata.changed_parameters(before, before) == ""
+    assert run_metadata.changed_parameters(before, before | {"train.steps": "200", "new.field": "1"}) == (
         "train.steps: 100 -> 200"
     )
 
@@ -233,14 +233,14 @@ def test_git_tags_tell_commit_and_changes_only_of_tracked_code(tmp_path: Path) -
 
     code, installed = tmp_path / "code.py", tmp_path / "installed.py"
     code.write_text("first\n")
-    assert provenance.git_tags(code) == {}
+    assert run_metadata.git_tags(code) == {}
     git("init", "-q")
     git("add", "code.py")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD")
-    assert provenance.git_tags(code)["git.commit"] == commit
-    assert provenance.git_tags(code)["git.dirty"] == "false"
+    assert run_metadata.git_tags(code)["git.commit"] == commit
+    assert run_metadata.git_tags(code)["git.dirty"] == "false"
     code.write_text("second\n")
-    assert provenance.git_tags(code)["git.dirty"] == "true"
+    assert run_metadata.git_tags(code)["git.dirty"] == "true"
     installed.write_text("a package in a virtual environment inside the checkout\n")
-    assert provenance.git_tags(installed) == {}
+    assert run_metadata.git_tags(installed) == {}

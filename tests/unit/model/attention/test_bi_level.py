@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biroute.model.attention import partial
-from biroute.model.attention import reference
-from biroute.model.attention import routing
+from biroute.model.attention import partial, reference, routing
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.flex import route_block_mask
 from biroute.model.attention.masked import prefers_mask
@@ -48,7 +46,7 @@ def attention_cases(draw: st.DrawFn, causal: bool | None = None) -> tuple[tuple[
     forced = {
         "force_own": causal or draw(st.booleans()),
         "force_previous": draw(st.booleans()),
-        "force_first": draw(st.booleans()),
+        "attention_sink": draw(st.booleans()),
     }
     topk = draw(st.integers(max(1, sum(forced.values())), regions + 2))
     # Small logits, ordinary ones, and some that overflow any weight taken relative to the own region.

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biroute.model.attention import reference
-from biroute.model.attention import routing
+from biroute.model.attention import reference, routing
 from biroute.model.attention.routing import RouteRule, key_descriptors, local_route, query_descriptors, route_regions
 
 
@@ -24,7 +23,7 @@ def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
     forced = {
         "force_own": causal or draw(st.booleans()),
         "force_previous": draw(st.booleans()),
-        "force_first": draw(st.booleans()),
+        "attention_sink": draw(st.booleans()),
     }
     topk = draw(st.integers(max(1, sum(forced.values())), regions + 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -58,7 +57,7 @@ def test_route_holds_what_is_forced_and_nothing_from_the_future(case, router: st
             available = set(range(own + 1 if kwargs["causal"] else num_regions))
             forced = {own} if kwargs["force_own"] else set()
             forced |= {own - 1} if kwargs["force_previous"] and own else set()
-            forced |= {0} if kwargs["force_first"] else set()
+            forced |= {0} if kwargs["attention_sink"] else set()
             assert forced <= set(chosen) <= available
             assert len(chosen) == min(kwargs["topk"], len(available))
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from biroute.configs.errors import UserError
+from biroute.configs.errors import UsageError
 from biroute.configs.layout import Layout
 from biroute.parallel.mesh.rank_order import check_rank_order, coordinates_of
 
-SIMULATION = Path(__file__).parents[1] / "helpers" / "simulated_ranks.py"
+SIMULATION = Path(__file__).parents[3] / "helpers" / "simulated_ranks.py"
 AXES = ("tensor", "region", "data", "pipe")
 
 
@@ -65,7 +65,7 @@ def test_installed_libraries_agree(sizes: tuple[int, ...]) -> None:
 )
 def test_another_order_is_one_line(order: str, axes: tuple[str, ...], library: str) -> None:
     layout = Layout(tensor=2, region=2, data=2, pipe=2, zero_stage=1)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UsageError) as error:
         check_rank_order(layout, order, axes)
     text = str(error.value)
     assert "\n" not in text

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from biroute.parallel.engine.phase_clock import PhaseClock
+from biroute.parallel.phase_clock import PhaseClock
 
 
 @pytest.fixture
 def hands(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set as hands[0]."""
     hands = [0.0]
-    monkeypatch.setattr("biroute.parallel.engine.phase_clock.time.perf_counter", lambda: hands[0])
+    monkeypatch.setattr("biroute.parallel.phase_clock.time.perf_counter", lambda: hands[0])
     return hands
 
 

@@ -1,4 +1,4 @@
-"""WebDataset shards: plain tar files that `webdataset` reads, and that are read here at random through memory maps.
+"""Write WebDataset shards: plain tar files that `webdataset` reads and that training reads at random offsets.
 
 A source's split is one long stream of tokens. A sample is `tokens_per_sample` tokens of it (the last one fewer),
 stored as two members of the tar: `<source>-<split>-<index>.json` and `.npy`.
@@ -9,32 +9,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import os
 import tarfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from biroute.configs.errors import UserError
 from biroute.data_pipeline.read.manifest import ShardEntry, SplitEntry
-
-_TAR_BLOCK = 512
-# Maps kept open by one reader; the kernel allows 65,530 in a process.
-_MAX_OPEN_SHARDS = 512
+from biroute.data_pipeline.read.token_stream import sample_key
 
 
 def shard_name(source: str, split: str, index: int) -> str:
     """File of a shard, relative to the dataset's folder."""
     return f"{source}/{split}-{index:06d}.tar"
-
-
-def sample_key(source: str, split: str, index: int) -> str:
-    """WebDataset key of a sample. No dot: webdataset takes what follows the first one for the kind of member."""
-    return f"{source}-{split}-{index:09d}"
 
 
 def npy_header(dtype: str, tokens: int) -> bytes:
@@ -190,92 +179,3 @@ class _HashingFile:
         self.digest.update(data)
         self.size_bytes += len(data)
         return self._raw.write(data)
-
-
-class TokenStream:
-    """Random access to the tokens of one source's split, through memory maps of its shards."""
-
-    def __init__(self, folder: Path, name: str, split: str, entry: SplitEntry, dtype: str, layout: tuple[int, int]):
-        """`layout`: tokens per sample, samples per shard, as in the manifest."""
-        self._folder = folder
-        self._name = name
-        self._split = split
-        self._shards = entry.shards
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._tokens_per_sample, self._samples_per_shard = layout
-        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self.num_tokens = entry.tokens
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start ... stop - 1 of the stream, [stop - start] int64.
-
-        Raises:
-            IndexError: out of the stream.
-            UserError: a shard is gone or was replaced.
-        """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} ... {stop} of a stream of {self.num_tokens}")
-        out = np.empty(stop - start, dtype=np.int64)
-        position = start
-        while position < stop:
-            sample, offset = divmod(position, self._tokens_per_sample)
-            count = min(stop - position, self._tokens_per_sample - offset)
-            out[position - start : position - start + count] = self._read_sample(sample, offset, count)
-            position += count
-        return out
-
-    def _read_sample(self, sample: int, offset: int, count: int) -> np.ndarray:
-        number, index = divmod(sample, self._samples_per_shard)
-        shard = self._shards[number]
-        begin = shard.first_data_offset + index * shard.sample_stride + offset * self._dtype.itemsize
-        return np.frombuffer(self._map(number), dtype=self._dtype, count=count, offset=begin)
-
-    def _map(self, number: int) -> mmap.mmap:
-        if number in self._maps:
-            self._maps.move_to_end(number)
-            return self._maps[number]
-        shard = self._shards[number]
-        with open_shard(self._folder, shard) as file:
-            first = sample_key(self._name, self._split, number * self._samples_per_shard)
-            check_header(file, self._folder / shard.file, first)
-            self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._maps) > _MAX_OPEN_SHARDS:
-            self._maps.popitem(last=False)  # unmapped once the last array on it is gone
-        return self._maps[number]
-
-
-def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
-    """The shard's file, of the right size.
-
-    Raises:
-        UserError: missing, empty, truncated or of another size.
-    """
-    path = folder / shard.file
-    remedy = "run `biroute data build` to make it again"
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{path}: the shard {what}; {remedy}") from None
-    size = os.fstat(file.fileno()).st_size
-    if size != shard.size_bytes:
-        file.close()
-        what = "is empty" if size == 0 else "is truncated" if size < shard.size_bytes else "is a foreign file"
-        raise UserError(f"{path}: the shard {what}: {size} bytes instead of {shard.size_bytes}; {remedy}")
-    return file
-
-
-def check_header(file: BinaryIO, path: Path, first_key: str) -> None:
-    """Does the shard begin with the sample that it should?
-
-    Raises:
-        UserError: it does not: a foreign shard.
-    """
-    expected = first_key + ".json"
-    file.seek(0)
-    found = file.read(_TAR_BLOCK)[:100].rstrip(b"\0").decode("utf-8", errors="replace")
-    if found != expected:
-        raise UserError(
-            f"{path}: a foreign shard: it begins with {found[:60]!r} instead of {expected!r}; remove it and run "
-            "`biroute data build` to make it again"
-        )
