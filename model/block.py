@@ -1,6 +1,7 @@
 """Megatron-core's TransformerLayer with our attention inside.
 
-Shapes: S tokens, B sequences, H query heads, G KV groups (both of this tensor rank), D head size, C hidden size.
+Shapes: S tokens, B sequences, H query heads, G key/value heads (both of this tensor rank), D head size,
+C hidden size.
 """
 
 from __future__ import annotations
@@ -22,13 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from biroute.configs.schema import ModelConfig
-from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.attention.key_smear import KeySmear
-from biroute.model.attention.partial import RegionGrid
-from biroute.model.attention.rope import apply_rotary, rotary_tables
-from biroute.model.attention.routing import RouteRule, key_descriptors, local_route, route_query_blocks
+from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.norm import RMSNorm
-from biroute.model.sharding import SequenceShard
 
 
 def megatron_config(
@@ -60,12 +57,8 @@ def megatron_config(
     )
 
 
-class CoreAttention(nn.Module):
-    """Key smearing, rotary embedding, routing and attention of one layer; no weights but the smearing's.
-
-    Built by Megatron-core's SelfAttention, which hands it queries and keys before RoPE, so that the route can be
-    chosen from content alone.
-    """
+class MegatronCoreAttention(CoreAttention):
+    """Our core attention as Megatron-core's SelfAttention builds and calls it."""
 
     def __init__(
         self,
@@ -74,89 +67,32 @@ class CoreAttention(nn.Module):
         shard: SequenceShard | None,
         config: TransformerConfig,
         layer_number: int,
-        **_: object,
+        **_megatron: object,  # mask type, softmax scale and the like: Megatron passes more with each version
     ) -> None:
-        """`tensor_rank`: which KV groups are this rank's. `shard`: who has the rest of the sequences."""
-        super().__init__()
-        num_groups = model.num_kv_heads // config.tensor_model_parallel_size
-        self.model = model
-        self.layer = layer_number - 1
-        self.kind = model.attention_kind(self.layer)
-        self.first_group, self.shard = tensor_rank * num_groups, shard
-        self.first_token = 0 if shard is None else shard.first_token
-        self.key_smear = KeySmear(num_groups, model.head_size) if model.key_smear else None
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]; S: this rank's tokens."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        if self.key_smear is not None:
-            k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
-        tables = rotary_tables(q.shape[2], self.first_token, q.shape[3], self.model.rope_base, q.device)
-        rotated_q, rotated_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        if self.kind == "dense":
-            out = self._dense(rotated_q, rotated_k, v)
-        else:
-            before = self.model.attention.descriptor == "pre_rope"
-            index = self.route(q, k) if before else self.route(rotated_q, rotated_k)
-            out = self._routed(rotated_q, rotated_k, v, index)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.shard is not None:
-            return self.shard.dense_attention(q, k, v, causal=self.model.causal, layer=self.layer)
-        return dense_attention(q, k, v, causal=self.model.causal)
-
-    def _routed(self, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
-        size = self.model.attention.region_size
-        if self.shard is not None:
-            grid = RegionGrid(size, self.query_block_size, self.model.causal, q.shape[3] ** -0.5)
-            return self.shard.routed_attention(q, k, v, index, grid, self.layer)
-        return bi_level_attention(
-            q, k, v, index, region_size=size, query_block_size=self.query_block_size, causal=self.model.causal
+        kv_heads = model.num_kv_heads // config.tensor_model_parallel_size
+        super().__init__(
+            model, layer_number - 1, num_kv_heads=kv_heads, first_kv_head=tensor_rank * kv_heads, shard=shard
         )
 
-    @property
-    def query_block_size(self) -> int:
-        """Tokens that share a route; kind=local has one route per region."""
-        attention = self.model.attention
-        return attention.region_size if self.kind == "sliding_window" else attention.query_block_size
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H * D]; S: this rank's tokens.
 
-    def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, S / Lq, topk], -1 = empty.
-
-        The tokens are this rank's, the regions those of the whole sequence.
+        Raises:
+            ValueError: Megatron-core passes a mask, a bias or packed sequences, which routing would not see.
         """
-        attention = self.model.attention
-        if self.kind == "sliding_window":
-            batch, groups, num_tokens, _ = k.shape
-            return local_route(
-                batch=batch,
-                groups=groups,
-                num_tokens=num_tokens,
-                region_size=attention.region_size,
-                query_block_size=self.query_block_size,
-                topk=attention.topk,
-                causal=self.model.causal,
-                first_token=self.first_token,
-                sequence_length=num_tokens if self.shard is None else self.shard.sequence_length,
-                device=k.device,
-            )
-        rule = RouteRule(
-            attention.region_size,
-            attention.query_block_size,
-            attention.topk,
-            self.model.causal,
-            attention.force_own,
-            attention.force_previous,
-            attention.attention_sink,
-            attention.router,
-            seed=self.layer + 1,  # of router=random: every layer draws its own routes
-            descriptors_per_region=attention.descriptors_per_region,
-        )
-        descriptors = key_descriptors(k, attention.region_size, attention.descriptors_per_region)
-        if self.shard is not None:
-            descriptors = self.shard.all_key_descriptors(descriptors, self.layer)
-        return route_query_blocks(q, descriptors, rule, first_token=self.first_token, first_group=self.first_group)
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("routed attention takes no attention mask, bias or packed sequences")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
+        return super().forward(q, k, v).permute(2, 0, 1, 3).flatten(2)
 
 
 class Block(nn.Module):
@@ -202,7 +138,7 @@ def _submodules(
     head_norm = norm_of_a_share if model.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=partial(CoreAttention, model, groups.tp.rank(), shard),
+        core_attention=partial(MegatronCoreAttention, model, groups.tp.rank(), shard),
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,

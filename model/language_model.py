@@ -25,9 +25,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
+from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.block import Block, megatron_config
 from biroute.model.norm import RMSNorm
-from biroute.model.sharding import SequenceShard
 
 IGNORED_LABEL = -100
 

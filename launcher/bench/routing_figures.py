@@ -16,7 +16,7 @@ from torch import Tensor
 from biroute.configs.load import config_from_tree
 from biroute.launcher.bench.recall.masked_attention import route_mask
 from biroute.launcher.bench.recall.measure import VARIANTS, RecallSettings, train_variant
-from biroute.launcher.bench.recall.model import RecallAttention, RecallModel, Variant
+from biroute.launcher.bench.recall.model import RecallCore, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallBatch
 from biroute.launcher.bench.report import COLOURS, make_folder, new_figure, save_figure
 from biroute.model.attention.bi_level import bi_level_attention
@@ -53,7 +53,7 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
     variant, settings = VARIANTS["token-4x8-parts4"], RecallSettings(steps=steps)
     model = train_variant(variant, 0, settings)
     batch = settings.task.batch(1, MAP_SEED)
-    routes = [_route_of(attention, model, batch) for attention in model.attentions()]
+    routes = [_route_of(attention, model, batch) for attention in model.cores()]
     figure, axes = new_figure(len(routes), width=4.6, height=4.9)
     found = {}
     for layer, (one, index_GNT) in enumerate(zip(axes, routes, strict=True)):
@@ -67,20 +67,14 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _route_of(attention: RecallAttention, model: RecallModel, batch: RecallBatch) -> Tensor:
+def _route_of(attention: RecallCore, model: RecallModel, batch: RecallBatch) -> Tensor:
     """The index [G, N, T] that this layer chooses for the one sequence of the batch."""
     seen: list[Tensor] = []
-    choose = attention.route
-
-    def listen(q: Tensor, k: Tensor) -> Tensor:
-        seen.append(choose(q, k))
-        return seen[-1]
-
-    attention.route = listen  # type: ignore[method-assign]
+    attention.on_route = lambda _, route: seen.append(route)
     try:
         model(batch.tokens)
     finally:
-        del attention.route  # the class's own method again
+        attention.on_route = None
     return seen[0][0]
 
 

@@ -141,8 +141,8 @@ class Trainer:
         step_seconds, memory = worst.tolist()
         values = self._values(report, rate, step_seconds) | {"memory/peak_gib": memory}
         values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
-        if self.engine.exchange is not None:
-            values |= exchange_metrics(self.engine.exchange, steps)
+        if self.engine.traffic is not None:
+            values |= exchange_metrics(self.engine.traffic, steps)
         if self.observer is not None:
             self.observer.point(self.step, values)
 

@@ -127,13 +127,13 @@ def route_regions(
 
 @torch.no_grad()
 def route_query_blocks(
-    q: Tensor, key_descriptors_BGED: Tensor, rule: RouteRule, *, first_token: int = 0, first_group: int = 0
+    q: Tensor, key_descriptors_BGED: Tensor, rule: RouteRule, *, first_token: int = 0, first_kv_head: int = 0
 ) -> Tensor:
     """Route the query blocks of a run of tokens against the descriptors of all regions.
 
     q [B, H, S', D] are the tokens from `first_token` on, key_descriptors_BGED [B, G, R * n, D] those of the whole
     sequence, n for each region: the affinity of a region is that of its nearest descriptor.
-    -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_group` is the number of
+    -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_kv_head` is the number of
     the first KV group here (only the random router asks). Raises ValueError for a start inside a block.
     """
     lq = rule.query_block_size
@@ -154,7 +154,7 @@ def route_query_blocks(
         # Causal: regions after the chunk's last own one are no candidates for any of its blocks.
         columns = int(own_C[-1]) + 1 if rule.causal else num_regions
         if rule.router == "random":
-            group_G = torch.arange(first_group, first_group + groups, device=q.device)
+            group_G = torch.arange(first_kv_head, first_kv_head + groups, device=q.device)
             region_R = torch.arange(columns, device=q.device)
             affinity = random_affinity(rule.seed, group_G[:, None, None], block_C[:, None], region_R)
             affinity_BGCR = affinity.expand(batch, -1, -1, -1)
@@ -235,10 +235,10 @@ def _scramble(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def local_route(
+def sliding_window_route(
     *,
     batch: int,
-    groups: int,
+    kv_heads: int,
     num_tokens: int,
     region_size: int,
     query_block_size: int,
@@ -273,4 +273,4 @@ def local_route(
         last_N = (start_N + topk - 1).clamp(max=num_regions - 1)
     index_NT = start_N[:, None] + torch.arange(topk, device=device)
     index_NT = index_NT.masked_fill(index_NT > last_N[:, None], -1)
-    return index_NT.expand(batch, groups, -1, -1)
+    return index_NT.expand(batch, kv_heads, -1, -1)

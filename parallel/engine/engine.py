@@ -31,7 +31,10 @@ from biroute.parallel.engine.deepspeed_setup import (
 from biroute.parallel.engine.zero_state import OptimizerState, decay_groups
 from biroute.parallel.mesh.mesh import Mesh
 from biroute.parallel.phase_clock import PhaseClock
-from biroute.parallel.region.shard import RegionExchange, RegionLayout
+from biroute.parallel.region.plan import RegionLayout
+from biroute.parallel.region.shard import RegionShard
+from biroute.parallel.region.traffic_log import TrafficLog
+from biroute.parallel.region.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -54,28 +57,28 @@ def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
     """The model of `config` on `mesh`, its weights initialised from the seed. Collective."""
     start()
     clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
-    exchange = region_exchange(config, mesh, clock)
-    plans = plan_layers(config, mesh.groups, exchange)
+    shard = region_shard(config, mesh, clock)
+    plans = plan_layers(config, mesh.groups, shard)
     loss = loss_function(config.model, mesh.layout.region)
-    kind = StagedEngine if mesh.layout.pipe > 1 else WholeEngine
+    kind = PipelineEngine if mesh.layout.pipe > 1 else DataParallelEngine
     with quietly():
         engine = kind(config, mesh, device, plans, loss, clock)
-    engine.exchange = exchange
+    engine.traffic = None if shard is None else shard.transport.log
     return engine
 
 
-def region_exchange(config: RunConfig, mesh: Mesh, clock: PhaseClock) -> RegionExchange | None:
+def region_shard(config: RunConfig, mesh: Mesh, clock: PhaseClock) -> RegionShard | None:
     """This rank's part in sharing sequences; None where every rank has them whole."""
     if mesh.layout.region == 1:
         return None
     layout = RegionLayout(config.model.num_regions, config.model.attention.region_size, mesh.layout.region)
-    return RegionExchange(layout, mesh.groups.cp, way=config.parallel.region_exchange, clock=clock)
+    return RegionShard(layout, Transport(mesh.groups.cp, clock), config.parallel.region_exchange)
 
 
 class Engine:
     """What the two engines share: optimizer, state by parameter name, reports."""
 
-    exchange: RegionExchange | None = None  # where region ranks share sequences
+    traffic: TrafficLog | None = None  # bytes between region ranks, where they share sequences
     microbatches_per_evaluation = 1  # enough for one call of `evaluate` to keep all ranks busy
 
     def __init__(
@@ -103,7 +106,7 @@ class Engine:
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         """Mean loss in nats per target token over all data ranks' microbatches. Collective."""
-        with nullcontext() if self.exchange is None else self.exchange.log.paused():
+        with nullcontext() if self.traffic is None else self.traffic.paused():
             return self._evaluate(microbatches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -138,7 +141,7 @@ class Engine:
             torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
 
 
-class WholeEngine(Engine):
+class DataParallelEngine(Engine):
     """No pipeline: each rank holds (its shards of) every layer."""
 
     def __init__(
@@ -190,7 +193,7 @@ class WholeEngine(Engine):
             yield from module.named_parameters(prefix=name)
 
 
-class StagedEngine(Engine):
+class PipelineEngine(Engine):
     """A pipeline: each rank holds some consecutive layers, DeepSpeed moves activations and gradients."""
 
     def __init__(

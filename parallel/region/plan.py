@@ -1,14 +1,15 @@
 """Which routed regions and which queries travel between the ranks that share a sequence: decided here, moved in
-`region.py`. Pure functions of a route; no process group.
+`transport.py`. Pure functions of a route; no process group.
 
-Rank p holds a contiguous run of regions and the queries of the same tokens. What one rank wants of another one, for
-one KV group of one sequence, is a *unit*; each unit travels the way that costs fewer bytes:
+Rank p holds a contiguous run of regions and the queries of the same tokens. What one rank requests of another one,
+for one key/value head of one sequence, is a *transfer*; each transfer travels the way that costs fewer bytes:
 
 - *fetch*: the owner sends keys and values of the regions that were chosen, each once;
 - *ship*: the requester sends the queries that chose them, the owner returns their partial outputs and log-sum-exps.
 
-Legend: B sequences, G KV groups, N query blocks of this rank, T slots of a route, U units, V visits (a query block
-that chose regions of one owner), W wanted (distinct regions of a unit).
+Shapes: B sequences, G key/value heads, g one of B * G, P ranks, N query blocks of this rank, K slots of a route, X
+transfers, U pairs (a query block and an owner of whose regions it chose some), W requested regions (distinct in a
+transfer), E choices of regions of other ranks.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class RegionLayout:
 class ExchangeCosts:
     """Bytes that forward moves: backward moves the gradients of the same rows, so the cheaper way is the same."""
 
-    region: int  # keys and values of a region of one KV group
-    queries: int  # one query block of one KV group, on its way to the owner
+    region: int  # keys and values of a region of one key/value head
+    queries: int  # one query block of one key/value head, on its way to the owner
     results: int  # its partial output and log-sum-exps, on the way back
 
     @classmethod
@@ -70,61 +71,61 @@ class ExchangeCosts:
 
 
 @dataclass(frozen=True)
-class Units:
-    """What one rank wants of the others, or they of it; ascending by the other rank, then by group b * G + g."""
+class Transfers:
+    """What one rank requests of the others, or they of it; ascending by the other rank, then by group b * G + g."""
 
     num_ranks: int
     num_groups: int  # B * G
-    peer: Tensor  # int64 [U] the other rank
-    group: Tensor  # int64 [U]
-    ship: Tensor  # bool [U]
-    visits: Tensor  # int64 [U] visits of each unit; an owner counts those that are shipped to it only
-    wanted: Tensor  # int64 [U] distinct regions of each unit
-    visit_slots: Tensor  # int64 [V, T] what each visit chose: places among the unit's regions, ascending, -1 last
-    wanted_region: Tensor  # int64 [W] regions of all units, numbered on their owner
+    peer: Tensor  # int64 [X] the other rank
+    group: Tensor  # int64 [X]
+    ship: Tensor  # bool [X]
+    pairs: Tensor  # int64 [X] pairs of each transfer; an owner counts those that are shipped to it only
+    requested: Tensor  # int64 [X] distinct regions of each transfer
+    pair_slots: Tensor  # int64 [U, K] what each pair chose: places among the transfer's regions, ascending, -1 last
+    requested_region: Tensor  # int64 [W] regions of all transfers, numbered on their owner
 
-    def __iter__(self) -> Iterator[UnitAt]:
-        """The units in order, with their places in the flat lists."""
-        visit = wanted = shipped = fetched = 0
-        columns = (self.group.tolist(), self.ship.tolist(), self.visits.tolist(), self.wanted.tolist())
-        for group, ship, visits, regions in zip(*columns, strict=True):
-            first, count = (shipped, visits) if ship else (fetched, regions)
+    def __iter__(self) -> Iterator[Transfer]:
+        """The transfers in order, with their places in the flat lists."""
+        pair = requested = shipped = fetched = 0
+        columns = (self.group.tolist(), self.ship.tolist(), self.pairs.tolist(), self.requested.tolist())
+        for group, ship, pairs, regions in zip(*columns, strict=True):
+            first, count = (shipped, pairs) if ship else (fetched, regions)
             rows = slice(first, first + count)
-            yield UnitAt(group, ship, slice(visit, visit + visits), slice(wanted, wanted + regions), rows)
-            visit, wanted = visit + visits, wanted + regions
-            shipped, fetched = shipped + visits * ship, fetched + regions * (not ship)
+            yield Transfer(group, ship, slice(pair, pair + pairs), slice(requested, requested + regions), rows)
+            pair, requested = pair + pairs, requested + regions
+            shipped, fetched = shipped + pairs * ship, fetched + regions * (not ship)
 
-    def shipped_visits(self) -> list[int]:
+    def shipped_pairs(self) -> list[int]:
         """Query blocks that travel to or from each rank."""
-        return self.per_rank(self.ship * self.visits).tolist()
+        return self.per_rank(self.ship * self.pairs).tolist()
 
     def fetched_regions(self) -> list[int]:
         """Regions that travel from or to each rank."""
-        return self.per_rank(~self.ship * self.wanted).tolist()
+        return self.per_rank(~self.ship * self.requested).tolist()
 
-    def visit_ships(self) -> Tensor:
-        """Is this visit's unit shipped? bool [V]."""
-        return self.ship.repeat_interleave(self.visits)
+    def is_shipped(self) -> Tensor:
+        """Is this pair's transfer shipped? bool [U]."""
+        return self.ship.repeat_interleave(self.pairs)
 
     def table_rows(self, regions_per_rank: int) -> Tensor:
         """The fetched regions as rows of the owner's table of all groups, [B * G * regions_per_rank, ...]."""
-        fetched_W = ~self.ship.repeat_interleave(self.wanted)
-        group_W = self.group.repeat_interleave(self.wanted)
-        return (group_W * regions_per_rank + self.wanted_region)[fetched_W]
+        fetched_W = ~self.ship.repeat_interleave(self.requested)
+        group_W = self.group.repeat_interleave(self.requested)
+        return (group_W * regions_per_rank + self.requested_region)[fetched_W]
 
     def per_rank(self, per_unit: Tensor) -> Tensor:
-        """Sum of a number of each unit over the units of each rank, int64 [P]."""
+        """Sum of a number of each transfer over the transfers of each rank, int64 [P]."""
         return per_unit.new_zeros(self.num_ranks, dtype=torch.int64).index_add_(0, self.peer, per_unit)
 
 
-class UnitAt(NamedTuple):
-    """One unit: its group, its way, and where it stands in the flat lists."""
+class Transfer(NamedTuple):
+    """One transfer: its group, its way, and where it stands in the flat lists."""
 
     group: int
     ship: bool
-    visits: slice
-    wanted: slice
-    rows: slice  # among the rows that travel its way: visits if shipped, regions if fetched
+    pairs: slice
+    requested: slice
+    rows: slice  # among the rows that travel its way: pairs if shipped, regions if fetched
 
 
 @dataclass(frozen=True)
@@ -134,25 +135,19 @@ class ExchangePlan:
     rank: int
     layout: RegionLayout
     costs: ExchangeCosts
-    units: Units
-    visit_block: Tensor  # int64 [V] query block of each visit, numbered on this rank
+    transfers: Transfers
+    pair_block: Tensor  # int64 [U] query block of each pair, numbered on this rank
 
     def received_bytes(self) -> Tensor:
         """Payload that comes from each rank in forward, int64 [P]."""
-        units, costs = self.units, self.costs
-        return units.per_rank(torch.where(units.ship, units.visits * costs.results, units.wanted * costs.region))
+        transfers, costs = self.transfers, self.costs
+        return transfers.per_rank(
+            torch.where(transfers.ship, transfers.pairs * costs.results, transfers.requested * costs.region)
+        )
 
     def sent_bytes(self) -> Tensor:
         """Queries that go to each rank in forward, int64 [P]; what this rank sends as an owner, others' plans say."""
-        return self.units.per_rank(self.units.ship * self.units.visits * self.costs.queries)
-
-    def fetched_bytes(self) -> int:
-        """Forward payload if everything were fetched."""
-        return int(self.units.wanted.sum()) * self.costs.region
-
-    def shipped_bytes(self) -> int:
-        """Forward payload if everything were shipped, both ways together."""
-        return int(self.units.visits.sum()) * (self.costs.queries + self.costs.results)
+        return self.transfers.per_rank(self.transfers.ship * self.transfers.pairs * self.costs.queries)
 
 
 def traffic(plans: Sequence[ExchangePlan]) -> Tensor:
@@ -170,90 +165,94 @@ def plan_exchange(
 ) -> ExchangePlan:
     """The plan of `rank` for its queries' route.
 
-    route int64 [B, G, N, T]: regions of the whole sequence that each of the rank's query blocks chose, ascending, -1
+    route int64 [B, G, N, K]: regions of the whole sequence that each of the rank's query blocks chose, ascending, -1
     = empty. `way` forces one way; "auto" takes the cheaper one, and fetches where both cost the same.
     """
     batch, groups, num_blocks, topk = route.shape
     per_rank, num_groups = layout.regions_per_rank, batch * groups
-    route_gNT = route.reshape(num_groups, num_blocks, topk)
-    owner_gNT = route_gNT.div(per_rank, rounding_mode="floor")
-    g_E, block_E, slot_E = ((route_gNT >= 0) & (owner_gNT != rank)).nonzero(as_tuple=True)  # E: choices elsewhere
-    owner_E, region_E = owner_gNT[g_E, block_E, slot_E], route_gNT[g_E, block_E, slot_E] % per_rank
-    unit_E = owner_E * num_groups + g_E
+    route_gNK = route.reshape(num_groups, num_blocks, topk)
+    owner_gNK = route_gNK.div(per_rank, rounding_mode="floor")
+    g_E, block_E, slot_E = ((route_gNK >= 0) & (owner_gNK != rank)).nonzero(as_tuple=True)  # E: choices elsewhere
+    owner_E, region_E = owner_gNK[g_E, block_E, slot_E], route_gNK[g_E, block_E, slot_E] % per_rank
+    transfer_E = owner_E * num_groups + g_E
 
-    visit_V, visit_of_E = torch.unique(unit_E * num_blocks + block_E, return_inverse=True)
-    wanted_W, wanted_of_E = torch.unique(unit_E * per_rank + region_E, return_inverse=True)
-    unit_U, visits_U = torch.unique_consecutive(visit_V // num_blocks, return_counts=True)
-    wanted_U = torch.unique_consecutive(wanted_W // per_rank, return_counts=True)[1]
-    place_E = wanted_of_E - (wanted_U.cumsum(0) - wanted_U)[torch.searchsorted(unit_U, unit_E)]
-    shipping_U, fetching_U = visits_U * (costs.queries + costs.results), wanted_U * costs.region
-    ship_U = shipping_U < fetching_U if way == "auto" else torch.full_like(unit_U, way == "ship", dtype=torch.bool)
-    units = Units(
+    pair_U, pair_of_E = torch.unique(transfer_E * num_blocks + block_E, return_inverse=True)
+    requested_W, requested_of_E = torch.unique(transfer_E * per_rank + region_E, return_inverse=True)
+    transfer_X, pairs_X = torch.unique_consecutive(pair_U // num_blocks, return_counts=True)
+    requested_X = torch.unique_consecutive(requested_W // per_rank, return_counts=True)[1]
+    place_E = requested_of_E - (requested_X.cumsum(0) - requested_X)[torch.searchsorted(transfer_X, transfer_E)]
+    shipping_X, fetching_X = pairs_X * (costs.queries + costs.results), requested_X * costs.region
+    ship_X = (
+        shipping_X < fetching_X if way == "auto" else torch.full_like(transfer_X, way == "ship", dtype=torch.bool)
+    )
+    transfers = Transfers(
         num_ranks=layout.num_ranks,
         num_groups=num_groups,
-        peer=unit_U // num_groups,
-        group=unit_U % num_groups,
-        ship=ship_U,
-        visits=visits_U,
-        wanted=wanted_U,
-        visit_slots=_slots(visit_of_E, place_E, visit_V.numel(), topk),
-        wanted_region=wanted_W % per_rank,
+        peer=transfer_X // num_groups,
+        group=transfer_X % num_groups,
+        ship=ship_X,
+        pairs=pairs_X,
+        requested=requested_X,
+        pair_slots=_slots(pair_of_E, place_E, pair_U.numel(), topk),
+        requested_region=requested_W % per_rank,
     )
-    return ExchangePlan(rank, layout, costs, units, visit_V % num_blocks)
+    return ExchangePlan(rank, layout, costs, transfers, pair_U % num_blocks)
 
 
-def _slots(visit_E: Tensor, place_E: Tensor, num_visits: int, topk: int) -> Tensor:
-    """The choices of each visit, ascending, then -1: [V, T]."""
-    chosen_V = torch.bincount(visit_E, minlength=num_visits)
-    # A route ascends, and so do the places of what it chose: in the order of visits, columns count up.
-    order_E = visit_E.argsort(stable=True)
-    visit_E, place_E = visit_E[order_E], place_E[order_E]
-    column_E = torch.arange(visit_E.numel(), device=visit_E.device) - (chosen_V.cumsum(0) - chosen_V)[visit_E]
-    slots_VT = place_E.new_full((num_visits, topk), -1)
-    slots_VT[visit_E, column_E] = place_E
-    return slots_VT
+def _slots(pair_E: Tensor, place_E: Tensor, num_pairs: int, topk: int) -> Tensor:
+    """The choices of each pair, ascending, then -1: [U, K]."""
+    chosen_U = torch.bincount(pair_E, minlength=num_pairs)
+    # A route ascends, and so do the places of what it chose: in the order of pairs, columns count up.
+    order_E = pair_E.argsort(stable=True)
+    pair_E, place_E = pair_E[order_E], place_E[order_E]
+    column_E = torch.arange(pair_E.numel(), device=pair_E.device) - (chosen_U.cumsum(0) - chosen_U)[pair_E]
+    slots_UK = place_E.new_full((num_pairs, topk), -1)
+    slots_UK[pair_E, column_E] = place_E
+    return slots_UK
 
 
-HEADER = 3  # numbers that announce a unit: is it shipped, its visits, its regions
+HEADER = 3  # numbers that announce a transfer: is it shipped, its pairs, its regions
 
 
-def pack_requests(units: Units) -> tuple[Tensor, Tensor, list[int]]:
+def pack_requests(transfers: Transfers) -> tuple[Tensor, Tensor, list[int]]:
     """What a requester tells the owners: a header int64 [P, B * G, 3], a message int32 and its length for each owner.
 
-    The part of one owner: the regions of all its units, then the slots of those that are shipped.
+    The part of one owner: the regions of all its transfers, then the slots of those that are shipped.
     """
-    header_Pg3 = units.peer.new_zeros(units.num_ranks, units.num_groups, HEADER)
-    header_Pg3[units.peer, units.group] = torch.stack((units.ship.long(), units.visits, units.wanted), -1)
-    ship_V = units.visit_ships()
-    regions = units.wanted_region.int().split(units.per_rank(units.wanted).tolist())
-    slots = units.visit_slots[ship_V].int().split(units.shipped_visits())
+    header_Pg3 = transfers.peer.new_zeros(transfers.num_ranks, transfers.num_groups, HEADER)
+    header_Pg3[transfers.peer, transfers.group] = torch.stack(
+        (transfers.ship.long(), transfers.pairs, transfers.requested), -1
+    )
+    ship_U = transfers.is_shipped()
+    regions = transfers.requested_region.int().split(transfers.per_rank(transfers.requested).tolist())
+    slots = transfers.pair_slots[ship_U].int().split(transfers.shipped_pairs())
     parts = [torch.cat((r, s.flatten())) for r, s in zip(regions, slots, strict=True)]
     return header_Pg3, torch.cat(parts), [len(part) for part in parts]
 
 
 def request_lengths(header_Pg3: Tensor, topk: int) -> list[int]:
     """Length of the message of each requester whose header this is."""
-    ship_Pg, visits_Pg, wanted_Pg = header_Pg3.unbind(-1)
-    return (wanted_Pg + ship_Pg * visits_Pg * topk).sum(1).tolist()
+    ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
+    return (requested_Pg + ship_Pg * pairs_Pg * topk).sum(1).tolist()
 
 
-def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Units:
+def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Transfers:
     """What the others want of this rank, from what they packed: header [P, B * G, 3] and message by requester."""
-    ship_Pg, visits_Pg, wanted_Pg = header_Pg3.unbind(-1)
-    peer_U, group_U = (wanted_Pg > 0).nonzero(as_tuple=True)
-    ship_U = ship_Pg[peer_U, group_U].bool()
+    ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
+    peer_X, group_X = (requested_Pg > 0).nonzero(as_tuple=True)
+    ship_X = ship_Pg[peer_X, group_X].bool()
     parts = message.long().split(request_lengths(header_Pg3, topk))
-    cut = [part.tensor_split([regions]) for part, regions in zip(parts, wanted_Pg.sum(1).tolist(), strict=True)]
-    return Units(
+    cut = [part.tensor_split([regions]) for part, regions in zip(parts, requested_Pg.sum(1).tolist(), strict=True)]
+    return Transfers(
         num_ranks=header_Pg3.shape[0],
         num_groups=header_Pg3.shape[1],
-        peer=peer_U,
-        group=group_U,
-        ship=ship_U,
-        visits=visits_Pg[peer_U, group_U] * ship_U,
-        wanted=wanted_Pg[peer_U, group_U],
-        visit_slots=torch.cat([slots for _, slots in cut]).view(-1, topk),
-        wanted_region=torch.cat([regions for regions, _ in cut]),
+        peer=peer_X,
+        group=group_X,
+        ship=ship_X,
+        pairs=pairs_Pg[peer_X, group_X] * ship_X,
+        requested=requested_Pg[peer_X, group_X],
+        pair_slots=torch.cat([slots for _, slots in cut]).view(-1, topk),
+        requested_region=torch.cat([regions for regions, _ in cut]),
     )
 
 

@@ -17,7 +17,7 @@ KINDS = ("keys", "queries", "results", "gradients", "requests", "descriptors", "
 
 
 @dataclass
-class ExchangeLog:
+class TrafficLog:
     """One rank's counts since the last `clear`: what really went through its collectives."""
 
     num_ranks: int

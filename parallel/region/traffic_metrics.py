@@ -6,10 +6,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from biroute.parallel.region.shard import RegionExchange
+from biroute.parallel.region.traffic_log import TrafficLog
 
 
-def exchange_metrics(exchange: RegionExchange, steps: int) -> dict[str, float]:
+def exchange_metrics(log: TrafficLog, steps: int) -> dict[str, float]:
     """Metrics per optimizer step over the `steps` since the last call, which then count anew. Collective, all ranks.
 
     `exchange/region_bytes` counts all that a rank received (payload of forward and backward, requests, descriptors,
@@ -17,7 +17,6 @@ def exchange_metrics(exchange: RegionExchange, steps: int) -> dict[str, float]:
     forward in routed layers, both ways, beside `causal_fetch` (keys and values of all earlier ranks), `ring` (of all
     ranks) and `bound` (the most that any route could cause).
     """
-    log = exchange.log
     baselines = [one for found in log.baselines.values() for one in found]
     mine = {
         "received": log.total(log.received) / steps,

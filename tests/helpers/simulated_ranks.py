@@ -74,7 +74,7 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     route = route_regions(q, k, region_size=16, query_block_size=1, topk=topk, causal=True)
     costs = ExchangeCosts.of(region_size=16, query_block_size=1, heads_per_group=2, head_size=16, element_size=2)
     plans = [plan_exchange(part, layout, rank, costs) for rank, part in enumerate(route.chunk(region_ranks, 2))]
-    packed = [pack_requests(plan.units) for plan in plans]
+    packed = [pack_requests(plan.transfers) for plan in plans]
     messages = [message.split(lengths) for _, message, lengths in packed]
     served = [
         unpack_requests(
@@ -86,8 +86,8 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     ]
     return {
         "bytes": int(traffic(plans).sum()),
-        "asked": sum(plan.units.wanted_region.numel() for plan in plans),
-        "served": sum(units.wanted_region.numel() for units in served),
+        "asked": sum(plan.transfers.requested_region.numel() for plan in plans),
+        "served": sum(units.requested_region.numel() for units in served),
         "causal_fetch": sum(rank * 2 * layout.regions_per_rank * costs.region for rank in range(region_ranks)),
     }
 

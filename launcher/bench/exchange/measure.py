@@ -26,7 +26,7 @@ from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on
 from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.train.identity import model_identity
-from biroute.model.block import CoreAttention
+from biroute.model.attention.core import CoreAttention
 from biroute.parallel.checkpoint.files import list_checkpoints
 from biroute.parallel.checkpoint.save import load_checkpoint
 from biroute.parallel.engine.engine import Microbatch, build_engine
@@ -68,22 +68,16 @@ def recorded_routes(module: nn.Module) -> Iterator[Routes]:
     routes: Routes = {}
     cores = [core for core in module.modules() if isinstance(core, CoreAttention) and core.kind == "bi_level"]
 
-    def recorder(core: CoreAttention) -> Any:
-        def record(q: Tensor, k: Tensor) -> Tensor:
-            route = CoreAttention.route(core, q, k)
-            before = [routes[core.layer]] if core.layer in routes else []
-            routes[core.layer] = torch.cat([*before, route])
-            return route
-
-        return record
+    def record(layer: int, route: Tensor) -> None:
+        routes[layer] = torch.cat([routes[layer], route]) if layer in routes else route
 
     for core in cores:
-        core.route = recorder(core)  # type: ignore[method-assign]
+        core.on_route = record
     try:
         yield routes
     finally:
         for core in cores:
-            del core.route
+            core.on_route = None
 
 
 class Trained(NamedTuple):

@@ -82,8 +82,8 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
         plans = _plans(config, routes, ranks, way)
         row[way] = spread(traffic(plans) / _passes(routes))
         if way == "auto":
-            units = sum(plan.units.ship.numel() for plan in plans)
-            row["shipped_units"] = sum(int(plan.units.ship.sum()) for plan in plans) / max(1, units)
+            transfers = sum(plan.transfers.ship.numel() for plan in plans)
+            row["shipped_units"] = sum(int(plan.transfers.ship.sum()) for plan in plans) / max(1, transfers)
     others = descriptor_bytes(config) * (ranks - 1) / ranks
     row["descriptors"] = {"mean": others, "worst": others}
     baselines = _baselines(config, ranks)

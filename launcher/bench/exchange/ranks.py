@@ -19,7 +19,7 @@ from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_enviro
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.start.worker import ignore_library_warnings
 from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_exchange
+from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock
@@ -78,9 +78,9 @@ def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
     prepare_megatron(device)
     mesh = build_mesh(resolve_layout(config, dist.get_world_size()))
     clock = PhaseClock()
-    exchange = region_exchange(config, mesh, clock)
-    assert exchange is not None
-    module = LayerSequence(plan_layers(config, mesh.groups, exchange))
+    shard = region_shard(config, mesh, clock)
+    assert shard is not None
+    module = LayerSequence(plan_layers(config, mesh.groups, shard))
     if job.weights is not None:
         weights = torch.load(job.weights, mmap=True, weights_only=True)
         for name, layer in zip(module.names, module.layers, strict=True):
@@ -91,7 +91,7 @@ def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
     clock.take()
     started = time.perf_counter()
     loss = loss_of(module(inputs), labels)
-    log = exchange.log
+    log = shard.transport.log
     routed = routed_layers(config)
     # Before backward, where a recomputed layer would plan and move once more.
     payload = sum(

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from biroute.launcher.bench.rows import KeptRows
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.train.schedule import learning_rate
+from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.routing import Router
-from biroute.model.block import CoreAttention
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
@@ -51,9 +51,8 @@ class Score:
 def set_router(module: nn.Module, router: Router) -> None:
     """How all layers that route choose from now on."""
     for core in module.modules():
-        if isinstance(core, CoreAttention):
-            attention = core.model.attention.model_copy(update={"router": router})
-            core.model = core.model.model_copy(update={"attention": attention})
+        if isinstance(core, CoreAttention) and core.rule is not None:
+            core.rule = replace(core.rule, router=router)
 
 
 def score(engine: Engine, batches: Sequence[Batch]) -> Score:

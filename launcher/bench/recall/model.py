@@ -1,4 +1,4 @@
-"""The small model of the recall benchmark: plain torch around the product's own routing, so that it starts at once.
+"""The small model of the recall benchmark: plain torch around the product's core attention, so that it starts fast.
 
 Pre-norm blocks of attention with RoPE and an MLP.
 
@@ -8,17 +8,15 @@ Legend: B batch, H query heads, G KV groups, S tokens, D head size, C hidden siz
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
+from biroute.configs.schema import AttentionConfig, ModelConfig
 from biroute.launcher.bench.recall.masked_attention import masked_attention
-from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.attention.key_smear import KeySmear
-from biroute.model.attention.rope import apply_rotary, rotary_tables
-from biroute.model.attention.routing import Router, local_route, route_regions
+from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.routing import Router
 
 
 @dataclass(frozen=True)
@@ -52,74 +50,64 @@ class ModelSize:
     head_size: int = 32
 
 
-class RecallAttention(nn.Module):
-    """Attention of one layer, [B, S, C] -> [B, S, C].
+class RecallCore(CoreAttention):
+    """The product's own attention; the product with the route may go through one mask for the whole batch.
 
     Attributes:
-        router: affinity or random, may be changed at any time. through_mask: compute by a mask or by the product's
-        `bi_level_attention`; the same to rounding.
+        through_mask: compute by a mask, or as the product does; the same to rounding.
     """
+
+    through_mask = True
+
+    def _routed(self, q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
+        if not self.through_mask:
+            return super()._routed(q, k, v, route)
+        region_size = self.model.attention.region_size
+        return masked_attention(q, k, v, route, region_size=region_size, query_block_size=self.query_block_size)
+
+
+def model_config(size: ModelSize, variant: Variant) -> ModelConfig:
+    """The product's configuration of a variant."""
+    attention = AttentionConfig(
+        kind=variant.kind,
+        region_size=variant.region_size,
+        query_block_size=variant.query_block_size,
+        topk=variant.topk,
+        descriptor=variant.descriptor,
+        descriptors_per_region=variant.descriptors_per_region,
+        force_previous=variant.force_previous,
+    )
+    return ModelConfig(
+        hidden_size=size.hidden_size,
+        num_layers=size.num_layers,
+        num_heads=size.num_heads,
+        num_kv_heads=size.num_kv_heads,
+        head_size=size.head_size,
+        sequence_length=variant.region_size,  # of no concern here: each batch has its own
+        key_smear=variant.key_smear,
+        dense_layers=variant.dense_layers,
+        attention=attention,
+    )
+
+
+class RecallAttention(nn.Module):
+    """Projections around the core attention of one layer, [B, S, C] -> [B, S, C]."""
 
     def __init__(self, size: ModelSize, variant: Variant, layer: int) -> None:
         super().__init__()
-        self.size, self.variant, self.layer = size, variant, layer
-        self.kind = "dense" if layer in variant.dense_layers else variant.kind
-        self.router: Router = "affinity"
-        self.through_mask = True
+        self.head_size = size.head_size
         width = size.num_kv_heads * size.head_size
         self.widths = (size.num_heads * size.head_size, width, width)
         self.project = nn.Linear(size.hidden_size, sum(self.widths), bias=False)
         self.out = nn.Linear(self.widths[0], size.hidden_size, bias=False)
-        self.key_smear = KeySmear(size.num_kv_heads, size.head_size) if variant.key_smear else None
+        self.core = RecallCore(model_config(size, variant), layer, num_kv_heads=size.num_kv_heads)
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         q, k, v = (
-            x.unflatten(2, (-1, self.size.head_size)).transpose(1, 2)
+            x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
             for x in self.project(x_BSC).split(self.widths, dim=-1)
         )
-        if self.key_smear is not None:
-            k = self.key_smear(k)
-        tables = rotary_tables(q.shape[2], 0, q.shape[3], 10_000.0, q.device)
-        rotated_q, rotated_k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        if self.kind == "dense":
-            out = dense_attention(rotated_q, rotated_k, v, causal=True)
-        else:
-            before = self.variant.descriptor == "pre_rope"
-            index = self.route(q, k) if before else self.route(rotated_q, rotated_k)
-            region_size, lq = self.variant.region_size, self._query_block_size
-            attend = masked_attention if self.through_mask else partial(bi_level_attention, causal=True)
-            out = attend(rotated_q, rotated_k, v, index, region_size=region_size, query_block_size=lq)
-        return self.out(out.transpose(1, 2).flatten(2))
-
-    @property
-    def _query_block_size(self) -> int:
-        return self.variant.region_size if self.kind == "sliding_window" else self.variant.query_block_size
-
-    def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [B, H, S, D], k [B, G, S, D] -> regions of each query block [B, G, N, topk], -1 = empty."""
-        variant = self.variant
-        if self.kind == "sliding_window":
-            return local_route(
-                batch=k.shape[0],
-                groups=k.shape[1],
-                num_tokens=k.shape[2],
-                region_size=variant.region_size,
-                query_block_size=self._query_block_size,
-                topk=variant.topk,
-                causal=True,
-            )
-        return route_regions(
-            q,
-            k,
-            region_size=variant.region_size,
-            query_block_size=variant.query_block_size,
-            topk=variant.topk,
-            causal=True,
-            force_previous=variant.force_previous,
-            router=self.router,
-            seed=self.layer + 1,
-            descriptors_per_region=variant.descriptors_per_region,
-        )
+        return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
 
 
 class RecallModel(nn.Module):
@@ -150,18 +138,19 @@ class RecallModel(nn.Module):
         place_BQC = position_BQ[..., None].expand(-1, -1, hidden_BSC.shape[2])
         return self.head(hidden_BSC.gather(1, place_BQC))
 
-    def attentions(self) -> Iterator[RecallAttention]:
-        """The attention of each layer."""
+    def cores(self) -> Iterator[RecallCore]:
+        """The core attention of each layer."""
         for attention in self.attention:
             assert isinstance(attention, RecallAttention)
-            yield attention
+            yield attention.core
 
     def set_router(self, router: Router) -> None:
         """How all layers choose from now on."""
-        for attention in self.attentions():
-            attention.router = router
+        for core in self.cores():
+            if core.rule is not None:
+                core.rule = replace(core.rule, router=router)
 
     def set_path(self, through_mask: bool) -> None:
         """Compute routed attention by a mask, or by the product's `bi_level_attention`."""
-        for attention in self.attentions():
-            attention.through_mask = through_mask
+        for core in self.cores():
+            core.through_mask = through_mask

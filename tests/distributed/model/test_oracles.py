@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from helpers.pool import WorkerPool
 from helpers.training import VOCABULARY, small_config, tokens_of_step
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
+from biroute.model.flops import forward_flops_per_sequence, routing_flops, train_flops_per_step
 from biroute.model.language_model import loss_function, plan_layers
 from biroute.parallel.engine.engine import LayerSequence
 from biroute.parallel.mesh.mesh import build_mesh
@@ -204,3 +207,34 @@ def loss_job(objective: str) -> float:
     logits = torch.randn(*labels.t().shape, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
     expected = F.cross_entropy(logits.transpose(0, 1).flatten(0, 1), labels.flatten(), ignore_index=-100)
     return float((loss_function(config.model)(logits.clone(), labels) - expected).abs())
+
+
+def counted_flops_job(kind: str) -> tuple[int, int, int, int, int, int]:
+    """torch's own count of forward, of forward and backward, and of routing; then ours."""
+    model = {"objective": "mlm", "attention": {**ALL_REGIONS, "topk": 4, "kind": kind}}
+    config = oracle_config(model | {"sequence_length": 64, "tied_embeddings": False})
+    module, _ = scrambled_model(config)
+    inputs = tokens_of_step(config, 1)[0][:3]
+    core = module.layers[1].layer.self_attention.core_attention
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        loss = module(inputs).sum()
+    with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+        loss.backward()
+    with FlopCounterMode(display=False) as routing:
+        core.route(torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8))
+    one_step = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 3})})
+    counted = forward.get_total_flops(), backward.get_total_flops(), routing.get_total_flops()
+    return *counted, 3 * forward_flops_per_sequence(config), train_flops_per_step(one_step), routing_flops(config, 0)
+
+
+def test_operations_are_those_that_torch_counts(ranks: Ranks) -> None:
+    """Dense attention, where torch sees every product. The embedding's backward is none."""
+    ((forward, backward, _, expected_forward, expected_both, _),) = ranks(1).run(counted_flops_job, "dense")
+    assert forward == expected_forward
+    assert forward + backward == expected_both
+
+
+def test_operations_of_routing_are_those_that_torch_counts(ranks: Ranks) -> None:
+    ((_, _, routing, expected_forward, expected_both, expected),) = ranks(1).run(counted_flops_job, "bi_level")
+    assert routing == expected > 0
+    assert expected_both == 3 * expected_forward - 2 * 3 * 2 * expected  # 3 sequences, 2 layers: no backward

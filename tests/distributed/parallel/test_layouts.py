@@ -48,7 +48,7 @@ def layout_job(layout: dict[str, int], model: dict[str, Any]) -> tuple[float, li
     the gradients that it used."""
     engine = start_engine(small_config(model=model, parallel=layout))
     evaluated = engine.evaluate(microbatches(engine.config, engine.mesh, 1))
-    assert engine.exchange is None or not engine.exchange.log.sent, "evaluation is part of no step"
+    assert engine.traffic is None or not engine.traffic.sent, "evaluation is part of no step"
     gradients: dict[str, torch.Tensor] = {}
     take_step = engine.deepspeed._take_model_step
 

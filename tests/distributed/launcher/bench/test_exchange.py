@@ -16,7 +16,7 @@ from biroute.launcher.bench.exchange.measure import recorded_routes
 from biroute.launcher.bench.exchange.plan import descriptor_bytes, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, forward_and_backward
 from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_exchange
+from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock
 
@@ -57,7 +57,7 @@ def routes_job(ranks: int) -> dict[int, torch.Tensor]:
     """Routes of this rank's tokens by the whole model on shared sequences."""
     config = configuration(ranks)
     mesh = build_mesh(resolve_layout(config, ranks))
-    module = LayerSequence(plan_layers(config, mesh.groups, region_exchange(config, mesh, PhaseClock())))
+    module = LayerSequence(plan_layers(config, mesh.groups, region_shard(config, mesh, PhaseClock())))
     with torch.no_grad(), recorded_routes(module) as routes:
         module(mesh.own_tokens(microbatch(config).inputs))
     return routes

@@ -17,9 +17,11 @@ from biroute.model.attention import reference
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.partial import RegionGrid
-from biroute.model.attention.routing import key_descriptors, local_route, route_query_blocks, route_regions
+from biroute.model.attention.routing import key_descriptors, route_query_blocks, route_regions, sliding_window_route
 from biroute.parallel.region import attention as region_attention
-from biroute.parallel.region.shard import Pending, RegionExchange, RegionLayout
+from biroute.parallel.region.plan import RegionLayout
+from biroute.parallel.region.shard import RegionShard
+from biroute.parallel.region.transport import Pending, Transport
 
 Ranks = Callable[[int], WorkerPool]
 
@@ -53,7 +55,9 @@ def single(case: Case, in_fp64: bool = False) -> tuple[Tensor, ...]:
 def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
     sizes = {"region_size": case.region_size, "query_block_size": case.query_block_size, "topk": case.topk}
     if case.kind == "sliding_window":
-        return local_route(batch=2, groups=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes)
+        return sliding_window_route(
+            batch=2, kv_heads=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes
+        )
     return route_regions(q, k, causal=case.causal, descriptors_per_region=case.descriptors_per_region, **sizes)
 
 
@@ -61,17 +65,17 @@ def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
     """This rank's part of the same."""
     group = dist.group.WORLD
     layout = RegionLayout(case.num_regions, case.region_size, case.ranks)
-    exchange = RegionExchange(layout, group, way=case.way)
+    shard = RegionShard(layout, Transport(group), case.way)
     q, k, v, dout = (x.chunk(case.ranks, 2)[group.rank()].clone() for x in inputs(case, seed))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     index = torch.empty(0)
     if case.kind == "dense":
-        out = exchange.dense_attention(q, k, v, causal=case.causal, layer=0)
+        out = shard.dense_attention(q, k, v, causal=case.causal, layer=0)
     else:
-        index = shard_route(case, exchange, q, k)
+        index = shard_route(case, shard, q, k)
         grid = RegionGrid(case.region_size, case.query_block_size, case.causal, q.shape[3] ** -0.5)
-        out = exchange.routed_attention(q, k, v, index, grid, 0)
-    log = exchange.log
+        out = shard.routed_attention(q, k, v, index, grid, 0)
+    log = shard.transport.log
     payload = [sum(int(log.received[0, kind].sum()) for kind in ("keys", "results") if (0, kind) in log.received)]
     payload += [sum(int(log.sent[0, kind].sum()) for kind in ("queries",) if (0, kind) in log.sent)]
     gradients = torch.autograd.grad(out, (q, k, v), dout)
@@ -84,16 +88,16 @@ def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def shard_route(case: Case, exchange: RegionExchange, q: Tensor, k: Tensor) -> Tensor:
+def shard_route(case: Case, shard: RegionShard, q: Tensor, k: Tensor) -> Tensor:
     if case.kind == "sliding_window":
-        return local_route(
-            batch=2, groups=case.groups, num_tokens=q.shape[2], region_size=case.region_size,
+        return sliding_window_route(
+            batch=2, kv_heads=case.groups, num_tokens=q.shape[2], region_size=case.region_size,
             query_block_size=case.query_block_size, topk=case.topk, causal=case.causal,
-            first_token=exchange.first_token, sequence_length=case.tokens,
+            first_token=shard.first_token, sequence_length=case.tokens,
         )  # fmt: skip
     own = key_descriptors(k, case.region_size, case.descriptors_per_region)
-    descriptors = exchange.all_key_descriptors(own, 0)
-    return route_query_blocks(q, descriptors, case.rule, first_token=exchange.first_token)
+    descriptors = shard.all_key_descriptors(own, 0)
+    return route_query_blocks(q, descriptors, case.rule, first_token=shard.first_token)
 
 
 def gathered(answers: list[dict[str, Any]]) -> list[Tensor]:
@@ -190,11 +194,11 @@ def test_the_way_changes_no_bit(case: Case, ranks: Ranks) -> None:
 def smeared_job(num_ranks: int, tokens: int) -> tuple[Tensor, ...]:
     """This rank's smeared keys, the gradient of its keys, and its part of the gradient of the shares."""
     group = dist.group.WORLD
-    exchange = RegionExchange(RegionLayout(num_ranks, tokens // num_ranks, num_ranks), group)
+    shard = RegionShard(RegionLayout(num_ranks, tokens // num_ranks, num_ranks), Transport(group))
     k, upstream = (x.chunk(num_ranks, 2)[group.rank()].clone() for x in smear_inputs(tokens))
     smear = KeySmear(3, 5).double()
     k.requires_grad_()
-    out = smear(k, exchange.key_before(k, 0))
+    out = smear(k, shard.key_before(k, 0))
     return out.detach(), *torch.autograd.grad(out, (k, smear.share), upstream)
 
 
@@ -220,14 +224,14 @@ def perturbed_job(case: Case) -> tuple[int, int]:
     """Perturbations after which outputs of earlier tokens changed on any rank, and those of later ones."""
     group = dist.group.WORLD
     layout = RegionLayout(case.num_regions, case.region_size, case.ranks)
-    exchange = RegionExchange(layout, group, way=case.way)
+    shard = RegionShard(layout, Transport(group), case.way)
     grid = RegionGrid(case.region_size, case.query_block_size, case.causal, 8**-0.5)
 
     def outputs(tensors: tuple[Tensor, ...]) -> Tensor:
         q, k, v = (x.chunk(case.ranks, 2)[group.rank()].contiguous() for x in tensors)
         if case.kind == "dense":
-            return exchange.dense_attention(q, k, v, causal=case.causal, layer=0)
-        return exchange.routed_attention(q, k, v, shard_route(case, exchange, q, k), grid, 0)
+            return shard.dense_attention(q, k, v, causal=case.causal, layer=0)
+        return shard.routed_attention(q, k, v, shard_route(case, shard, q, k), grid, 0)
 
     changes = torch.zeros(2)
     for token in range(5, case.tokens - 1, 9):
@@ -236,7 +240,7 @@ def perturbed_job(case: Case) -> tuple[int, int]:
             torch.cat((x[:, :, : token + 1], y[:, :, token + 1 :]), 2) for x, y in zip(first, other, strict=True)
         )
         before, after = outputs(first), outputs(second)
-        own = token + 1 - exchange.first_token  # tokens of this rank up to the perturbed ones
+        own = token + 1 - shard.first_token  # tokens of this rank up to the perturbed ones
         own = min(max(own, 0), before.shape[2])
         now = torch.tensor(
             [
@@ -267,10 +271,10 @@ def test_the_perturbation_test_can_fail(ranks: Ranks) -> None:
 def events_job(case: Case) -> list[str]:
     """What this rank did in forward and backward, in order: all-to-alls started and waited for, attention at home."""
     events: list[str] = []
-    start, wait = RegionExchange.start, Pending.wait
+    start, wait = Transport.start, Pending.wait
     kind_of: dict[Pending, str] = {}
 
-    def watched_start(self: RegionExchange, layer: int, kind: str, *arguments: Any) -> Pending:
+    def watched_start(self: Transport, layer: int, kind: str, *arguments: Any) -> Pending:
         pending = start(self, layer, kind, *arguments)
         kind_of[pending] = kind
         events.append(f"start {kind}")
@@ -291,7 +295,7 @@ def events_job(case: Case) -> list[str]:
         return patch.object(region_attention, name, call)
 
     with (
-        patch.object(RegionExchange, "start", watched_start),
+        patch.object(Transport, "start", watched_start),
         patch.object(Pending, "wait", watched_wait),
         watched("partial_attention"),
         watched("partial_attention_backward"),
@@ -312,7 +316,7 @@ def test_own_regions_are_attended_while_payloads_travel(ranks: Ranks) -> None:
 
 
 def test_both_ways_are_taken(ranks: Ranks) -> None:
-    """With eight ranks and many regions some units ship; with a popular region all fetch."""
+    """With eight ranks and many regions some transfers ship; with a popular region all fetch."""
     shipped = [answer["shipped"] for answer in ranks(8).run(sharded_job, Case(8, num_regions=48, heads=2))]
     assert any(shipped)
     fetched = [answer["shipped"] for answer in ranks(2).run(sharded_job, Case(2, heads=8, skew=5.0))]

@@ -94,9 +94,9 @@ def test_a_smeared_key_holds_the_token_before() -> None:
         torch.manual_seed(1)
         model = RecallModel(TASK.vocab_size, ModelSize(num_layers=1), Variant("x", key_smear=smear, topk=3))
         seen: list[torch.Tensor] = []
-        attention = model.attention[0]
-        choose = attention.route
-        attention.route = lambda q, k, choose=choose, seen=seen: (seen.append(k), choose(q, k))[1]
+        (core,) = model.cores()
+        everything = torch.arange(4).where(torch.arange(4) <= torch.arange(16)[:, None] // 4, -1)
+        core.router = lambda _, k, route=everything, seen=seen: (seen.append(k), route.expand(1, 2, 16, 4))[1]
         with torch.no_grad():
             model(tokens), model(other)
         keys[smear] = [place for place in range(16) if not torch.equal(seen[0][:, :, place], seen[1][:, :, place])]
@@ -275,13 +275,13 @@ def test_the_random_router_reaches_the_layers() -> None:
     from torch import nn
 
     from biroute.launcher.bench.quality.measure import set_router
-    from biroute.model.block import CoreAttention, megatron_config
+    from biroute.model.attention.core import CoreAttention
 
     tree = {"sequence_length": 64, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32}
     model = config_from_tree({"model": {**tree, "attention": {"region_size": 4, "topk": 5}}}, "test").model
-    core = CoreAttention(model, 0, None, megatron_config(model, 1), 1)
+    core = CoreAttention(model, 0, num_kv_heads=2)
     torch.manual_seed(0)
-    query, key, value = (torch.randn(64, 3, heads, 8) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(3, heads, 64, 8) for heads in (4, 2, 2))
     routed = core(query, key, value)
     set_router(nn.Sequential(core), "random")
     assert not torch.allclose(core(query, key, value), routed)

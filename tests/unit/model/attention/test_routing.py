@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from biroute.model.attention import reference, routing
-from biroute.model.attention.routing import RouteRule, key_descriptors, local_route, query_descriptors, route_regions
+from biroute.model.attention.routing import (
+    RouteRule,
+    key_descriptors,
+    query_descriptors,
+    route_regions,
+    sliding_window_route,
+)
 
 
 @st.composite
@@ -115,7 +121,7 @@ def test_a_shard_chooses_like_the_whole(router: str, causal: bool, shards: int, 
     assert torch.equal(torch.cat(parts, 2), whole)
     # A tensor-parallel rank holds some of the KV groups.
     groups = [
-        routing.route_query_blocks(q[:, 2 * g : 2 * g + 2], gathered[:, g : g + 1], rule, first_group=g)
+        routing.route_query_blocks(q[:, 2 * g : 2 * g + 2], gathered[:, g : g + 1], rule, first_kv_head=g)
         for g in range(2)
     ]
     assert torch.equal(torch.cat(groups, 1), whole)
@@ -184,17 +190,19 @@ def test_a_diverged_model_still_gets_a_legal_route() -> None:
 
 
 def test_local_route() -> None:
-    size = {"batch": 2, "groups": 3, "num_tokens": 40, "region_size": 4, "query_block_size": 2}
-    causal = local_route(**size, topk=3, causal=True)
+    size = {"batch": 2, "kv_heads": 3, "num_tokens": 40, "region_size": 4, "query_block_size": 2}
+    causal = sliding_window_route(**size, topk=3, causal=True)
     assert causal.shape == (2, 3, 20, 3)
     assert causal[1, 2, 1].tolist() == [0, -1, -1]
     assert causal[1, 2, 13].tolist() == [4, 5, 6]
-    centred = local_route(**size, topk=3, causal=False)
+    centred = sliding_window_route(**size, topk=3, causal=False)
     assert centred[0, 0, 0].tolist() == [0, 1, 2]
     assert centred[0, 0, 13].tolist() == [5, 6, 7]
     assert centred[0, 0, 19].tolist() == [7, 8, 9]
-    assert local_route(**size, topk=12, causal=False)[0, 0, 5].tolist() == [*range(10), -1, -1]
-    shard = local_route(**(size | {"num_tokens": 20}), topk=3, causal=False, first_token=20, sequence_length=40)
+    assert sliding_window_route(**size, topk=12, causal=False)[0, 0, 5].tolist() == [*range(10), -1, -1]
+    shard = sliding_window_route(
+        **(size | {"num_tokens": 20}), topk=3, causal=False, first_token=20, sequence_length=40
+    )
     assert torch.equal(shard, centred[:, :, 10:])
 
 

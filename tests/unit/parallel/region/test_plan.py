@@ -62,25 +62,25 @@ def test_the_cheaper_way_by_plain_loops(ranks: int, per_rank: int, topk: int, se
 def test_owners_learn_what_is_wanted(way: Way) -> None:
     layout, topk = RegionLayout(12, 4, 4), 5
     plans = plans_of(layout, topk, 0, way)
-    packed = [pack_requests(plan.units) for plan in plans]
+    packed = [pack_requests(plan.transfers) for plan in plans]
     for owner in range(4):
         header = torch.stack([header[owner] for header, _, _ in packed])
         messages = [message.split(lengths)[owner] for _, message, lengths in packed]
         assert request_lengths(header, topk) == [len(message) for message in messages]
         served = unpack_requests(header, torch.cat(messages), topk)
-        units = iter(served)
+        transfers = iter(served)
         for plan in plans:
-            for number, asked in enumerate(plan.units):
-                if plan.units.peer[number] != owner:
+            for number, asked in enumerate(plan.transfers):
+                if plan.transfers.peer[number] != owner:
                     continue
-                given_ = next(units)
+                given_ = next(transfers)
                 assert (given_.group, given_.ship) == (asked.group, asked.ship)
-                wanted = plan.units.wanted_region[asked.wanted]
-                assert torch.equal(served.wanted_region[given_.wanted], wanted)
+                requested = plan.transfers.requested_region[asked.requested]
+                assert torch.equal(served.requested_region[given_.requested], requested)
                 if asked.ship:
-                    slots = plan.units.visit_slots[asked.visits]
-                    assert torch.equal(served.visit_slots[given_.visits], slots)
-        assert next(units, None) is None
+                    slots = plan.transfers.pair_slots[asked.pairs]
+                    assert torch.equal(served.pair_slots[given_.pairs], slots)
+        assert next(transfers, None) is None
 
 
 def test_slots_name_what_was_chosen() -> None:
@@ -88,12 +88,15 @@ def test_slots_name_what_was_chosen() -> None:
     route = random_route(layout, 5, 1).chunk(4, 2)[3]
     plan = plan_exchange(route, layout, 3, COSTS)
     found: dict[tuple[int, int], set[int]] = {}
-    for number, unit in enumerate(plan.units):
-        wanted = plan.units.wanted_region[unit.wanted] + int(plan.units.peer[number]) * layout.regions_per_rank
-        for visit in range(unit.visits.start, unit.visits.stop):
-            slots = plan.units.visit_slots[visit]
-            key = (unit.group, int(plan.visit_block[visit]))
-            found.setdefault(key, set()).update(wanted[slots[slots >= 0]].tolist())
+    for number, transfer in enumerate(plan.transfers):
+        requested = (
+            plan.transfers.requested_region[transfer.requested]
+            + int(plan.transfers.peer[number]) * layout.regions_per_rank
+        )
+        for pair in range(transfer.pairs.start, transfer.pairs.stop):
+            slots = plan.transfers.pair_slots[pair]
+            key = (transfer.group, int(plan.pair_block[pair]))
+            found.setdefault(key, set()).update(requested[slots[slots >= 0]].tolist())
     for group, route_NT in enumerate(route.flatten(0, 1).tolist()):
         for block, row in enumerate(route_NT):
             assert found.get((group, block), set()) == {r for r in row if 0 <= r < 9}

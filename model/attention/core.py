@@ -1,0 +1,167 @@
+"""The attention of one layer: key smearing, rotary embedding, the route, and attention over it.
+
+Shapes: B sequences, S tokens of this rank, H query heads and G key/value heads of this rank, D head size, N query
+blocks, K slots of a route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from biroute.configs.schema import ModelConfig
+from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.key_smear import KeySmear
+from biroute.model.attention.partial import RegionGrid
+from biroute.model.attention.rope import apply_rotary, rotary_tables
+from biroute.model.attention.routing import RouteRule, key_descriptors, route_query_blocks, sliding_window_route
+from biroute.model.attention.sequence_shard import SequenceShard
+
+# Called with the number of the layer (from 0) and the route [B, G, N, K] that was chosen.
+OnRoute = Callable[[int, Tensor], None]
+# Queries [B, H, S, D] and keys [B, G, S, D] that descriptors are made of -> the route [B, G, N, K].
+Router = Callable[[Tensor, Tensor], Tensor]
+
+
+class AttentionState(Protocol):
+    """What earlier tokens left in a layer: see `decode.py`."""
+
+    def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend new tokens, shaped as in `CoreAttention.forward`, to themselves and to all before."""
+
+
+def route_rule(model: ModelConfig, layer: int) -> RouteRule:
+    """How block `layer` (from 0) chooses its regions, if its kind is bi_level."""
+    attention = model.attention
+    return RouteRule(
+        region_size=attention.region_size,
+        query_block_size=attention.query_block_size,
+        topk=attention.topk,
+        causal=model.causal,
+        force_own=attention.force_own,
+        force_previous=attention.force_previous,
+        attention_sink=attention.attention_sink,
+        router=attention.router,
+        seed=layer + 1,  # of router=random: every layer draws its own routes
+        descriptors_per_region=attention.descriptors_per_region,
+    )
+
+
+class CoreAttention(nn.Module):
+    """Attention of queries, keys and values as they come out of a layer's projections; no weights but the smearing's.
+
+    It is handed queries and keys before RoPE, so that the route can be chosen from content alone.
+
+    Attributes:
+        rule: how the route of a bi_level layer is chosen; None for other kinds. May be replaced at any time.
+        router: chooses the route instead of `rule`, if set; the route must be as `route_query_blocks` gives it.
+        on_route: called with every route that is chosen, if set; it must not change the route.
+        state: what earlier tokens left, if set: then the tokens of each call continue those of the calls before.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        *,
+        num_kv_heads: int,
+        first_kv_head: int = 0,
+        shard: SequenceShard | None = None,
+    ) -> None:
+        """Build the attention of one layer.
+
+        Args:
+            model: the model.
+            layer: the number of the block, from 0.
+            num_kv_heads: key/value heads of this tensor rank.
+            first_kv_head: the number of the first one among those of all tensor ranks.
+            shard: who has the rest of the sequences, where ranks share them.
+        """
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.kind = model.attention_kind(layer)
+        self.rule = route_rule(model, layer) if self.kind == "bi_level" else None
+        self.first_kv_head, self.shard = first_kv_head, shard
+        self.first_token = 0 if shard is None else shard.first_token
+        self.key_smear = KeySmear(num_kv_heads, model.head_size) if model.key_smear else None
+        self.router: Router | None = None
+        self.on_route: OnRoute | None = None
+        self.state: AttentionState | None = None
+
+    @property
+    def query_block_size(self) -> int:
+        """Tokens that share a route: a sliding window has one route per region."""
+        attention = self.model.attention
+        return attention.region_size if self.kind == "sliding_window" else attention.query_block_size
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend q [B, H, S, D] to k and v [B, G, S, D], all before RoPE; returns [B, H, S, D]."""
+        if self.state is not None:
+            return self.state.attend(self, q, k, v)
+        if self.key_smear is not None:
+            k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
+        rotated_q, rotated_k = self.rotate(q, self.first_token), self.rotate(k, self.first_token)
+        if self.kind == "dense":
+            return self._dense(rotated_q, rotated_k, v)
+        before = self.model.attention.descriptor == "pre_rope"
+        route = self.route(q, k) if before else self.route(rotated_q, rotated_k)
+        return self._routed(rotated_q, rotated_k, v, route)
+
+    def rotate(self, x: Tensor, first_token: int) -> Tensor:
+        """Apply RoPE to x [B, heads, S, D], the tokens from `first_token` on."""
+        return apply_rotary(x, *rotary_tables(x.shape[2], first_token, x.shape[3], self.model.rope_base, x.device))
+
+    def route(self, q: Tensor, k: Tensor) -> Tensor:
+        """Choose the regions of each query block, and tell `on_route`.
+
+        Args:
+            q: [B, H, S, D] this rank's tokens, before or after RoPE as the configuration says.
+            k: [B, G, S, D] the same, smeared.
+
+        Returns:
+            int64 [B, G, N, K] regions of the whole sequence, ascending, -1 = empty.
+        """
+        if self.router is not None:
+            route = self.router(q, k)
+        elif self.rule is None:
+            route = self._sliding_window(k)
+        else:
+            descriptors = key_descriptors(k, self.rule.region_size, self.rule.descriptors_per_region)
+            if self.shard is not None:
+                descriptors = self.shard.all_key_descriptors(descriptors, self.layer)
+            route = route_query_blocks(
+                q, descriptors, self.rule, first_token=self.first_token, first_kv_head=self.first_kv_head
+            )
+        if self.on_route is not None:
+            self.on_route(self.layer, route)
+        return route
+
+    def _sliding_window(self, k: Tensor) -> Tensor:
+        batch, kv_heads, num_tokens, _ = k.shape
+        return sliding_window_route(
+            batch=batch,
+            kv_heads=kv_heads,
+            num_tokens=num_tokens,
+            region_size=self.model.attention.region_size,
+            query_block_size=self.query_block_size,
+            topk=self.model.attention.topk,
+            causal=self.model.causal,
+            first_token=self.first_token,
+            sequence_length=num_tokens if self.shard is None else self.shard.sequence_length,
+            device=k.device,
+        )
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.shard is not None:
+            return self.shard.dense_attention(q, k, v, causal=self.model.causal, layer=self.layer)
+        return dense_attention(q, k, v, causal=self.model.causal)
+
+    def _routed(self, q: Tensor, k: Tensor, v: Tensor, route: Tensor) -> Tensor:
+        size, block, causal = self.model.attention.region_size, self.query_block_size, self.model.causal
+        if self.shard is not None:
+            grid = RegionGrid(size, block, causal, q.shape[3] ** -0.5)
+            return self.shard.routed_attention(q, k, v, route, grid, self.layer)
+        return bi_level_attention(q, k, v, route, region_size=size, query_block_size=block, causal=causal)
