@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE_ERROR, UsageError
+from biroute.configs.files import write_atomically
 from biroute.configs.load import load_config
 from biroute.launcher.attempts.failures import log_dir
 from biroute.launcher.attempts.journal import fencing_token_of, given_attempt
@@ -177,9 +178,8 @@ def _write(folder: Path, node: str, problems: Sequence[str]) -> None:
     with contextlib.suppress(OSError):
         if folder.parent.is_dir():
             folder.mkdir(exist_ok=True)
-            draft = folder / f".{node}.{os.getpid()}.{socket.gethostname()}.tmp"
-            draft.write_text(json.dumps({"host": node, "problems": list(problems)}), encoding="utf-8")
-            draft.replace(folder / f"{node}.json")
+            record = json.dumps({"host": node, "problems": list(problems)}).encode()
+            write_atomically(folder / f"{node}.json", record, durable=False, unique=True)
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
 
     seen: set[bytes] = set()
     size = 0
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # not kept if it turns out empty
     with temporary.open("wb") as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
         for document in documents:
             text = document["text"].encode("utf-8", errors="replace")

@@ -13,18 +13,18 @@ continues with what is there, an unchanged one does nothing, and a changed one r
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import file_lock, write_atomically
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
 from biroute.data_pipeline.prepare.progress_bar import Progress
@@ -44,7 +44,6 @@ from biroute.data_pipeline.read.manifest import (
     explain_write_errors,
     load_manifest,
     to_json,
-    write_atomically,
 )
 from biroute.data_pipeline.read.token_stream import open_shard
 
@@ -398,10 +397,10 @@ def _key(*parts: Sequence[Any] | str | SourceFile) -> str:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder; the kernel releases the lock however the process ends."""
-    with (folder / ".lock").open("w") as file:
+    """One build at a time in a folder."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(file_lock(folder / ".lock", 0, required=True))
+        except TimeoutError:
             raise UsageError(f"data.dir={folder}: another build is at work there; wait for it or stop it") from None
         yield

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import write_atomically
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
-from biroute.data_pipeline.read.manifest import SPLITS, write_atomically
+from biroute.data_pipeline.read.manifest import SPLITS
 
 
 @dataclass(frozen=True)

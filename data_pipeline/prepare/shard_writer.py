@@ -6,10 +6,8 @@ stored as two members of the tar: `<source>-<split>-<index>.json` and `.npy`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from biroute.configs.files import HashingWriter, atomic_draft
 from biroute.data_pipeline.read.manifest import ShardEntry, SplitEntry
 from biroute.data_pipeline.read.token_stream import sample_key
 
@@ -50,27 +49,25 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_by
 
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as raw:
-        stream = _HashingFile(raw)
-        # mtime=0: otherwise the clock is a part of the file.
-        with TarWriter(stream, encoder=False, mtime=0) as writer:
-            for sample in samples:
-                writer.write(
-                    {
-                        "__key__": sample["key"],
-                        "json": json.dumps(sample["meta"], sort_keys=True).encode(),
-                        "npy": npy_header(sample["tokens"].dtype.name, len(sample["tokens"]))
-                        + _raw(sample["tokens"]),
-                    }
-                )
-        raw.flush()
-        os.fsync(raw.fileno())
-    first_offset, stride = _index_of(temporary)
-    entry = ShardEntry(
+    with atomic_draft(path) as draft:
+        with draft.open("wb") as raw:
+            stream = HashingWriter(raw)
+            # mtime=0: otherwise the clock is a part of the file.
+            with TarWriter(stream, encoder=False, mtime=0) as writer:
+                for sample in samples:
+                    tokens = sample["tokens"]
+                    writer.write(
+                        {
+                            "__key__": sample["key"],
+                            "json": json.dumps(sample["meta"], sort_keys=True).encode(),
+                            "npy": npy_header(tokens.dtype.name, len(tokens)) + _raw(tokens),
+                        }
+                    )
+        first_offset, stride = _index_of(draft)
+    return ShardEntry(
         file=file,
         size_bytes=stream.size_bytes,
-        sha256=stream.digest.hexdigest(),
+        sha256=stream.sha256,
         samples=len(samples),
         tokens=sum(len(sample["tokens"]) for sample in samples),
         documents=sum(sample["meta"]["documents"] for sample in samples),
@@ -78,8 +75,6 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_by
         first_data_offset=first_offset,
         sample_stride=stride,
     )
-    temporary.replace(path)
-    return entry
 
 
 def write_stream(
@@ -165,17 +160,3 @@ def _header_bytes(file: BinaryIO, offset: int) -> int:
     np.lib.format.read_magic(file)
     np.lib.format.read_array_header_1_0(file)
     return file.tell() - offset
-
-
-class _HashingFile:
-    """A file to write to that keeps the SHA-256 and the number of what was written."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self.digest = hashlib.sha256()
-        self.size_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size_bytes += len(data)
-        return self._raw.write(data)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, UsageError
+from biroute.configs.files import write_atomically
 
 Kind = Literal["error", "user", "peer", "hang"]
 
@@ -247,9 +248,7 @@ def _brief(text: str) -> str:
 def _write(path: Path, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, json.dumps(record, ensure_ascii=False).encode(), durable=False)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
+from biroute.configs.files import file_lock, write_atomically
 from biroute.launcher.attempts.failures import End, last_step, log_dir
-from biroute.launcher.attempts.file_lock import file_lock
 
 JOURNAL_NAME = "attempts.jsonl"
 FENCING_TOKEN_NAME = "attempt"
@@ -240,12 +240,7 @@ def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
 
 
 def _raise_fence(run_dir: Path, number: int) -> None:
-    draft = run_dir / f".{FENCING_TOKEN_NAME}.tmp"
-    with draft.open("w", encoding="ascii") as file:
-        file.write(f"{number}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(run_dir / FENCING_TOKEN_NAME)
+    write_atomically(run_dir / FENCING_TOKEN_NAME, f"{number}\n".encode("ascii"))
 
 
 def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None) -> None:

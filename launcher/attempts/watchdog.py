@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from biroute.configs.errors import EXIT_FAILURE
+from biroute.configs.files import write_atomically
 from biroute.launcher.attempts.failures import (
     Failure,
     Heartbeat,
@@ -237,9 +238,7 @@ def write_report(logs: Path, report: HangReport) -> None:
     """Raises OSError."""
     folder = logs / "hang"
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"rank-{report.rank:05d}.tmp"
-    draft.write_text(json.dumps(asdict(report)), encoding="utf-8")
-    draft.replace(draft.with_suffix(".json"))
+    write_atomically(folder / f"rank-{report.rank:05d}.json", json.dumps(asdict(report)).encode(), durable=False)
 
 
 def read_reports(logs: Path) -> dict[int, HangReport]:

@@ -120,8 +120,8 @@ def quality(
 def exchange(
     config: ConfigPath,
     overrides: Overrides = None,
-    beside: Annotated[
-        list[Path] | None, typer.Option("--beside", help="configuration of another trained run, repeatable")
+    compare: Annotated[
+        list[Path] | None, typer.Option("--compare", help="configuration of another trained run, repeatable")
     ] = None,
     lengths: Annotated[
         list[int] | None, typer.Option("--length", min=1, help="tokens, repeatable; left out: as trained")
@@ -139,27 +139,23 @@ def exchange(
 ) -> None:
     """Bytes between ranks that share a sequence, over the routes of trained runs: planned, and measured.
 
-    Example: biroute bench exchange configs/demo.yaml --beside per_region.yaml --length 4096 --out docs/benchmarks
+    Example: biroute bench exchange configs/demo.yaml --compare per_region.yaml --length 4096 --out docs/benchmarks
 
     The newest checkpoint of each run gives the weights; overrides count for all of them.
     """
-    import tempfile
-
     os.environ["DS_ACCELERATOR"] = "cpu"
     ignore_library_warnings()
     from biroute.launcher.bench.exchange import measure as bench
     from biroute.launcher.bench.exchange.page import print_exchange, write_exchange
 
-    runs = [bench.open_run(path, overrides or []) for path in (config, *(beside or []))]
-    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
-        answer = bench.run_bench(
-            runs,
-            lengths=lengths or [],
-            ranks=ranks or bench.RANKS,
-            sequences=sequences,
-            measured_ranks=() if plan_only else measured or bench.MEASURED_RANKS,
-            weights=Path(folder),
-        )
+    runs = [bench.open_run(path, overrides or []) for path in (config, *(compare or []))]
+    answer = bench.run_bench(
+        runs,
+        lengths=lengths or [],
+        ranks=ranks or bench.RANKS,
+        sequences=sequences,
+        measured_ranks=() if plan_only else measured or bench.MEASURED_RANKS,
+    )
     _report(answer, as_json, out, print_exchange, write_exchange)
 
 

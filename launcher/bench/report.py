@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import atomic_draft
 from biroute.launcher.track.run_metadata import git_tags
 
 Rows = Sequence[Sequence[str]]
@@ -119,9 +120,8 @@ def new_figure(columns: int, *, width: float = 5.2, height: float = 3.8) -> tupl
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG; a reader never sees half of it."""
-    draft = path.with_name(f".{path.name}.tmp")
-    figure.savefig(draft, format="png")
-    draft.replace(path)
+    with atomic_draft(path, durable=False) as draft:
+        figure.savefig(draft, format="png")
 
 
 def say(text: str) -> None:

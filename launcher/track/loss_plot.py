@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import atomic_draft
 from biroute.launcher.track.metrics_log import Point, read_points
 
 CURVE_NAME = "loss_curve.png"
@@ -54,10 +55,9 @@ def draw_curves(
         _draw_bits(axes[1], bits, bits_per_byte_lines or {})
     if title:
         figure.suptitle(title, fontsize=11)
-    draft = image_path.with_name(f".{image_path.name}.tmp")
     image_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(draft, format="png")
-    draft.replace(image_path)
+    with atomic_draft(image_path, durable=False) as draft:
+        figure.savefig(draft, format="png")
 
 
 def curve_of(points: Sequence[Point], name: str) -> Curve:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import file_lock
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.file_lock import file_lock
 from biroute.launcher.attempts.journal import FencingToken, read_attempts
 from biroute.launcher.track import run_metadata as run_metadata
 from biroute.launcher.track.metrics_log import METRICS_LOG_NAME, MetricsLog, Point

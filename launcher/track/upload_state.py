@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from biroute.configs.files import write_atomically
+
 STATE_NAME = "tracking_state.json"
 
 
@@ -58,6 +60,4 @@ class TrackingState:
             OSError: the disk refused; the file keeps its last content.
         """
         fields = {name: value for name, value in asdict(self).items() if name != "path"}
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(fields, indent=1, ensure_ascii=False), encoding="utf-8")
-        draft.replace(self.path)
+        write_atomically(self.path, json.dumps(fields, indent=1, ensure_ascii=False).encode(), durable=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
+from biroute.configs.files import write_atomically
 from biroute.configs.layout import resolve_layout
 from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
-from biroute.data_pipeline.read.manifest import write_atomically
 from biroute.launcher.attempts.failures import explain_end, log_dir, record_stop
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.watchdog import Watchdog
@@ -20,7 +20,7 @@ from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.identity import describe, model_identity
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.trainer import Trainer
-from biroute.parallel.checkpoint.save import load_checkpoint
+from biroute.parallel.checkpoint.load import load_checkpoint
 from biroute.parallel.engine.engine import build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh

@@ -22,7 +22,8 @@ from biroute.launcher.train.memory import peak_memory_gib
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.flops import train_flops_per_step
-from biroute.parallel.checkpoint.save import Progress, save_checkpoint
+from biroute.parallel.checkpoint.meta import TrainingProgress
+from biroute.parallel.checkpoint.save import save_checkpoint
 from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
 from biroute.parallel.phase_clock import PHASES
 from biroute.parallel.region.traffic_metrics import exchange_metrics
@@ -46,7 +47,7 @@ class Trainer:
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
 
-    def resume(self, progress: Progress) -> None:
+    def resume(self, progress: TrainingProgress) -> None:
         """Go on after a loaded checkpoint."""
         self.step = self._saved_step = progress.step
         self._evaluation_pending = progress.evaluation_pending
@@ -181,7 +182,9 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
-        progress = Progress(self.step, self.loader.position, self._evaluation_pending)
+        progress = TrainingProgress(
+            step=self.step, sequences=self.loader.position, evaluation_pending=self._evaluation_pending
+        )
         self.watchdog.reached(f"saving after step {self.step}")
         path = save_checkpoint(
             self.engine,

@@ -1,11 +1,10 @@
-"""Checkpoints: written atomically, verified before use, read by any layout.
+"""Save a checkpoint: written by all ranks, published by one rename.
 
     <run>/checkpoints/step-00000200/
-        meta.json                       step, data position, model, layout, files with size and SHA-256
+        meta.json                           progress, model, files with size and SHA-256, where each parameter is
         weights-pipe00-tensor00-part00.pt   name -> weight, exp_avg, exp_avg_sq (fp32)
-        random-rank00000.pt             random state of each rank
 
-Parameters are saved under names that no layout changes. The data ranks of one (pipe, tensor) place share out the
+Parameters are saved under names that no layout changes. The data ranks of one (pipe, tensor) position split the
 writing: part i is what data rank i wrote.
 """
 
@@ -15,43 +14,32 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from biroute.configs.errors import DISK_FULL, FencedError, UsageError
-from biroute.parallel.checkpoint.files import (
-    FORMAT,
-    META,
-    PARTIAL,
-    PREFIX,
-    Owner,
-    check_same_model,
-    fingerprint,
-    list_checkpoints,
-    prune,
-    read_meta,
-    sync_folder,
+from biroute.configs.files import HashingWriter, sync_folder
+from biroute.parallel.checkpoint.files import PARTIAL, PREFIX, Owner, prune
+from biroute.parallel.checkpoint.meta import (
+    META_NAME,
+    CheckpointMeta,
+    Fingerprint,
+    ParameterFiles,
+    TrainingProgress,
 )
 from biroute.parallel.engine.engine import Engine
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far training has come; with the weights, all that a run needs to go on."""
-
-    step: int  # optimizer steps done
-    sequences: int  # global position in the data
-    evaluation_pending: bool = False  # a stop cut off the evaluation that is due after this step
-
-
 def save_checkpoint(
-    engine: Engine, directory: Path, progress: Progress, about: dict[str, Any], keep: int, owner: Owner | None = None
+    engine: Engine,
+    directory: Path,
+    progress: TrainingProgress,
+    about: dict[str, Any],
+    keep: int,
+    owner: Owner | None = None,
 ) -> Path:
     """Write `step-<n>` under `directory`, then remove all but the `keep` newest. Collective.
 
@@ -93,51 +81,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    engine: Engine, directory: Path, about: dict[str, Any], say: Callable[[str], None]
-) -> Progress | None:
-    """Load the newest valid checkpoint under `directory`; None if there is none. Collective.
-
-    Damaged ones are passed over, each with a line to `say`.
-
-    Raises:
-        UsageError: the newest valid checkpoint is of another model, or there are only damaged ones.
-    """
-    damaged = []
-    for path in list_checkpoints(directory):
-        problem = verify_checkpoint(path)
-        if problem is not None:
-            damaged.append(problem)
-            if dist.get_rank() == 0:
-                say(f"{problem}; trying the one before it")
-            continue
-        meta = read_meta(path)
-        check_same_model(path, meta["about"]["model"], about["model"])
-        _read_rank_files(engine, path, meta)
-        return Progress(**meta["progress"])
-    if damaged:
-        raise UsageError(f"{directory}: no checkpoint is valid; restore one, or remove the folder to start anew")
-    return None
-
-
-def verify_checkpoint(path: Path) -> str | None:
-    """What is wrong with the checkpoint, or None. Collective: the ranks share out the reading."""
-    problem = None
-    try:
-        meta = read_meta(path)
-        files = sorted(meta["files"].items())
-        for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
-            if fingerprint(path / name) != expected:
-                problem = f"{path / name}: size or checksum differs from {META}"
-                break
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{path}: unreadable checkpoint ({type(error).__name__}: {error})"
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    return next((found for found in everyone if found), None)
-
-
-def _write_rank_files(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]:
+def _write_rank_files(engine: Engine, folder: Path) -> dict[str, Any]:
     """Write this rank's files; their fingerprints, and where each parameter of this rank is."""
     mesh = engine.mesh
     part, parts = mesh.groups.dp_cp.rank(), mesh.groups.dp_cp.size()
@@ -153,33 +97,33 @@ def _write_rank_files(engine: Engine, folder: Path) -> dict[str, dict[str, Any]]
                     else None
                 ),
             }
-    weights = f"weights-pipe{mesh.at.pipe:02d}-tensor{mesh.at.tensor:02d}-part{part:02d}.pt"
-    random = f"random-rank{mesh.rank:05d}.pt"
-    _write(folder / weights, mine)
-    _write(folder / random, _random_state())
+    file = f"weights-pipe{mesh.at.pipe:02d}-tensor{mesh.at.tensor:02d}-part{part:02d}.pt"
     return {
-        "files": {name: fingerprint(folder / name) for name in (weights, random)},
-        "parameters": {name: [mesh.at.tensor, weights, entry["split"]] for name, entry in mine.items()},
+        "files": {file: write_file(folder / file, mine)},
+        "parameters": {name: (mesh.at.tensor, file, entry["split"]) for name, entry in mine.items()},
     }
 
 
-def _write_meta(partial: Path, progress: Progress, about: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    parameters: dict[str, Any] = {}
+def _write_meta(
+    partial: Path, progress: TrainingProgress, about: dict[str, Any], ranks: list[dict[str, Any]]
+) -> None:
+    places: dict[str, dict[int, str]] = {}
+    splits: dict[str, tuple[int, int] | None] = {}
     for rank in ranks:
         for name, (tensor_rank, file, split) in rank["parameters"].items():
-            entry = parameters.setdefault(name, {"files": {}, "split": split})
-            entry["files"][str(tensor_rank)] = file
-    meta = {
-        "format": FORMAT,
-        "progress": vars(progress),
-        "about": about,
-        "files": {name: print_ for rank in ranks for name, print_ in rank["files"].items()},
-        "parameters": parameters,
-    }
-    with open(partial / META, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
+            places.setdefault(name, {})[tensor_rank] = file
+            splits[name] = split
+    meta = CheckpointMeta(
+        progress=progress,
+        about=about,
+        files={name: found for rank in ranks for name, found in rank["files"].items()},
+        parameters={name: ParameterFiles(files=files, split=splits[name]) for name, files in places.items()},
+    )
+    with open(partial / META_NAME, "w", encoding="utf-8") as file:
+        json.dump(meta.model_dump(mode="json"), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(partial)
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -188,63 +132,16 @@ def _publish(partial: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _read_rank_files(engine: Engine, path: Path, meta: dict[str, Any]) -> None:
-    opened: dict[str, Any] = {}
+def write_file(path: Path, content: Any) -> Fingerprint:
+    """Write a torch file, durably; returns its size and checksum.
 
-    def entry(name: str, tensor_rank: int) -> dict[str, Tensor]:
-        file = meta["parameters"][name]["files"][str(tensor_rank)]
-        if file not in opened:
-            opened[file] = torch.load(path / file, map_location="cpu", mmap=True, weights_only=True)
-        return opened[file][name]["state"]
-
-    tensor_size = engine.mesh.layout.tensor
-    for name, parameter in engine.named_parameters():
-        saved = meta["parameters"][name]
-        ranks = sorted(int(rank) for rank in saved["files"])
-        if len(ranks) == tensor_size or saved["split"] is None:
-            state = entry(name, engine.mesh.at.tensor if len(ranks) == tensor_size else ranks[0])
-        else:
-            shards = [entry(name, rank) for rank in ranks]
-            dim, stride = saved["split"]
-            state = {
-                key: reshard([shard[key] for shard in shards], dim, stride, tensor_size)[engine.mesh.at.tensor]
-                for key in shards[0]
-            }
-        engine.state.write(parameter, state)
-    engine.state.finish_writing(meta["progress"]["step"])
-    random = path / f"random-rank{engine.mesh.rank:05d}.pt"
-    if random.exists():
-        _set_random_state(torch.load(random, map_location="cpu", weights_only=True))
-
-
-def reshard(shards: list[Tensor], dim: int, stride: int, parts: int) -> list[Tensor]:
-    """Cut the tensor whose tensor-parallel `shards` are given into `parts` others.
-
-    With stride 2 (SwiGLU's gate and up projections) a shard is [its gate rows; its up rows].
+    Raises:
+        OSError: the disk refused, wherever in the file that was.
     """
-    pieces = [shard.chunk(stride, dim) for shard in shards]
-    whole = [torch.cat([piece[turn] for piece in pieces], dim) for turn in range(stride)]
-    cut = [full.chunk(parts, dim) for full in whole]
-    return [torch.cat([cut[turn][part] for turn in range(stride)], dim) for part in range(parts)]
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write(path: Path, content: Any) -> None:
     try:
         with open(path, "wb") as file:
-            torch.save(content, file)
+            writer = HashingWriter(file)
+            torch.save(content, cast(IO[bytes], writer))  # it calls nothing but write and flush
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:
@@ -252,6 +149,7 @@ def _write(path: Path, content: Any) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+    return Fingerprint(bytes=writer.size_bytes, sha256=writer.sha256)
 
 
 def _make_folder(path: Path) -> UsageError | None:
@@ -264,10 +162,12 @@ def _make_folder(path: Path) -> UsageError | None:
 
 
 def _explain_write(error: OSError, path: Path) -> UsageError:
-    cause = "the disk is full" if error.errno in DISK_FULL else str(error)
+    full = error.errno in DISK_FULL
+    cause = "the disk is full" if full else str(error)
+    remedy = "free some space" if full else "make train.run_dir writable for every rank"
     return UsageError(
-        f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: "
-        "free some space and run again"
+        f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: {remedy} and run "
+        "the same command again"
     )
 
 

@@ -189,8 +189,7 @@ class DataParallelEngine(Engine):
         return value / group.size()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, module in zip(self._module.names, self._module.layers, strict=True):
-            yield from module.named_parameters(prefix=name)
+        yield from self._module.named_weights()
 
 
 class PipelineEngine(Engine):
@@ -264,8 +263,13 @@ class LayerSequence(nn.Module):
         first = {plan.name: plan for plan in reversed(plans)}
         self.layers = nn.ModuleList(first[name].build() for name in self.names)
 
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under names that no layout changes: `block.3.layer.mlp.linear_fc1.weight`."""
+        for name, module in zip(self.names, self.layers, strict=True):
+            yield from module.named_parameters(prefix=name)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, S] -> logits [S, B, V / T]."""
+        """Tokens [B, S] -> logits [S, B, V / tensor ranks]."""
         for position in self.order:
             x = self.layers[position](x)
         return x

@@ -14,7 +14,7 @@ from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.language_model import IGNORED_LABEL, loss_function, plan_layers
-from biroute.parallel.checkpoint.save import reshard
+from biroute.parallel.checkpoint.reshard import reshard
 from biroute.parallel.engine.engine import Engine, LayerSequence, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
 

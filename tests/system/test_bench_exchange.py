@@ -17,7 +17,7 @@ def test_routes_of_a_trained_run(config_file: Path, tmp_path: Path, command: Com
     trained = command("train", config_file, "train.steps=2", "tracking.enabled=false")
     assert trained.status == 0, trained.err
     answer = command(
-        "bench", "exchange", config_file, "--beside", config_file, "--length", "64", "--length", "128",
+        "bench", "exchange", config_file, "--compare", config_file, "--length", "64", "--length", "128",
         "--ranks", "2", "--ranks", "4", "--ranks", "16", "--measured", "2", "--sequences", "1", "--json",
         "--out", tmp_path / "page", "model.attention.query_block_size=4",
     )  # fmt: skip

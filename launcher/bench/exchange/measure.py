@@ -23,13 +23,15 @@ from biroute.configs.schema import ParallelConfig, RunConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
-from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
+from biroute.launcher.bench.quality.measure import join_alone, set_router
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.train.identity import model_identity
 from biroute.model.attention.core import CoreAttention
-from biroute.parallel.checkpoint.files import list_checkpoints
-from biroute.parallel.checkpoint.save import load_checkpoint
-from biroute.parallel.engine.engine import Microbatch, build_engine
+from biroute.model.language_model import loss_function, plan_layers
+from biroute.parallel.checkpoint.files import check_same_model, list_checkpoints
+from biroute.parallel.checkpoint.meta import read_meta
+from biroute.parallel.checkpoint.weights import load_weights, newest_checkpoint, read_weights
+from biroute.parallel.engine.engine import LayerSequence, Microbatch
 from biroute.parallel.mesh.mesh import build_mesh
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -90,31 +92,39 @@ class Trained(NamedTuple):
     job: RankJob
 
 
-def trained_routes(config: RunConfig, sequences: int, weights: Path | None) -> Trained:
+def trained_routes(config: RunConfig, sequences: int) -> Trained:
     """The newest checkpoint over the first held-out sequences, in one process.
 
-    `weights`: a file to keep the trained weights in, for other ranks. Raises UsageError: too little held-out text.
+    Raises:
+        UsageError: too little held-out text, or a checkpoint of another model.
     """
     train = config.train.model_copy(
         update={"microbatch_size": 1, "global_batch_size": 1, "evaluate_sequences": sequences}
     )
     config = config.model_copy(update={"train": train})
     dataset = open_dataset(config)
-    engine = build_engine(config, build_mesh(resolve_layout(config, 1)), CPU)
-    about = {"model": model_identity(config, dataset)}
-    progress = load_checkpoint(engine, train.run_dir / "checkpoints", about, say)
-    assert progress is not None, "open_run saw a checkpoint"
+    checkpoint = newest_checkpoint(train.run_dir / "checkpoints")
+    meta = read_meta(checkpoint)
+    check_same_model(checkpoint, meta.model, model_identity(config, dataset))
+    module = LayerSequence(plan_layers(config, build_mesh(resolve_layout(config, 1)).groups)).eval()
+    load_weights(module, dict(read_weights(checkpoint, verify=True)))
     batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
     microbatches = [Microbatch(torch.from_numpy(b.inputs), torch.from_numpy(b.labels)) for b in batches]
-    with recorded_routes(engine.deepspeed) as routes:
-        loss = engine.evaluate(microbatches)
-    set_router(engine.deepspeed, "random")
-    with recorded_routes(engine.deepspeed) as random_routes:
-        random_loss = engine.evaluate(microbatches)
-    if weights is not None:
-        torch.save({name: p.detach().float() for name, p in engine.named_parameters()}, weights)
-    job = RankJob(config, weights, microbatches[0])
-    return Trained(routes, random_routes, (loss, random_loss), progress.step, job)
+    with recorded_routes(module) as routes:
+        loss = mean_loss(module, microbatches, config)
+    set_router(module, "random")
+    with recorded_routes(module) as random_routes:
+        random_loss = mean_loss(module, microbatches, config)
+    job = RankJob(config, checkpoint, microbatches[0])
+    return Trained(routes, random_routes, (loss, random_loss), meta.progress.step, job)
+
+
+@torch.no_grad()
+def mean_loss(module: nn.Module, microbatches: Sequence[Microbatch], config: RunConfig) -> float:
+    """Mean loss in nats per target token."""
+    loss_of = loss_function(config.model)
+    losses = [loss_of(module(microbatch.inputs), microbatch.labels) for microbatch in microbatches]
+    return float(sum(losses) / len(losses))
 
 
 def run_bench(
@@ -124,11 +134,11 @@ def run_bench(
     ranks: Sequence[int] = RANKS,
     sequences: int = 2,
     measured_ranks: Sequence[int] = MEASURED_RANKS,
-    weights: Path,
 ) -> dict[str, Any]:
     """Plans of every run at every length (none: its own), measured at the first length; the answer as plain values.
 
-    `weights`: a folder for trained weights on their way to the measuring ranks. Raises UsageError: bad input.
+    Raises:
+        UsageError: bad input.
     """
     about_run = environment_info()
     join_alone(runs[0].config)
@@ -138,8 +148,7 @@ def run_bench(
         for number, length in enumerate(lengths or [own]):
             config = at_length(run.config, length)
             measure = number == 0 and bool(measured_ranks)
-            kept = weights / f"{run.name}.pt" if measure else None
-            found = trained_routes(config, sequences, kept)
+            found = trained_routes(config, sequences)
             say(f"{run.name}: routes of {sequences} sequences of {length} tokens")
             tables.append(
                 {

@@ -19,6 +19,7 @@ from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_enviro
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.start.worker import ignore_library_warnings
 from biroute.model.language_model import loss_function, plan_layers
+from biroute.parallel.checkpoint.weights import load_weights, read_weights
 from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
@@ -30,10 +31,10 @@ RECEIVED_PAYLOAD, SENT_PAYLOAD = ("keys", "results"), ("queries",)
 
 @dataclass(frozen=True)
 class RankJob:
-    """What the ranks do: the model of `config` with the weights in a file, over one microbatch."""
+    """What the ranks do: the model of `config` with the weights of a checkpoint, over one microbatch."""
 
     config: RunConfig
-    weights: Path | None
+    checkpoint: Path | None
     microbatch: Microbatch
 
 
@@ -45,7 +46,7 @@ def routed_layers(config: RunConfig) -> list[int]:
 def run_on_ranks(job: RankJob, ranks: int) -> list[dict[str, Any]]:
     """Reports of `ranks` processes, started for it: each shares the sequences of the microbatch with the others."""
     parallel = job.config.parallel.model_copy(update={"region": ranks, "data": 1})
-    job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.weights, job.microbatch)
+    job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.checkpoint, job.microbatch)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries warn while the ranks import them
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
         # Ends the others and raises if one fails.
@@ -81,10 +82,8 @@ def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
     shard = region_shard(config, mesh, clock)
     assert shard is not None
     module = LayerSequence(plan_layers(config, mesh.groups, shard))
-    if job.weights is not None:
-        weights = torch.load(job.weights, mmap=True, weights_only=True)
-        for name, layer in zip(module.names, module.layers, strict=True):
-            layer.load_state_dict({inner: weights[f"{name}.{inner}"] for inner, _ in layer.named_parameters()})
+    if job.checkpoint is not None:
+        load_weights(module, dict(read_weights(job.checkpoint)))
     inputs, labels = (mesh.own_tokens(x) for x in (job.microbatch.inputs, job.microbatch.labels))
     loss_of = loss_function(config.model, mesh.layout.region)
     dist.barrier()

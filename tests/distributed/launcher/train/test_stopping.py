@@ -21,8 +21,9 @@ from biroute.configs.errors import FencedError
 from biroute.data_pipeline.read.loader import Batch
 from biroute.launcher.attempts.failures import log_dir
 from biroute.launcher.attempts.journal import FencingToken, begin_attempt, read_attempts
-from biroute.parallel.checkpoint.files import list_checkpoints, read_meta
-from biroute.parallel.checkpoint.save import Progress, save_checkpoint
+from biroute.parallel.checkpoint.files import list_checkpoints
+from biroute.parallel.checkpoint.meta import TrainingProgress, read_meta
+from biroute.parallel.checkpoint.save import save_checkpoint
 
 Ranks = Callable[[int], WorkerPool]
 STEPS = 6
@@ -49,7 +50,9 @@ def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number
 
     batches, save = HeldoutBatches.__iter__, trainer.save_checkpoint
 
-    def signal_then_save(engine: Any, folder: Path, progress: Progress, *arguments: Any, **options: Any) -> Path:
+    def signal_then_save(
+        engine: Any, folder: Path, progress: TrainingProgress, *arguments: Any, **options: Any
+    ) -> Path:
         if place == "save" and progress.step == step and dist.get_rank() == rank:
             os.kill(os.getpid(), number)
         return save(engine, folder, progress, *arguments, **options)
@@ -78,7 +81,7 @@ def test_stopped_in_evaluation_and_in_a_save(
     in_evaluation = pool.run(signalled_job, tree, "evaluation", 3, 1, signal.SIGTERM)
     assert all(end.startswith("StoppedError: stopped by SIGTERM after step 3;") for end in in_evaluation)
     newest = list_checkpoints(run_dir / "checkpoints")[0]
-    assert read_meta(newest)["progress"]["evaluation_pending"], "it was cut off, not waited for"
+    assert read_meta(newest).progress.evaluation_pending, "it was cut off, not waited for"
     assert points_of(run_dir, "heldout/loss") == []
 
     in_save = pool.run(signalled_job, tree, "save", 4, 0, signal.SIGUSR1)
@@ -131,7 +134,7 @@ def test_stopped_while_waiting_for_data(ranks: Ranks, corpus: Path, tmp_path: Pa
         sender.join()
     assert all("stopped by SIGTERM after step 4;" in end for end in ends), ends
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
-    assert read_meta(newest)["progress"]["sequences"] == 4 * 4, "what was prepared ahead is not counted"
+    assert read_meta(newest).progress.sequences == 4 * 4, "what was prepared ahead is not counted"
 
 
 def fenced_save_job(run_dir: Path, attempt: int) -> str:
@@ -140,7 +143,7 @@ def fenced_save_job(run_dir: Path, attempt: int) -> str:
     owner = FencingToken(run_dir, attempt)
     try:
         about = {"model": {"model.hidden_size": 32}}
-        save_checkpoint(engine, run_dir / "checkpoints", Progress(1, 8), about, 1, owner=owner)
+        save_checkpoint(engine, run_dir / "checkpoints", TrainingProgress(step=1, sequences=8), about, 1, owner=owner)
     except FencedError as error:
         return str(error)
     return "saved"

@@ -14,7 +14,10 @@ from helpers.pool import RankFailedError, WorkerPool
 from helpers.training import Shards, merge, shards_of, small_config, start_engine, train
 
 from biroute.parallel.checkpoint.files import list_checkpoints
-from biroute.parallel.checkpoint.save import Progress, load_checkpoint, reshard, save_checkpoint
+from biroute.parallel.checkpoint.load import load_checkpoint
+from biroute.parallel.checkpoint.meta import TrainingProgress
+from biroute.parallel.checkpoint.reshard import reshard
+from biroute.parallel.checkpoint.save import save_checkpoint
 from biroute.parallel.engine.engine import Engine
 
 Ranks = Callable[[int], WorkerPool]
@@ -44,7 +47,7 @@ def whole_state(engine: Engine) -> Shards:
 
 
 def save(engine: Engine, folder: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(engine, folder, Progress(step, step * 8), ABOUT, keep)
+    return save_checkpoint(engine, folder, TrainingProgress(step=step, sequences=step * 8), ABOUT, keep)
 
 
 def uninterrupted_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shards]:
@@ -61,7 +64,7 @@ def resumed_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shards, li
     engine = start_engine(small_config(**other))
     said: list[str] = []
     progress = load_checkpoint(engine, folder, ABOUT, said.append)
-    assert progress == Progress(STOP, STOP * 8)
+    assert progress == TrainingProgress(step=STOP, sequences=STOP * 8)
     return train(engine, range(STOP + 1, LAST + 1)), whole_state(engine), said
 
 
@@ -102,7 +105,7 @@ def load_only_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shards]:
 def test_another_layout_reads_the_same_state(target: dict[str, int], ranks: Ranks, tmp_path: Path) -> None:
     saved = ranks(4).run(save_after_two_steps_job, {"parallel": {"tensor": 2, "data": 2, "zero_stage": 2}}, tmp_path)
     loaded = ranks(2).run(load_only_job, {"parallel": target}, tmp_path)
-    assert all(progress == Progress(2, 16) for progress, _ in loaded)
+    assert all(progress == TrainingProgress(step=2, sequences=16) for progress, _ in loaded)
     assert_same_state(merge([shards for _, shards in loaded]), merge(saved))
 
 
@@ -169,7 +172,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def test_damage_falls_back_and_says_so(damage: str, checkpoints: Path, ranks: Ranks, tmp_path: Path) -> None:
     folder = damaged(checkpoints, tmp_path, DAMAGES[damage])
     ((progress, said),) = ranks(1).run(load_job, folder, ABOUT)
-    assert progress == Progress(2, 16)
+    assert progress == TrainingProgress(step=2, sequences=16)
     assert len(said) == 1
     assert "step-00000003" in said[0]
 
@@ -177,7 +180,7 @@ def test_damage_falls_back_and_says_so(damage: str, checkpoints: Path, ranks: Ra
 def test_unfinished_folder_is_not_a_checkpoint(checkpoints: Path, ranks: Ranks, tmp_path: Path) -> None:
     folder = damaged(checkpoints, tmp_path, lambda path: path.rename(path.with_name(path.name + ".partial")) and None)
     ((progress, said),) = ranks(1).run(load_job, folder, ABOUT)
-    assert (progress, said) == (Progress(2, 16), [])
+    assert (progress, said) == (TrainingProgress(step=2, sequences=16), [])
 
 
 def test_no_checkpoint_at_all(ranks: Ranks, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from biroute.configs.errors import DISK_FULL
-from biroute.parallel.checkpoint.save import _write
+from biroute.parallel.checkpoint.save import write_file
 
 
 @pytest.fixture
@@ -24,16 +24,16 @@ def limit_file_size() -> Iterator[Callable[[int], None]]:
 
 def test_the_cause_is_the_disk_at_every_size(limit_file_size: Callable[[int], None], tmp_path: Path) -> None:
     content = {f"weight{at}": torch.zeros(997 + 13 * at) for at in range(12)}
-    _write(tmp_path / "whole", content)
+    write_file(tmp_path / "whole", content)
     whole = (tmp_path / "whole").stat().st_size
     for size in range(0, whole, 509):  # in a tensor's bytes, between two, in the archive's index
         limit_file_size(size)
         with pytest.raises(OSError, match=r".") as caught:
-            _write(tmp_path / "part", content)
+            write_file(tmp_path / "part", content)
         assert caught.value.errno in DISK_FULL, f"at {size} of {whole} bytes: {caught.value!r}"
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Is a directory") as caught:
-        _write(tmp_path, {})
+        write_file(tmp_path, {})
     assert caught.value.errno == errno.EISDIR
