@@ -10,7 +10,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.prepare.build import dataset_settings
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
-from biroute.data_pipeline.prepare.verify import verify_dataset
+from biroute.data_pipeline.prepare.verify import check_dataset
 from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
 from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
 
@@ -37,6 +37,7 @@ class Dataset:
         weights = {source.name: source.weight for source in data.sources if source.weight is not None}
         return SequenceReader(
             data.dir,
+            self.manifest,
             split,
             sequence_length=self.config.model.sequence_length,
             seed=data.seed if split == "train" else _HELDOUT_SEED,
@@ -81,9 +82,13 @@ def open_dataset(config: RunConfig) -> Dataset:
             model.objective=mlm.
     """
     data = config.data
-    manifest = verify_dataset(data.dir)
+    manifest, tokenizer = check_dataset(data.dir)
     _check_settings(config, manifest)
-    tokenizer = load_tokenizer(data.dir / TOKENIZER_NAME, data.tokenizer.vocab_size)
+    if tokenizer.vocab_size != data.tokenizer.vocab_size:
+        raise UsageError(
+            f"data.tokenizer.vocab_size={data.tokenizer.vocab_size}, but {data.dir / TOKENIZER_NAME} has "
+            f"{tokenizer.vocab_size} pieces; set data.tokenizer.vocab_size={tokenizer.vocab_size}"
+        )
     if config.model.objective == "mlm" and tokenizer.mask_id is None:
         raise UsageError(
             f"model.objective=mlm, but the tokenizer in {data.dir} has no <mask> piece; "
@@ -106,8 +111,9 @@ def _check_settings(config: RunConfig, manifest: Manifest) -> None:
     path = data.tokenizer.model_path
     # The file may have stayed on the machine where the dataset was built.
     if path is not None and path.exists():
-        given = load_tokenizer(path, data.tokenizer.vocab_size)
-        if given.fingerprint != manifest.tokenizer_fingerprint:
+        same_file = path.read_bytes() == (data.dir / TOKENIZER_NAME).read_bytes()
+        given = None if same_file else load_tokenizer(path, data.tokenizer.vocab_size)
+        if given is not None and given.fingerprint != manifest.tokenizer_fingerprint:
             raise UsageError(
                 f"data.tokenizer.model_path={path}: fingerprint {given.fingerprint[:12]}, but the dataset in "
                 f"{data.dir} was built with {manifest.tokenizer_fingerprint[:12]}; run `biroute data build`"

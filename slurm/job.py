@@ -19,8 +19,9 @@ from pathlib import Path
 from biroute.configs.errors import EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.failures import explain_end, log_dir, tell_first_failure
+from biroute.launcher.attempts.failures import explain_end, tell_first_failure
 from biroute.launcher.attempts.journal import FencingToken, Limits, begin_attempt, end_attempt, excluded_nodes
+from biroute.launcher.attempts.run_files import CONFIG, SUBMISSION, log_dir
 from biroute.launcher.ranks.environment import expand_nodes
 from biroute.launcher.track.tracker import close_after_crash
 
@@ -55,8 +56,8 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
 
 def job_config(run_dir: Path) -> RunConfig:
     """The configuration that the job trains with."""
-    frozen = run_dir / "submission" / "config.yaml"
-    return load_config(frozen if frozen.exists() else run_dir / "config.yaml")
+    frozen = run_dir / SUBMISSION / CONFIG
+    return load_config(frozen if frozen.exists() else run_dir / CONFIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

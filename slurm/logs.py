@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.attempts.failures import log_dir, log_file, tell_first_failure
+from biroute.launcher.attempts.failures import log_file, tell_first_failure
 from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.launcher.attempts.run_files import LOGS, log_dir
 from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
@@ -140,7 +141,7 @@ def _heading(attempt: Attempt) -> str:
 
 def _job_output(run: RunFolder) -> Path | None:
     """What the newest job's script printed."""
-    outputs = sorted((run.path / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    outputs = sorted((run.path / LOGS).glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     return outputs[-1] if outputs else None
 
 

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.journal import FENCING_TOKEN_NAME, fencing_token_of
+from biroute.launcher.attempts.journal import fencing_token_of
+from biroute.launcher.attempts.run_files import FENCING_TOKEN
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "webdataset", "mlflow", "pydantic")
 CLOCK_SECONDS = 5.0  # two clocks may differ by this much
@@ -94,8 +95,8 @@ def _facts() -> dict[str, str]:
 def _folder_problems(run_dir: Path, attempt: int) -> list[str]:
     """Is this the same folder as that of the batch script, and can it be written?"""
     try:
-        if not (run_dir / FENCING_TOKEN_NAME).exists():
-            return [f"train.run_dir={run_dir} is not the shared folder there: it has no file {FENCING_TOKEN_NAME}"]
+        if not (run_dir / FENCING_TOKEN).exists():
+            return [f"train.run_dir={run_dir} is not the shared folder there: it has no file {FENCING_TOKEN}"]
         if (seen := fencing_token_of(run_dir)) != attempt:
             return [f"train.run_dir={run_dir} is another folder there: its attempt is {seen}, not {attempt}"]
         trial = run_dir / f".preflight-{os.getpid()}-{platform.node()}"

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.files import write_atomically
 from biroute.configs.load import load_config
-from biroute.launcher.attempts.failures import log_dir
 from biroute.launcher.attempts.journal import fencing_token_of, given_attempt
+from biroute.launcher.attempts.run_files import PREFLIGHT, log_dir
 from biroute.launcher.ranks.environment import RankEnvironment, expand_nodes, find_rank_environment
 from biroute.slurm.node_check import Findings, inspect_node, judge
 
@@ -140,7 +140,7 @@ def preflight(run_dir: Path, config_path: Path) -> int:
     config = load_config(config_path)
     environment = find_rank_environment()
     attempt = given_attempt() or fencing_token_of(run_dir)
-    folder = log_dir(run_dir, attempt) / "preflight"
+    folder = log_dir(run_dir, attempt) / PREFLIGHT
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     listed = expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
     nodes = (

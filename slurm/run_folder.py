@@ -11,11 +11,10 @@ from pathlib import Path
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.journal import JOURNAL_NAME, read_attempts
-from biroute.launcher.track.metrics_log import METRICS_LOG_NAME, Point, scan
+from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.run_files import CANCELLED, CONFIG, JOBS, JOURNAL, METRICS_LOG, SCRIPT, SUBMISSION
+from biroute.launcher.track.metrics_log import Point, scan
 from biroute.slurm import client
-from biroute.slurm.script import SCRIPT_NAME, SUBMISSION
-from biroute.slurm.submit import CANCELLED_NAME, JOBS_NAME
 
 _TAIL_BYTES = 65_536
 _RUNS = Path("runs")  # where runs are looked for when nobody says which
@@ -33,15 +32,15 @@ class RunFolder:
 
     @property
     def script(self) -> Path:
-        return self.path / SUBMISSION / SCRIPT_NAME
+        return self.path / SUBMISSION / SCRIPT
 
     @property
     def cancelled_mark(self) -> Path:
-        return self.path / SUBMISSION / CANCELLED_NAME
+        return self.path / SUBMISSION / CANCELLED
 
     def config(self) -> RunConfig | None:
         """The resolved configuration; None if it can't be read (yet, or by this version)."""
-        for path in (self.path / SUBMISSION / "config.yaml", self.path / "config.yaml"):
+        for path in (self.path / SUBMISSION / CONFIG, self.path / CONFIG):
             with contextlib.suppress(UsageError):
                 return load_config(path)
         return None
@@ -50,7 +49,7 @@ class RunFolder:
         """All jobs that this run was submitted as, by us or by hand, oldest first."""
         found: dict[str, None] = {}
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / SUBMISSION / JOBS_NAME).read_text(encoding="utf-8").splitlines():
+            for line in (self.path / SUBMISSION / JOBS).read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     found[str(json.loads(line)["job_id"])] = None
         for attempt in read_attempts(self.path):
@@ -65,7 +64,7 @@ class RunFolder:
 
     def last_point(self) -> Point | None:
         """The newest metrics of a training step."""
-        path = self.path / METRICS_LOG_NAME
+        path = self.path / METRICS_LOG
         try:
             start = max(0, path.stat().st_size - _TAIL_BYTES)
             points = [point for point, _ in scan(path, start) if point is not None and "train/loss" in point.metrics]
@@ -76,7 +75,7 @@ class RunFolder:
 
 def is_run(path: Path) -> bool:
     """Was anything ever submitted or trained in this folder?"""
-    return any((path / name).exists() for name in (SUBMISSION, JOURNAL_NAME, METRICS_LOG_NAME))
+    return any((path / name).exists() for name in (SUBMISSION, JOURNAL, METRICS_LOG))
 
 
 def find_run(target: str) -> RunFolder:
@@ -129,7 +128,7 @@ def _run_of_job(job_id: str) -> RunFolder:
 
 
 def _run_of_script(script: Path | None) -> Path | None:
-    if script is None or (script.parent.name, script.name) != (SUBMISSION, SCRIPT_NAME):
+    if script is None or (script.parent.name, script.name) != (SUBMISSION, SCRIPT):
         return None
     run = script.parent.parent
     return run if is_run(run) else None

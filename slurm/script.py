@@ -18,10 +18,9 @@ from typing import Any
 import jinja2
 
 from biroute.configs.cluster_profile import ClusterProfile
+from biroute.launcher.attempts.run_files import LOGS, SCRIPT, SUBMISSION
 
 TEMPLATE = "train.sbatch.j2"
-SUBMISSION = "submission"
-SCRIPT_NAME = "job.sbatch"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class JobRequest:
 
     @property
     def script(self) -> Path:
-        return self.run_dir / SUBMISSION / SCRIPT_NAME
+        return self.run_dir / SUBMISSION / SCRIPT
 
     @property
     def job_name(self) -> str:
@@ -86,7 +85,7 @@ def _options(request: JobRequest) -> Iterator[str]:
         ("signal", f"B:USR1@{request.signal_seconds}"),
         ("chdir", request.working_dir),
         # A restarted job appends. A percent sign in a path is none of Slurm's patterns.
-        ("output", str(request.run_dir / "logs").replace("%", "%%") + "/slurm-%j.out"),
+        ("output", str(request.run_dir / LOGS).replace("%", "%%") + "/slurm-%j.out"),
         ("open-mode", "append"),
     ]
     yield from (f"--{name}={value}" for name, value in values if value is not None)

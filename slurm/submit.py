@@ -18,12 +18,10 @@ from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import dump_config, load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.manifest import load_manifest
+from biroute.launcher.attempts.run_files import CONFIG, JOBS, LOGS, SCRIPT, SUBMISSION
 from biroute.slurm import client
-from biroute.slurm.script import SCRIPT_NAME, SUBMISSION, JobRequest, render_job
+from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
-
-JOBS_NAME = "jobs.jsonl"
-CANCELLED_NAME = "cancelled"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def submit_run(submission: Submission) -> str:
         job_id = client.submit(submission.request.script)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for left in (run_dir / "logs", run_dir):
+        for left in (run_dir / LOGS, run_dir):
             with contextlib.suppress(OSError):
                 left.rmdir()  # only if it is empty
         raise
@@ -116,7 +114,7 @@ def check_run_dir(run_dir: Path) -> None:
 def record_job(run_dir: Path, job_id: str, by: str) -> None:
     """Append to the list of the run's jobs; `by` is submit or resume."""
     line = json.dumps({"job_id": job_id, "submitted": time.time(), "by": by})
-    with open(run_dir / SUBMISSION / JOBS_NAME, "a", encoding="utf-8") as file:
+    with open(run_dir / SUBMISSION / JOBS, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -133,14 +131,14 @@ def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
 
 def _freeze(submission: Submission, folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder.parent / "logs").mkdir(exist_ok=True)
+    (folder.parent / LOGS).mkdir(exist_ok=True)
     snapshot_code(folder / "code")
     profile = folder / "profile.yaml"
     profile.write_text(dump_profile(submission.profile), encoding="utf-8")
     frozen_slurm = submission.config.slurm.model_copy(update={"profile": str(profile)})
     config = submission.config.model_copy(update={"slurm": frozen_slurm})
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    script = folder / SCRIPT_NAME
+    (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    script = folder / SCRIPT
     script.write_text(submission.script, encoding="utf-8")
     script.chmod(0o755)
 

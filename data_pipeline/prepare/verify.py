@@ -38,6 +38,18 @@ def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None =
     Raises:
         UsageError: on the first fault, naming the file.
     """
+    manifest, tokenizer = check_dataset(folder)
+    if deep:
+        _verify_deep(folder, manifest, tokenizer, progress or Progress(quiet=True))
+    return manifest
+
+
+def check_dataset(folder: Path) -> tuple[Manifest, Tokenizer]:
+    """Check the dataset in `folder` cheaply; returns its manifest and its tokenizer, each read once.
+
+    Raises:
+        UsageError: on the first fault, naming the file.
+    """
     manifest = load_manifest(folder)
     tokenizer = check_tokenizer(folder, manifest)
     for source in manifest.sources:
@@ -47,9 +59,7 @@ def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None =
                     first = sample_key(source.name, split, number * manifest.samples_per_shard)
                     check_header(file, folder / shard.file, first)
     _check_no_others(folder, manifest)
-    if deep:
-        _verify_deep(folder, manifest, tokenizer, progress or Progress(quiet=True))
-    return manifest
+    return manifest, tokenizer
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:

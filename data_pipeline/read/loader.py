@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.data_pipeline.read.manifest import Split, load_manifest
+from biroute.data_pipeline.read.manifest import Manifest, Split
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
@@ -40,14 +40,28 @@ class SequenceReader:
     """
 
     def __init__(
-        self, folder: Path, split: Split, *, sequence_length: int, seed: int, weights: dict[str, float] | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: Split,
+        *,
+        sequence_length: int,
+        seed: int,
+        weights: dict[str, float] | None = None,
     ) -> None:
-        """`weights`: relative shares by name of source, None: every sequence once per epoch.
+        """Open the shards of one split.
+
+        Args:
+            folder: of the dataset.
+            manifest: of the same dataset, as `load_manifest` or `verify_dataset` gives it.
+            split: train or heldout.
+            sequence_length: S, tokens of a sequence.
+            seed: of the order.
+            weights: relative fractions by name of source; None: every sequence once per epoch.
 
         Raises:
             UsageError: too few tokens for one sequence; weights for other sources than the dataset has.
         """
-        manifest = load_manifest(folder)
         layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
         self.folder = folder
         self.split: Split = split

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.files import write_atomically
+from biroute.launcher.attempts.run_files import PREFLIGHT
 
 Kind = Literal["error", "user", "peer", "hang"]
 
@@ -78,11 +79,6 @@ class End:
     step: int | None = None  # the last that it is known to have reached
     crash: bool = False  # it counts towards the limits on restarts
     excluded: tuple[str, ...] = ()  # nodes that must not be used again
-
-
-def log_dir(run_dir: Path, attempt: int) -> Path:
-    """Folder of what the ranks of an attempt wrote."""
-    return run_dir / "logs" / f"attempt-{attempt:04d}"
 
 
 def log_file(logs: Path, rank: int) -> Path:
@@ -154,7 +150,7 @@ def silent_ranks(logs: Path) -> list[Heartbeat]:
 def bad_nodes(logs: Path) -> dict[str, list[str]]:
     """Host -> what the preflight found wrong there."""
     found: dict[str, list[str]] = {}
-    for path in sorted((logs / "preflight").glob("*.json")):
+    for path in sorted((logs / PREFLIGHT).glob("*.json")):
         record = _read(path)
         if record and record.get("problems"):
             found[str(record.get("host", path.stem))] = [str(problem) for problem in record["problems"]]

@@ -23,11 +23,10 @@ from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
 from biroute.configs.files import file_lock, write_atomically
-from biroute.launcher.attempts.failures import End, last_step, log_dir
+from biroute.launcher.attempts.failures import End, last_step
+from biroute.launcher.attempts.run_files import CANCELLED, FENCING_TOKEN, JOURNAL, SUBMISSION, log_dir
 
-JOURNAL_NAME = "attempts.jsonl"
-FENCING_TOKEN_NAME = "attempt"
-CANCELLED_MARK = Path("submission") / "cancelled"
+CANCELLED_MARK = Path(SUBMISSION) / CANCELLED
 NO_END = "no end recorded: its node was lost or the job killed"
 ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # the number, for ranks whose launcher has begun the attempt
 _LOCK_SECONDS = 10.0  # a lost node may hold the lock for ever
@@ -174,7 +173,7 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         OSError: the journal is there and can't be read.
     """
     attempts: dict[int, Attempt] = {}
-    for record in _records(run_dir / JOURNAL_NAME):
+    for record in _records(run_dir / JOURNAL):
         with contextlib.suppress(KeyError, TypeError, ValueError):
             _take_in(attempts, record)
     return [attempts[number] for number in sorted(attempts)]
@@ -188,13 +187,11 @@ def excluded_nodes(run_dir: Path, job: str | None) -> list[str]:
 def fencing_token_of(run_dir: Path) -> int:
     """Number of the attempt that owns the folder; 0 if none does."""
     try:
-        return int((run_dir / FENCING_TOKEN_NAME).read_text(encoding="ascii"))
+        return int((run_dir / FENCING_TOKEN).read_text(encoding="ascii"))
     except FileNotFoundError:
         return 0
     except ValueError:
-        raise UsageError(
-            f"{run_dir / FENCING_TOKEN_NAME}: not a number; write the newest number in {JOURNAL_NAME}"
-        ) from None
+        raise UsageError(f"{run_dir / FENCING_TOKEN}: not a number; write the newest number in {JOURNAL}") from None
 
 
 @dataclass(frozen=True)
@@ -236,11 +233,11 @@ def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
 
     After some seconds it goes on without: a frozen holder must not stop the next attempt.
     """
-    return file_lock(run_dir / f".{FENCING_TOKEN_NAME}.lock", _LOCK_SECONDS)
+    return file_lock(run_dir / f".{FENCING_TOKEN}.lock", _LOCK_SECONDS)
 
 
 def _raise_fence(run_dir: Path, number: int) -> None:
-    write_atomically(run_dir / FENCING_TOKEN_NAME, f"{number}\n".encode("ascii"))
+    write_atomically(run_dir / FENCING_TOKEN, f"{number}\n".encode("ascii"))
 
 
 def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None) -> None:
@@ -251,7 +248,7 @@ def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None)
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    with (run_dir / JOURNAL_NAME).open("ab+") as file:
+    with (run_dir / JOURNAL).open("ab+") as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # torn by a kill

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from biroute.configs.load import load_config
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.attempts.failures import explain_end, log_dir, record_stop
+from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken, end_attempt, given_attempt
+from biroute.launcher.attempts.run_files import log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.environment import RankEnvironment, find_rank_environment
 from biroute.launcher.ranks.stop_signal import StopRequest

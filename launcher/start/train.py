@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from biroute.configs.files import write_atomically
 from biroute.configs.layout import default_world_size, resolve_layout
-from biroute.configs.load import load_config
+from biroute.configs.load import dump_config, load_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
-from biroute.launcher.attempts.failures import explain_end, log_dir
+from biroute.launcher.attempts.failures import explain_end
 from biroute.launcher.attempts.journal import FencingToken, begin_attempt, end_attempt, make_run_dir
+from biroute.launcher.attempts.run_files import CHECKPOINTS, frozen_config, log_dir
 from biroute.launcher.ranks.environment import started_by_launcher
 from biroute.launcher.start.local import run_local_ranks
 from biroute.launcher.start.worker import train_rank
@@ -37,16 +39,20 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     dataset = open_dataset(config)
     dataset.heldout_batches(data_rank=0, data_size=layout.data)  # enough held-out text?
     make_run_dir(config.train.run_dir)
-    check_newest(config.train.run_dir / "checkpoints", model_identity(config, dataset))
+    check_newest(config.train.run_dir / CHECKPOINTS, model_identity(config, dataset))
     if config.tracking.enabled:
         tracking_uri(config, config.train.run_dir)  # a URI that can't work is an error now, not in a minute
-    return _run_attempt(config.train.run_dir, [str(config_path), *overrides], world_size)
+    return _run_attempt(config, world_size)
 
 
-def _run_attempt(run_dir: Path, arguments: Sequence[str], world_size: int) -> int:
+def _run_attempt(config: RunConfig, world_size: int) -> int:
+    """Train with local ranks, which read the configuration that was checked here, and no file that may change."""
+    run_dir = config.train.run_dir
     attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
     fencing_token, logs = FencingToken(run_dir, attempt), log_dir(run_dir, attempt)
-    status = run_local_ranks(arguments, world_size, logs, attempt)
+    frozen = frozen_config(run_dir, attempt)
+    write_atomically(frozen, dump_config(config).encode())
+    status = run_local_ranks([str(frozen)], world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)
     if end.crash and fencing_token.holds():

@@ -71,6 +71,12 @@ def ignore_library_warnings() -> None:
 def main() -> None:
     # If the launcher is killed, the ranks save and stop rather than train on unwatched.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(
+            "error: no configuration; use: python -m biroute.launcher.start.worker CONFIG [section.field=value ...]",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USAGE_ERROR)
     status = train_rank(sys.argv[1], sys.argv[2:])
     sys.stdout.flush()
     sys.stderr.flush()

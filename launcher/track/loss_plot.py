@@ -11,7 +11,6 @@ from biroute.configs.errors import UsageError
 from biroute.configs.files import atomic_draft
 from biroute.launcher.track.metrics_log import Point, read_points
 
-CURVE_NAME = "loss_curve.png"
 _TRAIN, _HELDOUT, _BITS = "train/loss", "heldout/loss", "heldout/bits_per_byte"
 _TRAIN_COLOUR, _HELDOUT_COLOUR, _LINE_COLOUR = "#3b6fb6", "#d1603d", "#5f6368"
 _SMOOTHING_SHARE = 0.01  # of the points: standard deviation of the smoothing bell

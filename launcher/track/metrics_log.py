@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-METRICS_LOG_NAME = "metrics.jsonl"
 _KEPT_IN_MEMORY = 10_000  # lines that wait for room on a full disk
 
 

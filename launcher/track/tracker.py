@@ -32,9 +32,10 @@ from biroute.configs.files import file_lock
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import FencingToken, read_attempts
+from biroute.launcher.attempts.run_files import CONFIG, METRICS_LOG, UPLOAD_STATE
 from biroute.launcher.track import run_metadata as run_metadata
-from biroute.launcher.track.metrics_log import METRICS_LOG_NAME, MetricsLog, Point
-from biroute.launcher.track.upload_state import STATE_NAME, TrackingState
+from biroute.launcher.track.metrics_log import MetricsLog, Point
+from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import Uploader
 from biroute.launcher.track.uri import artifacts_dir, sqlite_path, tracking_uri, without_password
 
@@ -72,11 +73,11 @@ def open_tracker(
     uri = tracking_uri(config, run_dir) if config.tracking.enabled else None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_log = MetricsLog(run_dir / METRICS_LOG_NAME)
+        metrics_log = MetricsLog(run_dir / METRICS_LOG)
         if uri is None:
             return Tracker(metrics_log, None, notify, flush_seconds=0.0, owned=owned)
         target = f"{without_password(uri)} {config.tracking.experiment}"
-        state = TrackingState.load(run_dir / STATE_NAME, target, metrics_log.size_bytes, notify)
+        state = TrackingState.load(run_dir / UPLOAD_STATE, target, metrics_log.size_bytes, notify)
         state.attempt = fencing_token.attempt if fencing_token else state.attempt + 1
         state.save()
     except OSError as error:
@@ -103,8 +104,8 @@ def close_after_crash(fencing_token: FencingToken) -> None:
     """Tell MLflow that an attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
     run_dir = fencing_token.run_dir
     try:
-        config = load_config(run_dir / "config.yaml")
-        if fencing_token.holds() and config.tracking.enabled and (run_dir / STATE_NAME).exists():
+        config = load_config(run_dir / CONFIG)
+        if fencing_token.holds() and config.tracking.enabled and (run_dir / UPLOAD_STATE).exists():
             open_tracker(config, run_dir, tags={}, notify=lambda _: None, fencing_token=fencing_token).close("FAILED")
     except Exception as error:
         logging.getLogger(__name__).warning("MLflow does not know yet that the run has ended: %s", error)
@@ -326,7 +327,7 @@ class _MlflowRun:
                 self._log_metrics(metrics[middle:])
             elif metrics[0].key not in self._refused:
                 self._refused.add(metrics[0].key)
-                self._say(f"refuses metric {metrics[0].key!r} ({_reason(error)}); it stays in {METRICS_LOG_NAME}")
+                self._say(f"refuses metric {metrics[0].key!r} ({_reason(error)}); it stays in {METRICS_LOG}")
 
     def _run_is_deleted(self) -> bool:
         try:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from biroute.configs.files import write_atomically
 
-STATE_NAME = "tracking_state.json"
-
 
 @dataclass
 class TrackingState:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import FencingToken
-from biroute.launcher.track.loss_plot import CURVE_NAME, draw_curves
-from biroute.launcher.track.metrics_log import METRICS_LOG_NAME
+from biroute.launcher.attempts.run_files import CONFIG, LOSS_PLOT, METRICS_LOG
+from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
 from biroute.launcher.track.tracker import Status, open_tracker
+from biroute.launcher.train.hooks import TrainerHook
 
 
-class Observer:
+class Observer(TrainerHook):
     """Opens the record of a run in its folder. Nothing here ever ends training.
 
     Nothing is written, either, once another attempt owns the folder.
@@ -25,36 +26,36 @@ class Observer:
         self._fencing_token = fencing_token
         self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
         self._tracker = open_tracker(
-            config, self._run_dir, tags=tags, notify=self.message, fencing_token=fencing_token
+            config, self._run_dir, tags=tags, notify=self.on_message, fencing_token=fencing_token
         )
-        self._tracker.log_artifact(self._run_dir / "config.yaml")
+        self._tracker.log_artifact(self._run_dir / CONFIG)
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """One optimizer step is done."""
         self._progress.update(step, values)
 
-    def point(self, step: int, values: Mapping[str, float]) -> None:
+    def on_point(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics to keep."""
         self._tracker.log(step, values)
 
-    def message(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """A line for people."""
         self._progress.message(text)
 
-    def draw(self) -> None:
-        """Draw the loss curve so far, into the run folder and MLflow."""
-        path = self._run_dir / CURVE_NAME
+    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
+        """Draw the loss so far, into the run folder and MLflow."""
+        path = self._run_dir / LOSS_PLOT
         if not self._fencing_token.holds():
             return
         try:
-            draw_curves(self._run_dir / METRICS_LOG_NAME, path, title=self._run_dir.name)
+            draw_curves(self._run_dir / METRICS_LOG, path, title=self._run_dir.name)
         except (UsageError, OSError) as error:
-            self.message(f"warning: no loss curve: {error}")
+            self.on_message(f"warning: no loss curve: {error}")
             return
         self._tracker.log_artifact(path)
 
-    def close(self, status: Status, cause: str) -> None:
+    def on_end(self, status: Status, cause: str) -> None:
         """End the record of this attempt; what MLflow has not got yet goes with the next one."""
         self._progress.close()
         self._tracker.close(status, cause)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
@@ -10,13 +12,15 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
-from biroute.launcher.attempts.failures import explain_end, log_dir, record_stop
+from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
+from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.rendezvous import Place
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
+from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import describe, model_identity
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.trainer import Trainer
@@ -26,8 +30,17 @@ from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
 
 
-def run(config: RunConfig, place: Place, stop: StopRequest, fencing_token: FencingToken, watchdog: Watchdog) -> None:
+def run(
+    config: RunConfig,
+    place: Place,
+    stop: StopRequest,
+    fencing_token: FencingToken,
+    watchdog: Watchdog,
+    hooks: Sequence[TrainerHook] = (),
+) -> None:
     """Train as one of the ranks that have joined, from the newest checkpoint if there is one. Collective.
+
+    `hooks` watch this rank, after those of BiRoute itself.
 
     Raises:
         UsageError: bad input. StoppedError: a signal came; the state is saved. FencedError: a newer attempt began.
@@ -37,28 +50,31 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fencing_token: Fenci
     stop_consensus = StopConsensus(stop, fencing_token, place.device)
     stop_consensus.check_before_training()
     logs = log_dir(config.train.run_dir, fencing_token.attempt)
-    observer = None
     if place.rank == 0:
-        write_atomically(config.train.run_dir / "config.yaml", dump_config(config).encode())
+        write_atomically(config.train.run_dir / CONFIG, dump_config(config).encode())
         tags = {"layout": str(layout), "world_size": str(layout.world_size)}
-        observer = Observer(config, tags, fencing_token)
+        hooks = [Observer(config, tags, fencing_token), *hooks]
+
+    def say(text: str) -> None:
+        for hook in hooks:
+            hook.on_message(text)
+
     status: Status = "FAILED"
     cause = "an error on rank 0"
     try:
         prepare_megatron(place.device)
-        if observer is not None:
-            observer.message(describe(config, layout))
+        say(describe(config, layout))
         mesh = build_mesh(layout)
         engine = build_engine(config, mesh, place.device)
         stop_consensus.check_before_training()
-        checkpoints = config.train.run_dir / "checkpoints"
+        checkpoints = config.train.run_dir / CHECKPOINTS
         about = {"model": model_identity(config, dataset), "layout": str(layout)}
-        progress = load_checkpoint(engine, checkpoints, about, observer.message if observer else lambda _: None)
+        progress = load_checkpoint(engine, checkpoints, about, say)
         stop_consensus.check_before_training()
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, observer)
+        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, hooks)
         if progress is not None:
             trainer.resume(progress)
         with loader:
@@ -74,6 +90,6 @@ def run(config: RunConfig, place: Place, stop: StopRequest, fencing_token: Fenci
         raise
     finally:
         watchdog.allow(config.tracking.flush_seconds)
-        if observer is not None:
-            observer.close(status, cause)
+        for hook in hooks:
+            hook.on_end(status, cause)
     dist.barrier()  # no rank leaves while another still needs it

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from biroute.configs.errors import StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
 from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.launcher.evaluate.heldout import heldout_metrics
 from biroute.launcher.ranks.stop_consensus import StopConsensus
+from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.memory import peak_memory_gib
-from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
@@ -31,7 +31,7 @@ from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 @dataclass
 class Trainer:
-    """One attempt of a run. `about` describes the model for its checkpoints; `observer` is None but on rank 0."""
+    """One attempt of a run. `about` describes the model for its checkpoints; `hooks` watch this rank."""
 
     config: RunConfig
     engine: Engine
@@ -41,7 +41,7 @@ class Trainer:
     about: dict[str, Any]
     stop_consensus: StopConsensus
     watchdog: Watchdog
-    observer: Observer | None = None
+    hooks: Sequence[TrainerHook] = ()
     step: int = 0
     _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
@@ -95,7 +95,10 @@ class Trainer:
         self.step += 1
         rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
         with self.engine.clock.phase("data"):
-            microbatches = self._to_device(self.loader.step())
+            microbatches = [
+                Microbatch.of(batch.inputs, batch.labels, self.engine.mesh, self.engine.device)
+                for batch in self.loader.step()
+            ]
         report = self.engine.train_step(microbatches, rate)
         self.engine.clock.end_step()
         if not math.isfinite(report.loss):
@@ -103,8 +106,10 @@ class Trainer:
         seconds = time.perf_counter() - started
         self._since_log.append(seconds)
         self.watchdog.reached("training", self.step)
-        if self.observer is not None:
-            self.observer.step(self.step, self._values(report, rate, seconds))
+        if self.hooks:
+            values = self._values(report, rate, seconds)
+            for hook in self.hooks:
+                hook.on_step(self.step, values)
         if self._to_log(self.step):
             self._log(report, rate)
 
@@ -144,8 +149,8 @@ class Trainer:
         values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
         if self.engine.traffic is not None:
             values |= exchange_metrics(self.engine.traffic, steps)
-        if self.observer is not None:
-            self.observer.point(self.step, values)
+        for hook in self.hooks:
+            hook.on_point(self.step, values)
 
     def _evaluate(self) -> None:
         """Loss on the same held-out sequences each time. Collective.
@@ -153,31 +158,19 @@ class Trainer:
         A stop cuts it off between two batches; the next attempt begins with it.
         """
         self._evaluation_pending = True
-        heldout = iter(self.heldout)
-        total, count, counts = 0.0, 0, torch.zeros(2, dtype=torch.float64, device=self.engine.device)
-        while batches := list(islice(heldout, self.engine.microbatches_per_evaluation)):
-            self._stop_if_agreed()
-            total += self.engine.evaluate(self._to_device(batches)) * len(batches)
-            count += len(batches)
-            counts += torch.tensor([[b.target_tokens, b.target_bytes] for b in batches]).sum(0).to(counts)
-            self.watchdog.reached(f"evaluating after step {self.step}")
+        values = heldout_metrics(self.engine, self.heldout, self._between_batches)
         self._evaluation_pending = False
-        loss = total / count
-        dist.all_reduce(counts, group=self.engine.mesh.groups.dp)
-        targets, target_bytes = counts.tolist()
-        bits_per_byte = loss * targets / target_bytes / math.log(2)
-        values = {
-            "heldout/loss": loss,
-            "heldout/perplexity": math.exp(min(loss, 100.0)),
-            "heldout/bits_per_byte": bits_per_byte,
-        }
-        if self.observer is not None:
-            self.observer.point(self.step, values)
-            self.observer.message(
-                f"step {self.step}: held-out loss {loss:.4f}, perplexity {values['heldout/perplexity']:.1f}, "
-                f"{bits_per_byte:.4f} bits per byte"
-            )
-            self.observer.draw()
+        self._say(
+            f"step {self.step}: held-out loss {values['heldout/loss']:.4f}, "
+            f"perplexity {values['heldout/perplexity']:.1f}, {values['heldout/bits_per_byte']:.4f} bits per byte"
+        )
+        for hook in self.hooks:
+            hook.on_point(self.step, values)
+            hook.on_evaluate(self.step, values)
+
+    def _between_batches(self) -> None:
+        self._stop_if_agreed()
+        self.watchdog.reached(f"evaluating after step {self.step}")
 
     def _save(self) -> None:
         if self._saved_step == self.step:
@@ -197,18 +190,12 @@ class Trainer:
         self._saved_step = self.step
         self.watchdog.reached("training")
         self._say(f"step {self.step}: saved {path}")
-
-    def _to_device(self, batches: Sequence[Batch]) -> list[Microbatch]:
-        """This rank's tokens of the batches of its data rank."""
-        device, mesh = self.engine.device, self.engine.mesh
-        return [
-            Microbatch(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in (batch.inputs, batch.labels)))
-            for batch in batches
-        ]
+        for hook in self.hooks:
+            hook.on_save(self.step, path)
 
     def _say(self, text: str) -> None:
-        if self.observer is not None:
-            self.observer.message(text)
+        for hook in self.hooks:
+            hook.on_message(text)
 
 
 def _due(step: int, every: int) -> bool:

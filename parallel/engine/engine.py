@@ -12,6 +12,7 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
@@ -43,6 +44,11 @@ class Microbatch:
 
     inputs: Tensor  # [B, S / region ranks] int64: this rank's tokens
     labels: Tensor  # the same shape, -100 = no target
+
+    @classmethod
+    def of(cls, inputs: np.ndarray, labels: np.ndarray, mesh: Mesh, device: torch.device) -> Microbatch:
+        """This rank's tokens of a microbatch [B, S] of its data rank, on its device."""
+        return cls(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in (inputs, labels)))
 
 
 @dataclass(frozen=True)

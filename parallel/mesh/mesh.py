@@ -24,22 +24,9 @@ class Mesh:
     at: Coordinates
     groups: ProcessGroupCollection
 
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that prints and tracks."""
-        return self.rank == 0
-
     def own_tokens(self, x: Tensor) -> Tensor:
         """This region rank's run of tokens of whole sequences, [B, S] -> [B, S / region ranks]."""
         return x.chunk(self.layout.region, 1)[self.at.region].contiguous()
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.at.pipe == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.at.pipe == self.layout.pipe - 1
 
 
 def build_mesh(layout: Layout) -> Mesh:

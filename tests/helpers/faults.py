@@ -11,7 +11,8 @@ from random import Random
 
 import psutil
 
-from biroute.launcher.attempts.failures import log_dir, read_heartbeats
+from biroute.launcher.attempts.failures import read_heartbeats
+from biroute.launcher.attempts.run_files import log_dir
 from helpers.slurm_cluster import wait_for
 from helpers.slurm_runs import START_SECONDS, ClusterRun
 

@@ -17,8 +17,8 @@ def run_job(tree: dict[str, Any]) -> str:
 
     from biroute.configs.errors import FencedError, StoppedError
     from biroute.configs.load import config_from_tree
-    from biroute.launcher.attempts.failures import log_dir
     from biroute.launcher.attempts.journal import FencingToken
+    from biroute.launcher.attempts.run_files import log_dir
     from biroute.launcher.attempts.watchdog import Watchdog
     from biroute.launcher.ranks.rendezvous import Place, begin_joint_attempt
     from biroute.launcher.ranks.stop_signal import StopRequest

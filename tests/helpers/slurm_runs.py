@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from biroute.launcher.attempts.failures import log_dir, read_heartbeats
+from biroute.launcher.attempts.failures import read_heartbeats
 from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.launcher.attempts.run_files import log_dir
 from helpers.corpus import small_run
 from helpers.slurm_cluster import Cluster, wait_for
 

@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 from helpers.job import points_of, until
 
-from biroute.launcher.attempts.failures import log_dir, read_heartbeats
+from biroute.launcher.attempts.failures import read_heartbeats
 from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.run_files import log_dir
 
 from .conftest import Answer
 from .test_train import only_run

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from biroute.launcher.attempts.failures import bad_nodes, explain_end, log_dir
+from biroute.launcher.attempts.failures import bad_nodes, explain_end
 from biroute.launcher.attempts.journal import begin_attempt
+from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm.node_check import Findings, judge
 
 Start = Callable[..., dict[int, tuple[int, str]]]

@@ -21,9 +21,10 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import load_config
 from biroute.configs.schema import ParallelConfig, RunConfig
 from biroute.data_pipeline.dataset import open_dataset
+from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
-from biroute.launcher.bench.quality.measure import join_alone, set_router
+from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.train.identity import model_identity
 from biroute.model.attention.core import CoreAttention
@@ -49,7 +50,7 @@ class TrainedRun:
 def open_run(path: Path, overrides: Sequence[str]) -> TrainedRun:
     """The run of a configuration. Raises UsageError: it has no checkpoint, or no layer that routes."""
     config = load_config(path, list(overrides))
-    if not list_checkpoints(config.train.run_dir / "checkpoints"):
+    if not list_checkpoints(config.train.run_dir / CHECKPOINTS):
         raise UsageError(f"train.run_dir={config.train.run_dir}: no checkpoint there; run biroute train {path} first")
     if not routed_layers(config):
         raise UsageError(f"{path}: no layer has model.attention.kind=bi_level; there is no route to measure")
@@ -103,13 +104,14 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
     )
     config = config.model_copy(update={"train": train})
     dataset = open_dataset(config)
-    checkpoint = newest_checkpoint(train.run_dir / "checkpoints")
+    checkpoint = newest_checkpoint(train.run_dir / CHECKPOINTS)
     meta = read_meta(checkpoint)
     check_same_model(checkpoint, meta.model, model_identity(config, dataset))
-    module = LayerSequence(plan_layers(config, build_mesh(resolve_layout(config, 1)).groups)).eval()
+    mesh = build_mesh(resolve_layout(config, 1))
+    module = LayerSequence(plan_layers(config, mesh.groups)).eval()
     load_weights(module, dict(read_weights(checkpoint, verify=True)))
     batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
-    microbatches = [Microbatch(torch.from_numpy(b.inputs), torch.from_numpy(b.labels)) for b in batches]
+    microbatches = [Microbatch.of(b.inputs, b.labels, mesh, CPU) for b in batches]
     with recorded_routes(module) as routes:
         loss = mean_loss(module, microbatches, config)
     set_router(module, "random")

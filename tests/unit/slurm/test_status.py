@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.attempts.failures import End, Failure, log_dir, log_file, write_failure
+from biroute.launcher.attempts.failures import End, Failure, log_file, write_failure
 from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
+from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm.client import Job
 from biroute.slurm.logs import follow_logs, tell_logs
 from biroute.slurm.run_folder import RunFolder, find_run

@@ -19,8 +19,8 @@ from helpers.training import small_config, start_engine, train
 
 from biroute.configs.errors import FencedError
 from biroute.data_pipeline.read.loader import Batch
-from biroute.launcher.attempts.failures import log_dir
 from biroute.launcher.attempts.journal import FencingToken, begin_attempt, read_attempts
+from biroute.launcher.attempts.run_files import log_dir
 from biroute.parallel.checkpoint.files import list_checkpoints
 from biroute.parallel.checkpoint.meta import TrainingProgress, read_meta
 from biroute.parallel.checkpoint.save import save_checkpoint

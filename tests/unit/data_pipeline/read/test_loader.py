@@ -30,12 +30,17 @@ from biroute.data_pipeline.read.loader import (
     SequenceReader,
     make_batch,
 )
+from biroute.data_pipeline.read.manifest import Split, load_manifest
 from biroute.data_pipeline.read.token_stream import TokenStream
 from biroute.launcher.evaluate import bigram
 from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
 
 S = 64
 CAUSAL = Objective("causal", np.zeros(512, dtype=np.int64))
+
+
+def open_reader(folder: Path, split: Split, **options: Any) -> SequenceReader:
+    return SequenceReader(folder, load_manifest(folder), split, **options)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,9 @@ def rows(batches: list[Batch]) -> list[bytes]:
 
 @pytest.mark.parametrize("length", [64, 37, 1000, 1500])  # windows inside samples, across samples, across shards
 def test_an_epoch_is_every_window_of_every_source_once(dataset: Dataset, length: int) -> None:
-    reader = SequenceReader(dataset.config.data.dir, "train", sequence_length=length, seed=3)
+    reader = SequenceReader(
+        dataset.config.data.dir, load_manifest(dataset.config.data.dir), "train", sequence_length=length, seed=3
+    )
     windows = [
         tokens[i * length : i * length + length + 1].tobytes()
         for tokens in (stream(dataset, 0, "train"), stream(dataset, 1, "train"))
@@ -82,25 +89,32 @@ def test_an_epoch_is_every_window_of_every_source_once(dataset: Dataset, length:
 
 def test_weights_mix_the_sources(data: DataConfig) -> None:
     weights = {"english": 0.25, "chinese": 0.75}
-    reader = SequenceReader(data.dir, "train", sequence_length=S, seed=0, weights=weights)
+    reader = open_reader(data.dir, "train", sequence_length=S, seed=0, weights=weights)
     assert reader.shares == pytest.approx(weights, abs=1e-3)
     weighted = [source.model_copy(update={"weight": weights[source.name]}) for source in data.sources]
     # Weights are no part of the dataset: nothing to build again.
     opened = open_dataset(run_config(data.model_copy(update={"sources": tuple(weighted)}), S))
     np.testing.assert_array_equal(opened.reader("train").sequence(7), reader.sequence(7))
-    unweighted = SequenceReader(data.dir, "heldout", sequence_length=S, seed=0)
+    unweighted = open_reader(data.dir, "heldout", sequence_length=S, seed=0)
     np.testing.assert_array_equal(opened.reader("heldout").sequence(7), unweighted.sequence(7))
 
 
 def test_too_few_tokens_for_a_sequence(data: DataConfig) -> None:
     with pytest.raises(UsageError, match=r"model.sequence_length=500000: the train split .* fewer than"):
-        SequenceReader(data.dir, "train", sequence_length=500_000, seed=0)
+        open_reader(data.dir, "train", sequence_length=500_000, seed=0)
     length = 6000
-    SequenceReader(data.dir, "train", sequence_length=length, seed=0)
+    open_reader(data.dir, "train", sequence_length=length, seed=0)
     with pytest.raises(UsageError, match=r"the heldout split of source chinese .* raise data.heldout_fraction"):
-        SequenceReader(data.dir, "heldout", sequence_length=length, seed=0, weights={"english": 1, "chinese": 1})
+        SequenceReader(
+            data.dir,
+            load_manifest(data.dir),
+            "heldout",
+            sequence_length=length,
+            seed=0,
+            weights={"english": 1, "chinese": 1},
+        )
     with pytest.raises(UsageError, match="weights for french"):
-        SequenceReader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
+        open_reader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
 
 
 # Objectives

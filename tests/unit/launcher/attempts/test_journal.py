@@ -20,7 +20,6 @@ from biroute.launcher.attempts.failures import (
     Failure,
     Heartbeat,
     explain_end,
-    log_dir,
     record_failure,
     record_stop,
     write_failure,
@@ -38,6 +37,7 @@ from biroute.launcher.attempts.journal import (
     fencing_token_of,
     read_attempts,
 )
+from biroute.launcher.attempts.run_files import log_dir
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
 

@@ -1,0 +1,43 @@
+"""The names of all files in a run folder. Nobody else spells them out.
+
+<run_dir>/
+    config.yaml                     the resolved configuration of the newest attempt
+    attempts.jsonl                  attempt journal: how each attempt began and ended
+    attempt                         fencing token: the number of the attempt that owns the folder
+    metrics.jsonl                   metrics log: every point, whether MLflow has it or not
+    tracking_state.json             how far the uploader came
+    loss_curve.png
+    checkpoints/step-00000200/
+    logs/attempt-0001/              config.yaml that its ranks read, heartbeats, failures, logs of the ranks
+    logs/attempt-0001/preflight/    findings by node
+    logs/slurm-<job>.out
+    submission/                     what `biroute submit` froze: configuration, profile, script, jobs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+JOURNAL = "attempts.jsonl"
+FENCING_TOKEN = "attempt"
+METRICS_LOG = "metrics.jsonl"
+UPLOAD_STATE = "tracking_state.json"
+LOSS_PLOT = "loss_curve.png"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+PREFLIGHT = "preflight"  # in an attempt's logs
+SUBMISSION = "submission"
+SCRIPT = "job.sbatch"  # in the submission
+JOBS = "jobs.jsonl"  # in the submission
+CANCELLED = "cancelled"  # in the submission
+
+
+def log_dir(run_dir: Path, attempt: int) -> Path:
+    """The folder of an attempt's logs."""
+    return run_dir / LOGS / f"attempt-{attempt:04d}"
+
+
+def frozen_config(run_dir: Path, attempt: int) -> Path:
+    """The resolved configuration that the ranks of an attempt read."""
+    return log_dir(run_dir, attempt) / CONFIG
