@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: install train test chaos check bench ui docs types clean
+.PHONY: install train test chaos check mutate bench ui docs types clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ check: $(INSTALLED) types
 	$(BIN)/mypy
 	PYTHONPATH=.types $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
+
+# Small mistakes in the core, one at a time: do the tests notice? About half a minute each.
+mutate: $(INSTALLED)
+	$(BIN)/python tests/mutation/mutate.py
 
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/biroute bench attention

@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biroute.configs.errors import UsageError
+from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from biroute.slurm.client import Job
     from biroute.slurm.submit import Submission
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
-]
 RUN = "[RUN_DIR|CONFIG|JOB]"
 Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="runs, by any of these")]
 Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, by any of these")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def submit(
@@ -35,7 +31,7 @@ def submit(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a run to Slurm; it goes on by itself through time limits, preemption and lost nodes to its last step.
+    """Submit a run to Slurm; it resumes automatically until its last step.
 
     Example: biroute submit my.yaml slurm.profile=cluster.yaml slurm.nodes=4
 
@@ -146,7 +142,7 @@ def cancel(
     target: Target,
     now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
 ) -> None:
-    """Cancel a run: its jobs save, end, and are not queued again. `biroute resume` goes on with it.
+    """Cancel a run: its jobs save, end, and are not queued again.
 
     Example: biroute cancel runs/large
     """
@@ -158,7 +154,7 @@ def cancel(
 
 
 def resume(target: Target) -> None:
-    """Submit a cancelled, stopped or lost run again; it goes on from its newest checkpoint.
+    """Submit a cancelled, stopped or lost run again, from its newest checkpoint.
 
     Example: biroute resume runs/large
 

@@ -8,7 +8,7 @@
     tracking_state.json             how far the uploader came
     loss_curve.png
     checkpoints/step-00000200/
-    logs/attempt-0001/              config.yaml that its ranks read, heartbeats, failures, logs of the ranks
+    logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
     logs/attempt-0001/preflight/    findings by node
     logs/slurm-<job>.out
     submission/                     what `biroute submit` froze: configuration, profile, script, jobs
@@ -41,3 +41,8 @@ def log_dir(run_dir: Path, attempt: int) -> Path:
 def frozen_config(run_dir: Path, attempt: int) -> Path:
     """The resolved configuration that the ranks of an attempt read."""
     return log_dir(run_dir, attempt) / CONFIG
+
+
+def warnings_file(logs: Path, rank: int) -> Path:
+    """Where a rank keeps what libraries warn of; there only if they do."""
+    return logs / f"warnings-{rank:05d}.log"

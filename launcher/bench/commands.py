@@ -10,15 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from biroute.launcher.start.worker import ignore_library_warnings
+from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
+from biroute.launcher.start.library_warnings import ignore_library_warnings
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what BiRoute claims, on this machine.")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder for a Markdown page and a PNG")]
 Variants = Annotated[
     list[str] | None,

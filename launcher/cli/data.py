@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from biroute.configs.load import load_config
+from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from biroute.data_pipeline.read.manifest import Manifest
 
 data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at datasets.")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 @data_app.command()

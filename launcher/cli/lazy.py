@@ -1,27 +1,67 @@
-"""Commands mounted by name: their modules are imported when they are run or listed, never when another one runs.
+"""Commands mounted by name: their modules are imported when they run, not when another command or `--help` does.
 
 So the command line may mount what stands on floors above it (`biroute.slurm`, `biroute.launcher.bench`) without
-importing it.
+importing it, and `biroute --help` stays fast.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-# Command -> "module:typer app". A module whose app has one command of that name mounts that command, else the group.
+
+class Mount(NamedTuple):
+    """Where a command is, and the line that `biroute --help` shows for it (a test compares it with the command's)."""
+
+    app: str  # "module:typer app"; an app with a command of the mounted name mounts that command, else itself
+    help: str
+
+
 MOUNTED = {
-    "data": "biroute.launcher.cli.data:data_app",
-    "bench": "biroute.launcher.bench.commands:bench_app",
-    "submit": "biroute.slurm.commands:slurm_app",
-    "status": "biroute.slurm.commands:slurm_app",
-    "logs": "biroute.slurm.commands:slurm_app",
-    "cancel": "biroute.slurm.commands:slurm_app",
-    "resume": "biroute.slurm.commands:slurm_app",
+    "data": Mount("biroute.launcher.cli.data:data_app", "Build, verify and look at datasets."),
+    "bench": Mount("biroute.launcher.bench.commands:bench_app", "Measure what BiRoute claims, on this machine."),
+    "submit": Mount(
+        "biroute.slurm.commands:slurm_app", "Submit a run to Slurm; it resumes automatically until its last step."
+    ),
+    "status": Mount(
+        "biroute.slurm.commands:slurm_app",
+        "Show runs: state, step, tokens per second, time left, jobs, and why each attempt ended.",
+    ),
+    "logs": Mount(
+        "biroute.slurm.commands:slurm_app",
+        "Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.",
+    ),
+    "cancel": Mount(
+        "biroute.slurm.commands:slurm_app", "Cancel a run: its jobs save, end, and are not queued again."
+    ),
+    "resume": Mount(
+        "biroute.slurm.commands:slurm_app",
+        "Submit a cancelled, stopped or lost run again, from its newest checkpoint.",
+    ),
 }
+
+
+def load_command(name: str) -> Any:
+    """Import the mounted command `name`."""
+    module, app = MOUNTED[name].app.split(":")
+    group = typer.main.get_group(getattr(import_module(module), app))
+    command = group.commands.get(name, group)
+    command.name = name
+    return command
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a mounted command in lists; gives way to it as soon as it is to parse its arguments."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, help=MOUNTED[name].help)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        assert self.name is not None
+        return load_command(self.name).make_context(info_name, args, parent=parent, **extra)
 
 
 class LazyGroup(TyperGroup):
@@ -31,10 +71,4 @@ class LazyGroup(TyperGroup):
         return [*super().list_commands(ctx), *MOUNTED]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in MOUNTED:
-            return super().get_command(ctx, cmd_name)
-        module, name = MOUNTED[cmd_name].split(":")
-        group = typer.main.get_group(getattr(import_module(module), name))
-        command = group.get_command(ctx, cmd_name) or group
-        command.name = cmd_name
-        return command
+        return LazyCommand(cmd_name) if cmd_name in MOUNTED else super().get_command(ctx, cmd_name)

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from biroute.configs.errors import EXIT_USAGE_ERROR, UsageError
 from biroute.launcher.cli.lazy import LazyGroup
+from biroute.launcher.cli.options import ConfigPath, Overrides
 
 app = typer.Typer(
     name="biroute",
     cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Pretrain long-context language models with bi-level routing attention.",
-    epilog="Exit status: 0 fine, 1 our fault, 2 yours, 75 stopped on a signal with the state saved (run me again).",
+    epilog="Exit status: 0 success; 1 failure; 2 usage error, in one line; 75 stopped on a signal with the state "
+    "saved: run the same command again.",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="values to use instead of the file's")
-]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"biroute {version('biroute')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Pretrain long-context language models with bi-level routing attention."""
 
 
 @app.command()
@@ -35,7 +48,7 @@ def train(
         typer.Option(min=1, help="ranks on this machine; left out: what the layout needs, or one per GPU"),
     ] = None,
 ) -> None:
-    """Train, or go on with a run that was stopped. Starts the local ranks by itself.
+    """Train, or resume a run that was stopped. Starts the local ranks automatically.
 
     Example: biroute train configs/debug.yaml parallel.tensor=2 train.steps=50
 
@@ -66,7 +79,7 @@ def ui(
 
 
 def main() -> None:
-    """Entry point: a user's fault is one line and exit status 2."""
+    """Entry point: a usage error is one line and exit status 2."""
     try:
         app()
     except UsageError as error:

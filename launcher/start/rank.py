@@ -8,18 +8,20 @@ from biroute.configs.load import load_config
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken, end_attempt, given_attempt
-from biroute.launcher.attempts.run_files import log_dir
+from biroute.launcher.attempts.run_files import log_dir, warnings_file
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.environment import RankEnvironment, find_rank_environment
 from biroute.launcher.ranks.stop_signal import StopRequest
+from biroute.launcher.start.library_warnings import LibraryWarnings
 
 
 class Rank:
     """One rank of one attempt."""
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, stop: StopRequest, library_warnings: LibraryWarnings) -> None:
         self.watchdog = Watchdog()
         self._stop = stop
+        self._library_warnings = library_warnings
         self._began: FencingToken | None = None  # an attempt that this rank must end, as no launcher of ours does
 
     def train(self, config_path: str, overrides: list[str]) -> None:
@@ -59,8 +61,10 @@ class Rank:
             end_attempt(run_dir, attempt, explain_end(log_dir(run_dir, attempt), status), limits=None)
 
     def _watch(self, run_dir: Path, attempt: int, environment: RankEnvironment, train: TrainConfig) -> None:
+        logs = log_dir(run_dir, attempt)
+        self._library_warnings.write_to(warnings_file(logs, environment.rank))
         self.watchdog.watch(
-            log_dir(run_dir, attempt),
+            logs,
             environment.rank,
             environment.world_size,
             hang_seconds=train.hang_seconds,

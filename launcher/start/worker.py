@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 
 from biroute.configs.errors import (
@@ -20,6 +19,7 @@ from biroute.configs.errors import (
     UsageError,
 )
 from biroute.launcher.ranks.stop_signal import StopRequest
+from biroute.launcher.start.library_warnings import LibraryWarnings
 
 _PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its parent dies
 
@@ -50,22 +50,14 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
 
 def train_rank(config_path: str, overrides: list[str]) -> int:
     """Train as one rank among those that the environment describes; the exit status."""
-    ignore_library_warnings()
+    library_warnings = LibraryWarnings()
     stop = StopRequest()  # before the slow imports: a signal during them must not kill the rank
     from biroute.launcher.start.rank import Rank
 
-    rank = Rank(stop)
+    rank = Rank(stop, library_warnings)
     status = exit_status_of(lambda: rank.train(config_path, overrides), rank.watchdog.failed)
     rank.close(status)
     return status
-
-
-def ignore_library_warnings() -> None:
-    """Deprecations inside our dependencies and optional kernels that Megatron-core misses are no user's business."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed)\..*")
 
 
 def main() -> None:

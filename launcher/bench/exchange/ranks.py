@@ -17,7 +17,7 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
-from biroute.launcher.start.worker import ignore_library_warnings
+from biroute.launcher.start.library_warnings import ignore_library_warnings
 from biroute.model.language_model import loss_function, plan_layers
 from biroute.parallel.checkpoint.weights import load_weights, read_weights
 from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard

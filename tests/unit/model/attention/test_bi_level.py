@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biroute.model.attention import partial, reference, routing
+from biroute.model.attention import partial, reference, routing, tiles
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.flex import route_block_mask
 from biroute.model.attention.masked import prefers_mask
@@ -432,3 +432,39 @@ def test_compiled_flex_attention_equals_the_reference() -> None:
     out = bi_level_attention(q, k, v, index, path="flex", **sizes)
     expected = reference.bi_level_attention(q, k, v, index, **sizes)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [*PATHS, "masked"])
+def test_a_later_region_in_a_causal_route_is_not_seen(path: str) -> None:
+    """A route that names the future computes what it computes without it: values and gradients."""
+    q, k, v = (torch.randn(1, heads, 24, 8, requires_grad=True) for heads in (2, 1, 1))
+    own = torch.arange(24) // 8
+    legal = torch.stack((own, torch.full_like(own, -1)), -1)[None, None]
+    illegal = torch.stack((own, torch.where(own < 2, own + 1, -1)), -1)[None, None]
+    sizes = {"region_size": 8, "query_block_size": 1, "causal": True, "path": path}
+    results = []
+    for route in (legal, illegal):
+        out = bi_level_attention(q, k, v, route, **sizes)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_powers_of_two_have_the_same_bits_however_many_there_are() -> None:
+    for rows, keys in ((1, 3), (2, 5), (3, 16), (4, 16), (7, 9), (8, 64)):
+        exponents = torch.randn(9, rows, keys) * 5
+        whole = tiles.powers_(exponents.clone())
+        for count in range(1, 10):
+            assert torch.equal(tiles.powers_(exponents[:count].clone()), whole[:count]), (rows, keys, count)
+        torch.testing.assert_close(whole, exponents.double().exp2().float(), rtol=1e-6, atol=0)
+
+
+def test_padding_of_tiles_lends_no_block_its_maximum() -> None:
+    """Padding stands for block 0. If its maximum counted, block 0 would be scaled by keys that it does not see."""
+    q, k, v = torch.randn(1, 1, 12, 8), torch.randn(1, 1, 12, 8) * 0.1, torch.randn(1, 1, 12, 8)
+    k[0, 0, 8:] = q[0, 0, 0] * 1000  # the last region would dwarf everything for query 0, which does not route to it
+    route = torch.tensor([[0, -1], [2, -1], [0, 2]]).repeat_interleave(4, 0)[None, None]
+    sizes = {"region_size": 4, "query_block_size": 1, "causal": False}
+    expected = reference.bi_level_attention(q, k, v, route, **sizes)
+    found = bi_level_attention(q, k, v, route, path="region_major", **sizes)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)

@@ -200,6 +200,9 @@ def test_local_route() -> None:
     assert centred[0, 0, 13].tolist() == [5, 6, 7]
     assert centred[0, 0, 19].tolist() == [7, 8, 9]
     assert sliding_window_route(**size, topk=12, causal=False)[0, 0, 5].tolist() == [*range(10), -1, -1]
+    even = sliding_window_route(**size, topk=4, causal=False)
+    assert even[0, 0, 13].tolist() == [4, 5, 6, 7]  # own region 6: one more before than after
+    assert even[0, 0, 0].tolist() == [0, 1, 2, 3]
     shard = sliding_window_route(
         **(size | {"num_tokens": 20}), topk=3, causal=False, first_token=20, sequence_length=40
     )
@@ -221,3 +224,34 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     kwargs = {"region_size": 4, "query_block_size": 2, "topk": 3, "causal": True} | change
     with pytest.raises(ValueError, match=message):
         route_regions(torch.randn(1, 1, 16, 4), torch.randn(1, 1, 16, 4), **kwargs)
+
+
+def test_a_descriptor_is_the_exact_mean_rounded_once() -> None:
+    """Summed in fp64: in fp32 the small key between two large ones would be lost, and the memory layout would count."""
+    k = torch.zeros(1, 1, 4, 3)
+    k[0, 0, :, 0] = torch.tensor([1e8, 1.0, -1e8, 1.0])
+    assert key_descriptors(k, 4)[0, 0, 0, 0] == 0.5
+    assert query_descriptors(k, 1, 4, False)[0, 0, 0, 0] == 0.5
+    k = torch.randn(2, 2, 256, 7)
+    exact = k.double().unflatten(2, (4, 64)).mean(3).float()
+    assert torch.equal(key_descriptors(k, 64), exact)
+    assert torch.equal(key_descriptors(k.transpose(1, 2).contiguous().transpose(1, 2), 64), exact)
+
+
+@pytest.mark.parametrize("field", ["causal", "force_own", "force_previous", "attention_sink", "topk"])
+def test_every_rule_changes_the_route(field: str) -> None:
+    """Against the reference with the same field, and unlike the route without it."""
+    base = {"region_size": 4, "query_block_size": 1, "topk": 4, "causal": False, "force_own": False,
+            "force_previous": False, "attention_sink": False}  # fmt: skip
+    changed = base | (
+        {"causal": True, "force_own": True}
+        if field == "causal"
+        else {"topk": 5}
+        if field == "topk"
+        else {field: True}
+    )
+    q, k = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8)
+    route = route_regions(q, k, **changed)
+    assert torch.equal(route, reference.route_regions(q, k, **changed))
+    before = route_regions(q, k, **base)
+    assert route.shape != before.shape or not torch.equal(route, before)

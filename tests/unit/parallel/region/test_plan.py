@@ -105,3 +105,28 @@ def test_slots_name_what_was_chosen() -> None:
 def test_ranks_must_divide_the_regions() -> None:
     with pytest.raises(ValueError, match="5 ranks do not divide the 12 regions"):
         RegionLayout(12, 4, 5)
+
+
+def test_regions_are_fetched_where_both_ways_cost_the_same() -> None:
+    """Region 0 is chosen by as many blocks as make shipping as dear as fetching it, then by one fewer."""
+    layout = RegionLayout(4, 4, 2)
+    costs = ExchangeCosts(region=60, queries=10, results=10)
+    for blocks, ship in ((3, False), (2, True)):
+        route = torch.full((1, 1, 8, 2), -1)
+        route[0, 0, :, 0] = 3
+        route[0, 0, :blocks] = torch.tensor([0, 3])
+        plan = plan_exchange(route, layout, 1, costs)
+        assert plan.transfers.ship.tolist() == [ship], blocks
+
+
+def test_the_bound_counts_the_ranks_that_a_query_can_reach() -> None:
+    """By hand: rank 1 of 4 sees one other rank, so a block ships to one at most, whatever its topk."""
+    costs = ExchangeCosts(region=1000, queries=10, results=5)
+    layout = RegionLayout(16, 4, 4)
+    bound = Baselines.of(layout, 1, costs, groups=2, blocks=16, topk=9, causal=True)
+    assert bound == Baselines(causal_fetch=1 * 2 * 4 * 1000, ring=3 * 2 * 4 * 1000, bound=2 * 16 * 1 * 15)
+    last = Baselines.of(layout, 3, costs, groups=2, blocks=16, topk=3, causal=True)
+    assert last.bound == 2 * 16 * 2 * 15  # three ranks before it, but two regions besides the own one
+    both_sides = Baselines.of(layout, 1, costs, groups=2, blocks=16, topk=2, causal=False)
+    assert both_sides.bound == 2 * 16 * 2 * 15
+    assert Baselines.of(layout, 1, costs, groups=2, blocks=4000, topk=9, causal=True).bound == 8000  # fetching all

@@ -1,0 +1,65 @@
+"""Keeps what libraries print off the terminal: known noise is dropped, real warnings go to the attempt's logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def silence_known_noise() -> None:
+    """Drop what is no user's business; call before torch is imported."""
+    # Kineto announces every start and stop of the profiler at a level that nothing but this number is above.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # "No CUDA runtime is found", where CUDA_HOME is set on a machine without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of Megatron-core's own
+
+
+def ignore_library_warnings() -> None:
+    """For benchmarks: drop the known noise and every warning of a library."""
+    silence_known_noise()
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed)\..*")
+
+
+class LibraryWarnings:
+    """Takes every warning of this process from now on; writes them to a file as soon as there is one."""
+
+    def __init__(self) -> None:
+        silence_known_noise()
+        self._path: Path | None = None
+        self._waiting: list[str] = []
+        warnings.showwarning = self._take
+
+    def write_to(self, path: Path) -> None:
+        """Append to `path` what has come and what will; nothing is made if nothing comes."""
+        self._path = path
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            self._write(text)
+
+    def _take(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        self._write(warnings.formatwarning(message, category, filename, lineno))
+
+    def _write(self, text: str) -> None:
+        if self._path is None:
+            self._waiting.append(text)
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:  # a full disk must not turn a warning into an error
+            return
