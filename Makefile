@@ -56,6 +56,7 @@ ui: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m biroute.configs.reference > docs/configuration.md
+	$(BIN)/python docs/draw_packages.py
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info data/demo runs

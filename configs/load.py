@@ -33,7 +33,7 @@ def parse_yaml(text: str) -> Any:
     """Plain values from YAML text.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: not valid YAML.
     """
     return yaml.load(text, _Loader)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Union
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -42,22 +44,33 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
         yield from _section(f"{name}.", nested)
 
 
+_NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
+
+
 def _type(field: FieldInfo) -> str:
-    annotation: Any = field.annotation
-    if typing.get_origin(annotation) is Union:  # an optional field
-        annotation = next(inner for inner in typing.get_args(annotation) if inner is not type(None))
-    limits = list(field.metadata)
-    if typing.get_origin(annotation) is Annotated:
-        annotation, *inner_limits = typing.get_args(annotation)
-        limits += inner_limits
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    for long, short in (("typing.", ""), ("pathlib.", ""), ("Literal", "one of "), (" | None", "")):
-        name = name.replace(long, short)
-    for limit in limits:
-        for sign, attribute in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le")):
-            if hasattr(limit, attribute):
-                name += f" {sign} {getattr(limit, attribute)}"
-    return name.replace("|", "\\|")
+    text = _words(field.annotation, list(field.metadata))
+    return text.replace("|", "\\|")
+
+
+def _words(annotation: Any, limits: list[Any]) -> str:
+    """What values a field takes, in words for people who write YAML."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):  # an optional field
+        return _words(next(inner for inner in arguments if inner is not type(None)), limits)
+    if origin is Annotated:
+        return _words(arguments[0], [*limits, *arguments[1:]])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is tuple:
+        return f"list of {_words(arguments[0], [])}s"
+    name = "path" if issubclass(annotation, Path) else _NAMES[annotation]
+    bounds = [
+        f" {sign} {getattr(limit, attribute)}"
+        for limit in limits
+        for sign, attribute in ((">", "gt"), ("≥", "ge"), ("<", "lt"), ("≤", "le"))
+        if hasattr(limit, attribute)
+    ]
+    return name + "".join(bounds)
 
 
 def _default(field: FieldInfo) -> str:

@@ -80,13 +80,14 @@ class ModelConfig(Section):
     sequence_length: PositiveInt = Field(1024, description="tokens per sequence (S)")
     vocab_multiple: PositiveInt = Field(128, description="the vocabulary is padded up to a multiple of this")
     objective: Literal["causal", "mlm"] = Field(
-        "causal", description="causal: predict the next token; masked: bidirectional, predict masked tokens"
+        "causal",
+        description="causal: predict the next token; mlm: bidirectional, predict masked tokens",
     )
-    mask_fraction: Fraction = Field(0.15, description="share of the tokens that objective=mlm hides")
+    mask_fraction: Fraction = Field(0.15, description="fraction of the tokens that objective=mlm hides")
     qk_norm: bool = Field(False, description="RMSNorm on the queries and keys of each head")
     key_smear: bool = Field(
         True,
-        description="add a learnable share of the key before to each key, element by element (at first 0.5), in all "
+        description="add a learned fraction of the key before to each key, element by element (at first 0.5), in all "
         "layers: what followed a token is then found by one layer, and routed to",
     )
     tied_embeddings: bool = Field(True, description="the head uses the embedding's weight")
@@ -194,7 +195,7 @@ class SourceConfig(Section):
         min_length=1, description="files or globs: .txt (one document a file), .jsonl; each also .gz or .zst"
     )
     weight: float | None = Field(
-        None, gt=0, description="share in training, relative; empty: by its number of tokens"
+        None, gt=0, description="weight in training, relative; empty: by its number of tokens"
     )
     text_field: str = Field("text", description="field of a .jsonl line that holds the document")
 
@@ -209,7 +210,7 @@ class TokenizerConfig(Section):
         0.985,
         ge=0.98,  # below, SentencePiece refuses
         le=1.0,
-        description="share of characters with a piece of their own; the rest goes to bytes",
+        description="fraction of the characters with a piece of their own; the rest goes to bytes",
     )
     training_bytes: PositiveInt = Field(20_000_000, description="bytes of text to train on, drawn over all sources")
 
@@ -220,7 +221,7 @@ class DataConfig(Section):
     dir: Path = Field(Path("data/dataset"), description="folder of the built dataset")
     sources: tuple[SourceConfig, ...] = Field((), description="where the documents come from")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the tokenizer")
-    heldout_fraction: Fraction = Field(0.01, description="share of the documents kept out of training")
+    heldout_fraction: Fraction = Field(0.01, description="fraction of the documents kept out of training")
     min_document_bytes: PositiveInt = Field(1, description="shorter documents are skipped and counted")
     max_document_bytes: int = Field(1_000_000, ge=16, description="longer documents are cut into parts of this size")
     tokens_per_sample: PositiveInt = Field(65_536, description="tokens in one WebDataset sample")
@@ -268,7 +269,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch, precision and rhythm of a run."""
+    """Length, batch, precision and intervals of a run."""
 
     run_dir: Path = Field(Path("runs/default"), description="folder of the run: config, logs, checkpoints, metrics")
     steps: PositiveInt = Field(1000, description="optimizer steps")
@@ -283,7 +284,7 @@ class TrainConfig(Section):
     seed: int = Field(0, description="seed of the initial weights and of masking")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     threads_per_rank: int = Field(
-        0, ge=0, description="CPU threads of each rank; 0: OMP_NUM_THREADS, or the cores shared out"
+        0, ge=0, description="CPU threads of each rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks"
     )
     log_every: PositiveInt = Field(10, description="steps between log lines and metric points")
     evaluate_every: int = Field(
@@ -311,7 +312,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    enabled: bool = Field(True, description="send metrics to MLflow; the local metrics_log is written in any case")
+    enabled: bool = Field(True, description="send metrics to MLflow; the metrics log on disk is written in any case")
     uri: str = Field("", description="MLflow tracking URI; empty: sqlite file mlflow.db beside the run folder")
     experiment: str = Field("biroute", min_length=1, description="MLflow experiment")
     run_name: str = Field("", description="MLflow run name; empty: the name of the run folder")
@@ -340,7 +341,8 @@ class SlurmConfig(Section):
     )
     nodes: PositiveInt = Field(1, description="nodes to train on")
     ranks_per_node: PositiveInt | None = Field(
-        None, description="ranks on each node; empty: the profile's GPUs per node, or the layout's ranks shared out"
+        None,
+        description="ranks on each node; empty: the profile's GPUs per node, or the layout's divided by the nodes",
     )
     time_limit: SlurmTime | None = Field(
         None, description="limit of one job, as sbatch takes it (24:00:00, 2-0, minutes); empty: the profile's"

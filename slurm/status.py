@@ -75,7 +75,7 @@ def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancel
     if last is not None and last.ended is not None and (last.decision == "finished" or last.status == EXIT_OK):
         return "finished", ""
     if cancelled:
-        return "cancelled", "`biroute resume` goes on with it"
+        return "cancelled", "`biroute resume` continues it"
     if live is None and (last is None or last.ended is None or last.decision == "requeue"):
         return "unknown", "Slurm does not answer here"
     if last is None:
@@ -83,9 +83,9 @@ def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancel
     if last.ended is None:
         if last.job is None:
             return "running", "started without Slurm, so whether it still runs is not known"
-        return "lost", "its job is gone without a word; `biroute resume` goes on with it"
+        return "lost", "its job disappeared without recording an end; `biroute resume` continues it"
     if last.decision == "requeue":
-        return "lost", "it was to be queued again and is not; `biroute resume` goes on with it"
+        return "lost", "it was to be queued again and is not; `biroute resume` continues it"
     return "stopped", last.cause
 
 

@@ -31,7 +31,7 @@ _REMEDY = "remove it and run `biroute data build` to make it again"
 def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None = None) -> Manifest:
     """Check the dataset in `folder` and return its manifest.
 
-    Cheap: the manifest is sound, the tokenizer is the one of the shards, every shard is there, of the right size and
+    Cheap: the manifest is intact, the tokenizer is the one of the shards, every shard is there, of the right size and
     begins with the right sample, and no other tar lies among them. Deep, reading every byte: SHA-256, then each
     sample through webdataset itself, counting tokens, documents and bytes.
 
@@ -82,7 +82,7 @@ def _check_no_others(folder: Path, manifest: Manifest) -> None:
     found = set(folder.glob("*/*.tar")) | set(folder.glob("*.tar"))
     others = sorted(found - listed)
     if others:
-        raise UsageError(f"{others[0]}: a foreign shard that {MANIFEST_NAME} does not list; remove it")
+        raise UsageError(f"{others[0]}: an unknown shard that {MANIFEST_NAME} does not list; remove it")
 
 
 def _verify_deep(folder: Path, manifest: Manifest, tokenizer: Tokenizer, progress: Progress) -> None:
@@ -119,7 +119,7 @@ def _check_samples(
     path = folder / shard.file
     prefix, _, digits = first_key.rpartition("-")
     samples = tokens = documents = text_bytes = 0
-    # Undecoded: decoding would unpickle what a foreign shard may hold.
+    # Undecoded: decoding would unpickle what an unknown shard may hold.
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
         expected = f"{prefix}-{int(digits) + samples:09d}"
         if sample["__key__"] != expected:

@@ -68,7 +68,7 @@ def choose_positions(length: int, count: int, key: np.ndarray) -> np.ndarray:
 
 
 def apportion(weights: Sequence[float], slots: int) -> list[int]:
-    """`slots` shared out by weight with the largest remainders, at least one for each.
+    """`slots` split among weight with the largest remainders, at least one for each.
 
     Raises:
         ValueError: fewer slots than weights.

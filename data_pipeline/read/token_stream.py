@@ -92,7 +92,7 @@ def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
     size = os.fstat(file.fileno()).st_size
     if size != shard.size_bytes:
         file.close()
-        what = "is empty" if size == 0 else "is truncated" if size < shard.size_bytes else "is a foreign file"
+        what = "is empty" if size == 0 else "is truncated" if size < shard.size_bytes else "is an unknown file"
         raise UsageError(f"{path}: the shard {what}: {size} bytes instead of {shard.size_bytes}; {remedy}")
     return file
 
@@ -101,13 +101,13 @@ def check_header(file: BinaryIO, path: Path, first_key: str) -> None:
     """Does the shard begin with the sample that it should?
 
     Raises:
-        UsageError: it does not: a foreign shard.
+        UsageError: it does not: an unknown shard.
     """
     expected = first_key + ".json"
     file.seek(0)
     found = file.read(_TAR_BLOCK)[:100].rstrip(b"\0").decode("utf-8", errors="replace")
     if found != expected:
         raise UsageError(
-            f"{path}: a foreign shard: it begins with {found[:60]!r} instead of {expected!r}; remove it and run "
+            f"{path}: an unknown shard: it begins with {found[:60]!r} instead of {expected!r}; remove it and run "
             "`biroute data build` to make it again"
         )

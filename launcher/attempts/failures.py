@@ -8,7 +8,7 @@
         stopped.json                training stopped because it was asked to, state saved
 
 A rank that dies takes its peers along: within milliseconds they fail because their connection to it closed. So the
-cause is the earliest failure that isn't such a consequence; if all are, it's a rank that left no word.
+cause is the earliest failure that isn't such a consequence; if all are, it's a rank that recorded nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RecordType = TypeVar("_RecordType")
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a rank. `kind`: a bug, a user's fault, a lost connection to another rank, a hang."""
+    """What ended a rank. `kind`: a bug, a usage error, a lost connection to another rank, a hang."""
 
     rank: int
     host: str
@@ -230,7 +230,7 @@ def _without_a_word(logs: Path, status: int, first: Failure | None) -> str:
     if not silent:
         return f"it {ending(status)} before any rank said where it was"
     last = f"last seen at step {max(heartbeat.step for heartbeat in silent)}"
-    killed = f"{name_ranks(silent)} ended without a word, as SIGKILL or a lost node do ({last}"
+    killed = f"{name_ranks(silent)} ended without recording anything, as SIGKILL or a lost node do ({last}"
     if first is None:
         return f"{killed}); the job {ending(status)}"
     return f"{killed}); the others lost their connection to it"

@@ -1,7 +1,7 @@
 """The attempts of a run: who owns the run folder, how each attempt ended, and whether another one follows. No torch.
 
     <run>/attempts.jsonl           one line when an attempt begins, one when it ends; only ever appended to
-    <run>/attempt                  the fencing_token: number of the attempt that owns the folder
+    <run>/attempt                  the fencing token: number of the attempt that owns the folder
     <run>/logs/attempt-0001/       what its ranks wrote
 
 A rank on a node that the scheduler has given up may train on for minutes while the next attempt runs elsewhere. It
@@ -107,7 +107,7 @@ def given_attempt() -> int | None:
     """The attempt that this rank's launcher has begun; None if it knows of none, as torchrun doesn't.
 
     Raises:
-        UsageError: the variable is no number.
+        UsageError: the variable is not a number.
     """
     text = os.environ.get(ATTEMPT_VARIABLE, "")
     if text and not text.isdecimal():
@@ -143,11 +143,11 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
     if end.status == EXIT_OK:
         return "finished", "the run is at its last step"
     if cancelled:
-        return "stop", "the run was cancelled; `biroute resume` goes on with it"
+        return "stop", "the run was cancelled; `biroute resume` continues it"
     if end.status == EXIT_USAGE_ERROR:
         return "stop", f"{end.cause}; put it right, then `biroute resume`"
     if not limits.requeue:
-        return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on"
+        return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` continues it"
     if end.status == EXIT_STOPPED or not end.crash:
         return "requeue", f"{end.cause}; the next attempt goes on from there"
     crashes = [attempt for attempt in earlier if attempt.crash]

@@ -104,7 +104,7 @@ class Watchdog:
         self.reached("closing")
 
     def failed(self, error: Exception) -> None:
-        """Leave word of the exception that ends this rank."""
+        """Record the exception that ends this rank."""
         self.close()
         if self._logs is not None:
             self._write_heartbeat()

@@ -42,7 +42,7 @@ def attention(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Time and memory of routed attention beside dense attention, forward and backward; whole training steps.
+    """Time and memory of routed attention compared with dense attention, forward and backward; whole training steps.
 
     Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
     """
@@ -73,7 +73,7 @@ def recall(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Associative recall by distance: what each kind of route finds, beside dense and a random route.
+    """Associative recall by distance: what each kind of route finds, compared with dense and a random route.
 
     Example: biroute bench recall --seeds 2 --out docs/benchmarks
     """

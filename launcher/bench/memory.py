@@ -111,7 +111,7 @@ def write_memory(answer: Mapping[str, Any], folder: Path) -> list[Path]:
         "# Memory: one sequence shared by several ranks\n\n"
         "Made by `biroute bench memory`; do not edit.\n\n"
         f"`biroute train` itself: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
-        f"{model['num_heads']} query heads in {model['num_kv_heads']} KV groups, a vocabulary of "
+        f"{model['num_heads']} query heads in {model['num_kv_heads']} key/value heads, a vocabulary of "
         f"{settings['vocab_size']:,}; sequences of {model['sequence_length']:,} tokens, "
         f"{settings['microbatch_size']} at a time, {settings['precision']}, ZeRO {settings['zero_stage']}. The peak "
         "is the largest resident set of any rank, Python and libraries (which ranks share) included."

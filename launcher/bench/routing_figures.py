@@ -1,6 +1,6 @@
 """Pictures of docs/routing.md: a route map, the leak of a mean query, and what region sizes cost.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, L region size, R regions, N query blocks.
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, N query blocks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def draw_pictures(folder: Path, steps: int) -> dict[str, Any]:
 def draw_route_map(path: Path, steps: int) -> dict[str, float]:
     """Draw the routes of both layers of a model trained on recall for one sequence; shares of questions answered.
 
-    The shares: how many questions had the region with the answer in their route, by layer, in either KV group.
+    The shares: how many questions had the region with the answer in their route, by layer, in either key/value head.
     """
     variant, settings = VARIANTS["token-4x8-parts4"], RecallSettings(steps=steps)
     model = train_variant(variant, 0, settings)

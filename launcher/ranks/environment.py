@@ -41,7 +41,7 @@ def find_rank_environment(environment: Mapping[str, str] = os.environ) -> RankEn
     """The place that the environment describes.
 
     Raises:
-        UsageError: a variable is missing, is no number, or contradicts another.
+        UsageError: a variable is missing, is not a number, or contradicts another.
     """
     if "RANK" not in environment and _under_srun(environment):
         return _slurm_rank_environment(environment)

@@ -12,7 +12,7 @@ from biroute.configs.errors import FencedError, StoppedError
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.ranks.stop_signal import StopRequest
 
-_FENCE_SECONDS = 1.0  # between two looks at the fencing_token, a small file on a shared disk
+_FENCE_SECONDS = 1.0  # between two looks at the fencing token, a small file on a shared disk
 _GO_ON, _FENCED = 0, 1000  # in between: the number of a signal
 
 

@@ -71,4 +71,4 @@ def _end_on_signal(reader: int, note: Callable[[str], None]) -> None:
 
 
 def _ended(name: str) -> str:
-    return f"stopped by {name} before training began; nothing is lost: run the same command again to go on"
+    return f"stopped by {name} before training began; nothing is lost: run the same command again to resume"

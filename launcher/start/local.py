@@ -112,7 +112,7 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """The rank to name of those that have failed by now, or None.
 
     A failing rank takes its peers along within milliseconds, when their connections to it close: so one that a
-    signal killed or that gave a user's error is the cause, and one with a mere exception may be the consequence.
+    signal killed or that gave a usage error is the cause, and one with a mere exception may be the consequence.
     """
     if all(rank.poll() in (None, EXIT_OK) for rank in ranks):
         return None

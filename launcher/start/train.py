@@ -56,7 +56,7 @@ def _run_attempt(config: RunConfig, world_size: int) -> int:
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)
     if end.crash and fencing_token.holds():
-        print(f"attempt {attempt} ended: {end.cause}; run the same command again to go on", file=sys.stderr)
+        print(f"attempt {attempt} ended: {end.cause}; run the same command again to resume", file=sys.stderr)
         close_after_crash(fencing_token)
     return status
 

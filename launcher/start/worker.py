@@ -25,9 +25,9 @@ _PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its pare
 
 
 def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
-    """Run `action` and turn how it ends into an exit status, with one line for a user's fault.
+    """Run `action` and turn how it ends into an exit status, with one line for a usage error.
 
-    `failed` is told of an error that is neither a stop nor the fencing_token.
+    `failed` is told of an error that is neither a stop nor the fencing token.
     """
     try:
         action()

@@ -32,7 +32,7 @@ class ProgressLine:
     def __init__(self, total_steps: int, *, log_every: int = 1, stream: TextIO | None = None) -> None:
         """`stream`: standard output by default; a live line is drawn if it is a terminal.
 
-        `log_every`: steps between plain lines, where it is none.
+        `log_every`: steps between plain lines, where it is not one.
         """
         self._total_steps = total_steps
         self._log_every = log_every

@@ -58,10 +58,10 @@ def open_tracker(
 ) -> Tracker:
     """Open the record of a run, on rank 0; `tags` are the caller's (world size), the rest is found out.
 
-    With a `fencing_token`, nothing is written or sent once another attempt owns the folder.
+    With a fencing token, nothing is written or sent once another attempt owns the folder.
 
     `notify` gets the few lines meant for people (server lost, server back), also from another thread; by
-    default they go to the log. With `tracking.enabled=false` only the metrics_log is written. The first call in a
+    default they go to the log. With `tracking.enabled=false` only the metrics log is written. The first call in a
     process takes some seconds, for importing mlflow and making a new SQLite file; no server is waited for.
 
     Raises:

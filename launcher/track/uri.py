@@ -20,7 +20,7 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
     """The MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the folder that holds the run's.
 
     Raises:
-        UsageError: malformed URI, unsupported scheme, or an SQLite file that is none.
+        UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
     """
     uri = config.tracking.uri or f"sqlite:///{run_dir.absolute().parent / DATABASE_NAME}"
     check_uri(uri)
@@ -31,7 +31,7 @@ def check_uri(uri: str, field: str = "tracking.uri") -> None:
     """Refuse a URI that could never work; whether a server answers is not asked.
 
     Raises:
-        UsageError: malformed URI, unsupported scheme, or an SQLite file that is none.
+        UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
     """
     shown = f"{field}={without_password(uri)}"
     scheme, separator, _ = uri.partition("://")

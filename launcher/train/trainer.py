@@ -48,7 +48,7 @@ class Trainer:
     _saved_step: int = -1
 
     def resume(self, progress: TrainingProgress) -> None:
-        """Go on after a loaded checkpoint."""
+        """Resume after a loaded checkpoint."""
         self.step = self._saved_step = progress.step
         self._evaluation_pending = progress.evaluation_pending
         self.watchdog.resumed(progress.step)
@@ -66,7 +66,7 @@ class Trainer:
         if self._evaluation_pending:
             self._evaluate()
         elif self.step >= train.steps:
-            self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to go on")
+            self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to continue")
         while self.step < train.steps:
             self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
             # Before the step, as a rank that waits for data must be able to say no.
@@ -87,7 +87,7 @@ class Trainer:
         self._save()
         raise StoppedError(
             f"stopped by {self.stop_consensus.signal_name} after step {self.step}; the state is saved: "
-            "run the same command again to go on"
+            "run the same command again to resume"
         )
 
     def _train_one_step(self) -> None:

@@ -1,7 +1,7 @@
 """Level two over the own region and the one before it: the same for all tokens of a region, so without sorting.
 
 The queries of a region times its band of keys are one dense block; the keys of neighbouring bands overlap in memory
-and are never copied. Works on one KV group of one sequence, on the `Inputs` of `tiles.py`.
+and are never copied. Works on one key/value head of one sequence, on the `Inputs` of `tiles.py`.
 
 Legend: as in `tiles.py`; n regions of a chunk, w regions of a band (1: own; 2: previous and own), u query blocks of a
 region; L queries of a region and L keys of a region.

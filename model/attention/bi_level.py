@@ -1,7 +1,7 @@
 """Level two: softmax attention over the tokens of the routed regions, each exactly once; and its dense counterpart.
 
-How it is computed: `partial.py`. Legend: B batch, H query heads, G KV groups, S tokens, D head size, Lq query block
-size, N query blocks.
+How it is computed: `partial.py`. Legend: B batch, H query heads, G key/value heads, S tokens, D head size, Lq query
+block size, N query blocks.
 """
 
 from __future__ import annotations

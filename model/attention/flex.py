@@ -4,7 +4,7 @@ FlexAttention's blocks are larger than regions may be, so the mask lists every b
 `mask_mod` looks up the exact regions inside. Uncompiled FlexAttention ignores the listed blocks; on the CPU the
 compiled one has neither backward nor log-sum-exp. No speed is claimed for this path: it has not run on a GPU.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, R regions, Nq query blocks, F blocks of
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, R regions, Nq query blocks, F blocks of
 FlexAttention along queries or keys.
 """
 

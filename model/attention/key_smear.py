@@ -1,10 +1,10 @@
-"""Key smearing: every key takes in a learnable share of the key before it.
+"""Key smearing: every key takes in a learned fraction of the key before it.
 
 To find what followed an earlier occurrence of a token, a query has to meet that token in the key *after* it. Without
 smearing an earlier layer must first write it there; with it a lookup needs one layer, and the descriptor of a region
 knows the token that stands right before the region.
 
-Legend: B batch, G KV groups, S tokens, D head size.
+Legend: B batch, G key/value heads, S tokens, D head size.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Routed attention of short sequences: PyTorch's own attention under a mask of the routed tokens.
 
 Below about a thousand tokens many small products of gathered regions cost more than a few whole ones whose masked
-part is thrown away. One KV group of one sequence at a time, some query rows at a time, and the mask is built again in
-backward: no more memory than dense attention.
+part is thrown away. One key/value head of one sequence at a time, some query rows at a time, and the mask is built
+again in backward: no more memory than dense attention.
 
-Legend: B batch, H query heads, G KV groups, r heads of a group, S tokens, C query tokens of a chunk, K keys that they
-may see, D head size, R regions, N query blocks.
+Legend: B batch, H query heads, G key/value heads, r heads of a group, S tokens, C query tokens of a chunk, K keys
+that they may see, D head size, R regions, N query blocks.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(index_NT: Tensor, q: Tensor, grid: RegionGrid) -> Iterator[_Chunk]:
-    """The route of one KV group, cut into runs of whole regions."""
+    """The route of one key/value head, cut into runs of whole regions."""
     num_tokens, size = q.shape[2], grid.region_size
     step = size * -(-CHUNK_TOKENS // size)
     num_regions = num_tokens // size
@@ -116,7 +116,7 @@ def _chunks(index_NT: Tensor, q: Tensor, grid: RegionGrid) -> Iterator[_Chunk]:
 
 
 def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """(sequence, KV group, its query heads) of every pair."""
+    """(sequence, key/value head, its query heads) of every pair."""
     rep = q.shape[1] // k.shape[1]
     for b, g in product(range(k.shape[0]), range(k.shape[1])):
         yield b, g, slice(g * rep, (g + 1) * rep)

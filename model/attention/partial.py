@@ -4,13 +4,14 @@
 and `partial_attention_backward` takes the log-sum-exp and delta of the *whole* route. Queries and regions may be any
 number, so the same functions serve a rank's own regions, regions fetched from others and queries shipped by others.
 
-One KV group of one sequence after the other, in chunks, straight from and into the tensors as they lie. The route
-is cut into a dense band (`band.py`: the own region and the one before) and tiles (`tiles.py`: everything else). All
-weights of a query are taken relative to one level, the largest exponent in its band, so partial sums add up without
-rescaling; a row that would overflow gets its exact maximum instead. Backward recomputes the weights.
+One key/value head of one sequence after the other, in chunks, straight from and into the tensors as they lie. The
+route is cut into a dense band (`band.py`: the own region and the one before) and tiles (`tiles.py`: everything
+else). All weights of a query are taken relative to one level, the largest exponent in its band, so partial sums add
+up without rescaling; a row that would overflow gets its exact maximum instead. Backward recomputes the weights.
 
-Legend: B batch, H query heads, G KV groups, r heads of a group, S query tokens, Sk key tokens, D head size, L region
-size, X regions, Lq query block size, N query blocks, M tokens of a block, u blocks of a region, T slots of a route.
+Legend: B batch, H query heads, G key/value heads, r heads of a group, S query tokens, Sk key tokens, D head size, L
+region size, X regions, Lq query block size, N query blocks, M tokens of a block, u blocks of a region, T slots of a
+route.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _group_forward(
     lse_rS: Tensor,
     setting: _Setting,
 ) -> None:
-    """Write the output and the log-sum-exp of one KV group of one sequence."""
+    """Write the output and the log-sum-exp of one key/value head of one sequence."""
     grid, work, heads_at_once = setting
     plan = _plan(index_NT, k_SD, setting)
     k_XLD, v_XLD = (x.unflatten(0, (-1, grid.region_size)) for x in (k_SD, v_SD))
@@ -159,7 +160,7 @@ def partial_attention_backward(
 
 
 class _Backward(NamedTuple):
-    """What backward of one KV group of one sequence reads."""
+    """What backward of one key/value head of one sequence reads."""
 
     q: Tensor  # [rSD]
     dout: Tensor  # [rSD]
@@ -177,7 +178,7 @@ def _group_backward(
     dv_SD: Tensor,
     setting: _Setting,
 ) -> None:
-    """Write the gradients of one KV group of one sequence."""
+    """Write the gradients of one key/value head of one sequence."""
     grid, work, heads_at_once = setting
     plan = _plan(index_NT, given.k, setting)
     k_XLD, v_XLD, dk_XLD, dv_XLD = (x.unflatten(0, (-1, grid.region_size)) for x in (given.k, given.v, dk_SD, dv_SD))
@@ -228,7 +229,7 @@ def _setting(grid: RegionGrid, q: Tensor, k: Tensor, index: Tensor, *tensors: Te
 
 
 def _heads(q: Tensor, k: Tensor, group: int) -> slice:
-    """The query heads of a KV group."""
+    """The query heads of a key/value head."""
     rep = q.shape[1] // k.shape[1]
     return slice(group * rep, (group + 1) * rep)
 
@@ -246,7 +247,7 @@ def store(total: Tensor, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The route of one KV group, cut into a dense band and tiles."""
+    """The route of one key/value head, cut into a dense band and tiles."""
 
     band: Band | None
     tiles: list[Tiles]

@@ -1,7 +1,8 @@
-"""The slow twins of routing and attention: plain loops, a boolean mask, fp64. Obviously right, for tests only.
+"""The reference implementations of routing and attention: plain loops, a boolean mask, fp64. Obviously right, for
+tests only.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, L region size, R regions, Lq query block size,
-Nq query blocks.
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, Lq query block
+size, Nq query blocks.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 An index is int64 [B, G, Nq, topk]: the chosen regions of a query block in ascending order, then -1 for empty slots.
 So the last valid entry of a causal index is the own region, and the previous one, where it is routed, stands before.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, L region size, R regions, Lq query block size,
-E descriptors (n of each region), Nq query blocks, C query blocks of one chunk, T topk slots.
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, Lq query block
+size, E descriptors (n of each region), Nq query blocks, C query blocks of one chunk, T topk slots.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: boo
     """
     num_heads, num_tokens = q.shape[1:3]
     if num_heads % groups:
-        raise ValueError(f"{groups} KV groups do not divide {num_heads} query heads")
+        raise ValueError(f"{groups} key/value heads do not divide {num_heads} query heads")
     if num_tokens % query_block_size:
         raise ValueError(f"query_block_size={query_block_size} does not divide the {num_tokens} tokens")
     q_BGrNLD = q.detach().unflatten(1, (groups, -1)).unflatten(3, (-1, query_block_size))
@@ -134,7 +134,7 @@ def route_query_blocks(
     q [B, H, S', D] are the tokens from `first_token` on, key_descriptors_BGED [B, G, R * n, D] those of the whole
     sequence, n for each region: the affinity of a region is that of its nearest descriptor.
     -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_kv_head` is the number of
-    the first KV group here (only the random router asks). Raises ValueError for a start inside a block.
+    the first key/value head here (only the random router asks). Raises ValueError for a start inside a block.
     """
     lq = rule.query_block_size
     if first_token % lq or q.shape[2] % lq:

@@ -1,6 +1,6 @@
 """Dense attention of the last tokens of a sequence over all of it: what one rank of a sharded sequence computes.
 
-Legend: B batch, H query heads, G KV groups, r heads of a group, S' query tokens, K key tokens, D head size.
+Legend: B batch, H query heads, G key/value heads, r heads of a group, S' query tokens, K key tokens, D head size.
 """
 
 from __future__ import annotations

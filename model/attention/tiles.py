@@ -9,7 +9,7 @@ The two fast paths are two ways to cut the same (query block, region) pairs into
 
 No tile holds a masked pair: the own region and the one before it are not routed through tiles (see `band.py`).
 The heads of a group share their tiles: head h of block i is item h * N + i of the tables. Everything here works on
-one KV group of one sequence and reads the tensors where they lie. Weights are powers of 2.
+one key/value head of one sequence and reads the tensors where they lie. Weights are powers of 2.
 
 Legend: r heads of a group, N query blocks, Q = r * N items, M tokens of a block, X regions, L region size, D head
 size, n tiles of a chunk, T query blocks of a tile (of all heads, once spread), c regions of a tile, P (block, region)
@@ -144,7 +144,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One KV group of one sequence. Weights are 2 ** (scale * log2 e * q k - level)."""
+    """One key/value head of one sequence. Weights are 2 ** (scale * log2 e * q k - level)."""
 
     q: Tensor  # [r, N, M, D]
     k: Tensor  # [X, L, D]

@@ -1,4 +1,4 @@
-"""Bytes that the region ranks moved, by layer and kind, beside what other means would have moved."""
+"""Bytes that the region ranks moved, by layer and kind, compared with what other means would have moved."""
 
 from __future__ import annotations
 

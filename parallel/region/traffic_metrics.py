@@ -1,4 +1,6 @@
-"""The exchange of a run as metrics: bytes of the mean and the worst rank beside what other means would move."""
+"""The exchange of a run as metrics: bytes of the mean and the worst rank compared with what other means would
+move.
+"""
 
 from __future__ import annotations
 

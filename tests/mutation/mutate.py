@@ -3,7 +3,8 @@
     python tests/mutation/mutate.py [--count 60] [--seed 0] [--only model/attention] [--out table.md]
 
 Each mistake is made in a copy of the tree; the tests of that module run on the copy until the first failure. What
-survives is either a gap in the tests or no mistake at all; docs/testing.md lists the last run and explains the latter.
+survives is either a gap in the tests or no mistake at all; docs/testing.md lists the last run and explains the
+latter.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.job import until
 
 from biroute.launcher.attempts.journal import read_attempts
 
@@ -124,6 +127,36 @@ def test_signal_saves_and_the_same_command_goes_on(
         assert run.data.tags[f"attempt.{attempt:04d}"] == f"{cause} ({socket.gethostname()})"
 
 
+def test_ctrl_c_saves_and_an_edit_of_the_file_changes_no_running_attempt(
+    config_file: Path, run_dir: Path, command: Command
+) -> None:
+    """Ctrl-C reaches the whole process group of the terminal: the launcher and rank 0."""
+    overrides = ["parallel.data=2", "train.steps=400", "checkpoint.every_steps=0", "train.evaluate_every=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "biroute.launcher.cli.main", "train", str(config_file), *overrides],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    frozen = run_dir / "logs" / "attempt-0001" / "config.yaml"
+    until(frozen.exists)
+    text = config_file.read_text()
+    config_file.write_text(text.replace("hidden_size: 32", "hidden_size: 64"))  # before the ranks have read anything
+    try:
+        wait_for_step(run_dir, 3, process)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, (out, err)
+    assert "the state is saved: run the same command again" in err
+    assert "Traceback" not in err
+    config_file.write_text(text)
+    stopped = training_steps(run_dir)[-1]
+    answer = command("train", config_file, "parallel.data=2", f"train.steps={stopped + 1}")
+    assert answer.status == 0, answer.err  # the same model: it never saw the other size
+    assert f"resumed after step {stopped}" in answer.out
+
+
 def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: Path, start: Any) -> None:
     process = start("parallel.data=2", "train.steps=100000", "train.evaluate_every=0")
     wait_for_step(run_dir, 2, process)
@@ -135,7 +168,7 @@ def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: P
     assert "rank 1 ended by SIGKILL" in err
     (attempt,) = read_attempts(run_dir)
     assert attempt.crash
-    assert attempt.cause.startswith(f"rank 1 on {socket.gethostname()} ended without a word")
+    assert attempt.cause.startswith(f"rank 1 on {socket.gethostname()} ended without recording anything")
     run, _ = only_run(run_dir)
     assert run.info.status == "FAILED", "although no rank was left to say so"
     assert attempt.cause in run.data.tags["attempt.0001"]

@@ -1,4 +1,4 @@
-"""`biroute bench attention`: time and memory of routed attention beside dense attention, forward and backward.
+"""`biroute bench attention`: time and memory of routed attention compared with dense attention, forward and backward.
 
 Dense and routed runs alternate, so that both see the same machine; each figure is the median of its repeats. Routing
 is part of the routed time. With one thread the clock is this process's CPU time: other processes stretch it little.
@@ -56,7 +56,7 @@ class Setting:
 
 TARGETS = (
     Setting("one route per region", 16_384, 64, 8, 64, target=13.0),
-    Setting("one route per region, 8 KV groups", 16_384, 64, 8, 64, num_kv_heads=8, target=9.0),
+    Setting("one route per region, 8 key/value heads", 16_384, 64, 8, 64, num_kv_heads=8, target=9.0),
     Setting("one route per 8 tokens", 16_384, 64, 8, 8, target=8.0),
     Setting("one route per token", 16_384, 64, 8, 1, target=6.0),
     Setting("the same, 32 descriptors", 16_384, 64, 8, 1, descriptors_per_region=32, target=6.0),

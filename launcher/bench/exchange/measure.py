@@ -1,8 +1,8 @@
 """`biroute bench exchange`: bytes between the ranks that share a sequence, over real routes of trained models.
 
 Routes are those of held-out text in one process; from them pure plans give the bytes of every number of ranks and of
-every way, beside what other means would move. For a few small numbers of ranks the same model runs on gloo ranks,
-forward and backward, and what they measured stands beside the plan.
+every way, compared with what other means would move. For a few small numbers of ranks the same model runs on gloo
+ranks, forward and backward, and what they measured stands beside the plan.
 """
 
 from __future__ import annotations

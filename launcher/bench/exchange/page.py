@@ -35,15 +35,15 @@ _INTRODUCTION = """\
 Made by `biroute bench exchange`; do not edit. How the exchange works: [architecture.md](../architecture.md); what
 sharing saves in memory: [memory.md](memory.md).
 
-Routes of held-out text in trained models of {layers} layers, {heads} query heads in {groups} KV groups, head size
-{head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks, layers
-and sequences ({sequences}); backward moves the gradients of the same rows.
+Routes of held-out text in trained models of {layers} layers, {heads} query heads in {groups} key/value heads, head
+size {head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks,
+layers and sequences ({sequences}); backward moves the gradients of the same rows.
 
 - *causal-only fetch*: keys and values of all earlier ranks; *ring*: of all other ranks, as a ring or an all-gather
   moves them; *bound*: the most that any route of this form could make the chosen plan move.
 - *descriptors*: gathered whatever is routed, to choose the routes; in addition to what the other columns hold.
 - *fetch*, *ship*, *auto*: all routed regions fetched, all queries shipped, or the cheaper of the two for each pair of
-  ranks, sequence and KV group. *Shipped*: the share of those that ship.
+  ranks, sequence and key/value head. *Shipped*: the share of those that ship.
 - *auto / causal-only*: what the chosen plan moves of the causal-only fetch; *with random routes*: the same for
   these weights under a random router. What lies between comes of routes that concentrate on a few regions. Where the
   loss under a random router is hardly higher, the router has not learned much yet, and a sharper one may spread more:

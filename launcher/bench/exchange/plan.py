@@ -1,6 +1,6 @@
 """From routes of whole sequences to the bytes that region ranks would move, by each way and by other means.
 
-Legend: B sequences, G KV groups, N query blocks, T slots of a route, P region ranks.
+Legend: B sequences, G key/value heads, N query blocks, T slots of a route, P region ranks.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def run_bench(
     from there.
 
     Raises:
-        UsageError: no such variant, no seed, a masked objective, no dataset; a rows file that is none.
+        UsageError: no such variant, no seed, a masked objective, no dataset; a file that is not a rows file.
     """
     if seeds < 1 or steps < 1:
         raise UsageError(f"--seeds {seeds} --steps {steps}: use at least 1 of each")

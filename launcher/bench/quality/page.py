@@ -28,12 +28,12 @@ _INTRODUCTION = """\
 Made by `biroute bench quality`; do not edit. What follows from it: [routing.md](../routing.md).
 
 The real model, engine and loader on one process: {layers} layers, hidden size {hidden}, {heads} query heads in
-{groups} KV groups of head size {head}, sequences of {length} tokens, a vocabulary of {vocabulary}. All but `dense`
-see at most {seen} tokens, {share:.3g} of a sequence. Every variant starts from the same weights and trains on the
-same sequences; seeds differ in both. `token` has one descriptor for each region, `token-parts` four, `token-fine`
-regions a quarter of the size. Keys are smeared but in `no-smear`; `dense0`: the first layer is dense. *Random route*:
-the same trained weights under a random route. *Over dense*: mean over the seeds of the difference to dense with the
-same seed.
+{groups} key/value heads of head size {head}, sequences of {length} tokens, a vocabulary of {vocabulary}. All but
+`dense` see at most {seen} tokens, {share:.3g} of a sequence. Every variant starts from the same weights and trains
+on the same sequences; seeds differ in both. `token` has one descriptor for each region, `token-parts` four,
+`token-fine` regions a quarter of the size. Keys are smeared but in `no-smear`; `dense0`: the first layer is dense.
+*Random route*: the same trained weights under a random route. *Over dense*: mean over the seeds of the difference to
+dense with the same seed.
 """
 
 

@@ -4,7 +4,8 @@ The recall benchmark trains on batches of up to 64 sequences of 32 to 256 tokens
 one sequence after the other, to save memory; one product for the whole batch takes a half to a tenth of its time
 there (CPU). Same routes, same result; the benchmark and the tests compare them.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, N query blocks, R regions, T slots of a route.
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, N query blocks, R regions, T slots of a
+route.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def run_bench(
     Rows are kept in `rows_path` as they come, and those of the same settings and seeds are taken from there.
 
     Raises:
-        UsageError: no such variant, no seed; a rows file that is none.
+        UsageError: no such variant, no seed; a file that is not a rows file.
     """
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: use at least 1")

@@ -2,7 +2,7 @@
 
 Pre-norm blocks of attention with RoPE and an MLP.
 
-Legend: B batch, H query heads, G KV groups, S tokens, D head size, C hidden size, N query blocks.
+Legend: B batch, H query heads, G key/value heads, S tokens, D head size, C hidden size, N query blocks.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ Made by `biroute bench recall`; do not edit. What the variants are and what foll
 
 Multi-query associative recall. A sequence of {length} tokens holds {pairs} key-value pairs, strewn among noise; each
 key comes up once more, at a uniformly distributed distance, and the model has to name the value. Guessing gives
-{guess:.3f}. The model has {layers} layers, hidden size {hidden}, {heads} query heads in {groups} KV groups of head
-size {head} and RoPE. Sequences grow during training from {short} over {middle} to {length} tokens.
+{guess:.3f}. The model has {layers} layers, hidden size {hidden}, {heads} query heads in {groups} key/value heads of
+head size {head} and RoPE. Sequences grow during training from {short} over {middle} to {length} tokens.
 
 Names: `token-4x8` routes each token for itself to 8 regions of 4 tokens; `block4` and `region` share one route among
 4 tokens or a whole region, chosen by the first token; `local` sees the last regions; `parts2` gives a region 2

@@ -69,8 +69,8 @@ DAMAGE = {
     "truncated": (lambda path: os.truncate(path, 20_000), r"train-000001\.tar: the shard is truncated: 20000 bytes"),
     "truncated at a header": (truncate_at_header, r"train-000001\.tar: the shard is truncated"),
     "foreign": (foreign_tar, r"train-000001\.tar: the shard is (a foreign file|truncated)"),
-    "swapped": (swap_with_neighbour, r"train-00000\d\.tar: a foreign shard: it begins with"),
-    "unlisted": (lambda path: shutil.copy(path, path.with_name("extra.tar")), r"extra\.tar: a foreign shard"),
+    "swapped": (swap_with_neighbour, r"train-00000\d\.tar: an unknown shard: it begins with"),
+    "unlisted": (lambda path: shutil.copy(path, path.with_name("extra.tar")), r"extra\.tar: an unknown shard"),
     "manifest cut": (
         lambda path: os.truncate(path.parents[1] / "manifest.json", 500),
         r"manifest\.json: damaged or of another version",

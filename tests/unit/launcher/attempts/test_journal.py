@@ -1,4 +1,4 @@
-"""Attempts of a run: the journal, the fencing_token, what is decided at an end, and who is named as its cause."""
+"""Attempts of a run: the journal, the fencing token, what is decided at an end, and who is named as its cause."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_cancelled_run_is_not_queued_again() -> None:
     off = replace(LIMITS, requeue=False)
     for end in (End(75, "SIGUSR1"), End(1, "boom", crash=True)):
         assert decide(end, [], cancelled=False, limits=off) == (
-            "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` goes on",
+            "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` continues it",
         )  # fmt: skip
 
 
@@ -131,6 +131,26 @@ def test_the_first_end_stands_and_bad_nodes_add_up(tmp_path: Path) -> None:
     assert excluded_nodes(tmp_path, "8") == []
 
 
+def test_limits_count_the_crashes_of_this_job_only(tmp_path: Path) -> None:
+    """A run that is resumed under a new job has all its restarts again."""
+    decisions = []
+    for job in ("7", "7", "7", "7", "8", "8"):
+        number = begin_attempt(tmp_path, nodes=["n1"], world_size=1, job=job)
+        decisions.append(end_attempt(tmp_path, number, End(1, "boom", number, crash=True), LIMITS)[0])
+    assert decisions == ["requeue", "requeue", "requeue", "stop", "requeue", "requeue"]
+
+
+def test_a_second_end_in_the_journal_changes_nothing(tmp_path: Path) -> None:
+    number = begin_attempt(tmp_path, nodes=["n1"], world_size=1)
+    end_attempt(tmp_path, number, End(1, "the first", 4, crash=True), LIMITS)
+    journal = tmp_path / "attempts.jsonl"
+    record = json.loads(journal.read_text().splitlines()[-1])
+    assert (record["event"], record["cause"]) == ("end", "the first")
+    journal.write_text(journal.read_text() + json.dumps(record | {"cause": "the second", "step": 9}) + "\n")
+    (attempt,) = read_attempts(tmp_path)
+    assert (attempt.cause, attempt.step) == ("the first", 4)
+
+
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
     """Logs of an attempt in which three ranks have shown a heartbeat."""
@@ -155,12 +175,12 @@ def test_cause_is_the_silent_rank_if_the_others_lost_their_connection(logs: Path
     for rank in (0, 2):
         fail(logs, rank, 1.0, "peer")
     cause = explain_end(logs, 143).cause
-    assert cause.startswith("rank 1 on n1 ended without a word")
+    assert cause.startswith("rank 1 on n1 ended without recording anything")
     assert "last seen at step 7" in cause
 
 
 def test_cause_where_nobody_left_a_word(logs: Path, tmp_path: Path) -> None:
-    assert "ranks 0 on n0, 1 on n1, 2 on n2 ended without a word" in explain_end(logs, 137).cause
+    assert "ranks 0 on n0, 1 on n1, 2 on n2 ended without recording anything" in explain_end(logs, 137).cause
     assert explain_end(logs, 137).cause.endswith("the job ended by SIGKILL")
     assert "before any rank" in explain_end(tmp_path / "nothing", 1).cause
 

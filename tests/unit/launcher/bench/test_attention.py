@@ -1,4 +1,4 @@
-"""`biroute bench attention`: what it measures, and memory of routed attention beside dense attention's."""
+"""`biroute bench attention`: what it measures, and memory of routed attention compared with dense attention's."""
 
 from __future__ import annotations
 

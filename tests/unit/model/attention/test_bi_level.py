@@ -1,4 +1,6 @@
-"""Level two against the slow twin, causality bit for bit, BiFormer's definition, parts that merge to the whole."""
+"""Level two against the reference implementation, causality bit for bit, BiFormer's definition, parts that merge to
+the whole.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Key smearing against the slow twin, and what it may depend on."""
+"""Key smearing against the reference implementation, and what it may depend on."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_a_shard_chooses_like_the_whole(router: str, causal: bool, shards: int, 
         for i, part in enumerate(q_parts)
     ]
     assert torch.equal(torch.cat(parts, 2), whole)
-    # A tensor-parallel rank holds some of the KV groups.
+    # A tensor-parallel rank holds some of the key/value heads.
     groups = [
         routing.route_query_blocks(q[:, 2 * g : 2 * g + 2], gathered[:, g : g + 1], rule, first_kv_head=g)
         for g in range(2)
@@ -189,7 +189,7 @@ def test_a_diverged_model_still_gets_a_legal_route() -> None:
     assert ((index >= 0).sum(-1) == (own + 1).clamp(max=3)).all()
 
 
-def test_local_route() -> None:
+def test_sliding_window_route() -> None:
     size = {"batch": 2, "kv_heads": 3, "num_tokens": 40, "region_size": 4, "query_block_size": 2}
     causal = sliding_window_route(**size, topk=3, causal=True)
     assert causal.shape == (2, 3, 20, 3)
@@ -227,7 +227,7 @@ def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
 
 
 def test_a_descriptor_is_the_exact_mean_rounded_once() -> None:
-    """Summed in fp64: in fp32 the small key between two large ones would be lost, and the memory layout would count."""
+    """Summed in fp64: in fp32 a small key between two large ones is lost, and the memory layout counts."""
     k = torch.zeros(1, 1, 4, 3)
     k[0, 0, :, 0] = torch.tensor([1e8, 1.0, -1e8, 1.0])
     assert key_descriptors(k, 4)[0, 0, 0, 0] == 0.5
