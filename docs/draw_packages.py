@@ -116,7 +116,7 @@ def draw() -> str:
             'fill="#eef3fa" stroke="#34526f"/>',
             f'<text x="{x + w / 2:.0f}" y="{y + 18:.0f}" text-anchor="middle" font-size="12">{room}</text>',
             f'<text x="{x + w / 2:.0f}" y="{y + 34:.0f}" text-anchor="middle" font-size="10" fill="#555">'
-            f"{files} files, {lines:,} lines</text>",
+            f"{files} files, {max(1, round(lines / 100)) / 10:.1f}k lines</text>",
         ]
     return "\n".join([*parts, "</svg>", ""])
 

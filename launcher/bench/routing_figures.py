@@ -20,13 +20,8 @@ from biroute.launcher.bench.recall.model import RecallCore, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallBatch
 from biroute.launcher.bench.report import COLOURS, make_folder, new_figure, save_figure
 from biroute.model.attention.bi_level import bi_level_attention
-from biroute.model.attention.routing import (
-    RouteRule,
-    key_descriptors,
-    query_descriptors,
-    route_regions,
-    select_regions,
-)
+from biroute.model.attention.routing import key_descriptors, query_descriptors, route_regions, select_regions
+from biroute.model.attention.rule import RouteRule
 from biroute.model.flops import attended_pairs, routing_flops
 
 MAP_SEED, LEAK_SEED = 77, 0

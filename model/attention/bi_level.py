@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from biroute.model.attention.flex import flex_bi_level_attention
+from biroute.model.attention.grid import AttentionPath, RegionGrid
 from biroute.model.attention.masked import MaskedAttention, prefers_mask
 from biroute.model.attention.partial import (
-    Path,
-    RegionGrid,
     attention_delta,
     partial_attention,
     partial_attention_backward,
@@ -38,7 +36,7 @@ def bi_level_attention(
     query_block_size: int,
     causal: bool,
     scale: float | None = None,
-    path: Path = "auto",
+    path: AttentionPath = "auto",
     return_lse: bool = False,
 ) -> Any:
     """Attention of every query block over the regions of its route.
@@ -47,9 +45,9 @@ def bi_level_attention(
     -> out [B, H, S, D] in q's dtype, or with `return_lse` the pair (out, fp32 log-sum-exp [B, H, S]); differentiable.
     A query without a route gives 0 (and -inf). Deterministic on the CPU.
 
-    `path`: "query_major" or "region_major" (`tiles.py`), "masked" (`masked.py`, no log-sum-exp), "flex" (`flex.py`);
-    "auto" takes flex on CUDA, masked where `prefers_mask` says so, and otherwise the one of the first two that
-    gathers less (`partial.use_region_major`).
+    `path`: "query_major" or "region_major" (`tiles.py`), "masked" (`masked.py`, for CPUs, no log-sum-exp),
+    "block_sparse" (the Triton kernels). "auto" takes the kernels on CUDA; on a CPU masked where `prefers_mask` says
+    so, and otherwise the one of the first two that gathers less (`partial.use_region_major`).
 
     Raises ValueError for shapes that do not fit, an index that is not ascending or out of range, and a causal index
     without every block's own region.
@@ -58,14 +56,13 @@ def bi_level_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grid = RegionGrid(region_size, query_block_size, causal, scale, path)
     check_route(q, k, v, index, grid)
-    if path == "flex" or (path == "auto" and q.device.type == "cuda"):
-        return flex_bi_level_attention(q, k, v, index, grid, return_lse=return_lse)
     if path == "masked" and return_lse:
         raise ValueError('path="masked" gives no log-sum-exp; use "query_major" or "region_major"')
+    if path == "masked" and q.device.type != "cpu":
+        raise ValueError('path="masked" is for CPUs; use "auto" or "block_sparse"')
     rows = query_block_size * q.shape[1] // k.shape[1]
-    if path == "masked" or (
-        path == "auto" and not return_lse and prefers_mask(q.shape[2], region_size, rows, index.shape[3])
-    ):
+    short = q.device.type == "cpu" and not return_lse and prefers_mask(q.shape[2], region_size, rows, index.shape[3])
+    if path == "masked" or (path == "auto" and short):
         return MaskedAttention.apply(q, k, v, index, grid)
     out, lse = _BiLevelAttention.apply(q, k, v, index, grid)
     return (out, lse) if return_lse else out
@@ -85,6 +82,8 @@ def check_route(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid
         )
     if index.shape[:3] != (batch, groups, num_blocks):
         raise ValueError(f"index {tuple(index.shape)} is not [{batch}, {groups}, {num_blocks}, topk]")
+    if index.device.type != "cpu":
+        return  # what follows would wait for the device; a route of `route_query_blocks` is in order
     rising = (index[..., 1:] > index[..., :-1]) | (index[..., 1:] == -1)
     if not bool(rising.all()) or int(index.max()) >= num_tokens // grid.region_size:
         raise ValueError("index is not ascending with -1 last, or names a region that is not there")

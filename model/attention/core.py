@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.key_smear import KeySmear
-from biroute.model.attention.partial import RegionGrid
 from biroute.model.attention.rope import apply_rotary, rotary_tables
-from biroute.model.attention.routing import RouteRule, key_descriptors, route_query_blocks, sliding_window_route
+from biroute.model.attention.routing import key_descriptors, route_query_blocks, sliding_window_route
+from biroute.model.attention.rule import RouteRule
 from biroute.model.attention.sequence_shard import SequenceShard
 
 # Called with the number of the layer (from 0) and the route [B, G, N, K] that was chosen.
@@ -108,6 +109,8 @@ class CoreAttention(nn.Module):
             return self._dense(rotated_q, rotated_k, v)
         before = self.model.attention.descriptor == "pre_rope"
         route = self.route(q, k) if before else self.route(rotated_q, rotated_k)
+        if q.device.type == "cuda" and self._routes_everything(q):
+            return self._dense(rotated_q, rotated_k, v)
         return self._routed(rotated_q, rotated_k, v, route)
 
     def rotate(self, x: Tensor, first_token: int) -> Tensor:
@@ -138,6 +141,11 @@ class CoreAttention(nn.Module):
         if self.on_route is not None:
             self.on_route(self.layer, route)
         return route
+
+    def _routes_everything(self, q: Tensor) -> bool:
+        """Does every query see all regions (a causal one: all before its own)? Then dense attention is the same."""
+        length = q.shape[2] if self.shard is None else self.shard.sequence_length
+        return self.rule is not None and self.router is None and self.rule.topk * self.rule.region_size >= length
 
     def _sliding_window(self, k: Tensor) -> Tensor:
         batch, kv_heads, num_tokens, _ = k.shape

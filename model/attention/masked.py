@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from biroute.model.attention.partial import RegionGrid, accumulator, store
+from biroute.model.attention.grid import RegionGrid
+from biroute.model.attention.partial import accumulator, store
 
 # Sequences up to this long are always masked, none beyond the second.
 MASKED_TOKENS, LARGEST_MASKED_TOKENS = 512, 4096

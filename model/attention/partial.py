@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from biroute.model.attention.band import Band, band_backward, band_forward
+from biroute.model.attention.grid import RegionGrid, uses_kernels
 from biroute.model.attention.tiles import (
     LOG2_E,
     Gradients,
@@ -39,8 +40,6 @@ from biroute.model.attention.tiles import (
     tiles_max,
 )
 
-Path = Literal["auto", "masked", "query_major", "region_major", "flex"]
-
 # A sum of weights above this may have lost terms to overflow (fp32 ends at 2^128).
 LARGEST_SUM = 2.0**100
 # Query rows of a region-major tile: enough for the products' full speed, few enough to waste little on padding.
@@ -49,24 +48,12 @@ ROWS_PER_TILE = 128
 CHUNK_ELEMENTS = (1 << 17, 3 << 19)
 
 
-@dataclass(frozen=True)
-class RegionGrid:
-    """Which tokens a route means, and how attention over it is computed."""
-
-    region_size: int
-    query_block_size: int
-    causal: bool
-    scale: float
-    path: Path = "auto"
-    same_tokens: bool = True  # False: keys of other tokens than the queries, whatever their numbers look like
-
-    def own_region(self, num_blocks: int, device: torch.device) -> Tensor:
-        """The region that each query block lies in -> int64 [N]."""
-        return torch.arange(num_blocks, device=device) * self.query_block_size // self.region_size
-
-
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
     """Sum over D of out * dout: [B, H, S, D] twice -> [B, H, S] in fp32 (fp64 for fp64)."""
+    if out.device.type == "cuda" and out.dtype != torch.float64:
+        from biroute.model.attention.block_sparse.attention import output_delta
+
+        return output_delta(out, dout)
     # One head at a time in one buffer: the product of whole tensors would cost as much memory as the output.
     product_BSD = torch.empty_like(out[:, 0], dtype=working_dtype(out))
     heads = [product_BSD.copy_(out[:, h]).mul_(dout[:, h]).sum(-1) for h in range(out.shape[1])]
@@ -97,6 +84,10 @@ def partial_attention(
     [B, H, S, D] in `out_dtype` (left out: q's) and its log-sum-exp [B, H, S] (0 and -inf for a query without a
     route). If causal, S = Sk and every block's own region is in its route; otherwise S and Sk need not be related.
     """
+    if uses_kernels(grid, q):
+        from biroute.model.attention.block_sparse.attention import sparse_attention
+
+        return sparse_attention(q, k, v, index, grid, out_dtype=out_dtype)
     out = torch.empty_like(q, dtype=out_dtype, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:3], dtype=working_dtype(q))
     setting = _setting(grid, q, k, index, q)
@@ -150,6 +141,10 @@ def partial_attention_backward(
     `lse` [B, H, S] is the log-sum-exp over the whole route, `delta` [B, H, S] the sum over D of its output times its
     gradient `dout` (see `attention_delta`) -> dq, dk, dv, shaped like q, k and v, in `out_dtype` (left out: theirs).
     """
+    if uses_kernels(grid, q):
+        from biroute.model.attention.block_sparse.attention import sparse_attention_backward
+
+        return sparse_attention_backward(q, k, v, index, grid, dout=dout, lse=lse, delta=delta, out_dtype=out_dtype)
     dq, dk, dv = (torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     setting = _setting(grid, q, k, index, q, dout)
     for b, g in product(range(k.shape[0]), range(k.shape[1])):

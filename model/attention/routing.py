@@ -9,50 +9,16 @@ size, E descriptors (n of each region), Nq query blocks, C query blocks of one c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Router = Literal["affinity", "random"]
+from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, Router, RouteRule
 
 # Bounds of the affinities computed at once: working memory is a fraction of the queries', whatever their number.
 CHUNK_AFFINITIES = (1 << 14, 1 << 19)
 # Descriptors of a diverged model are clamped to this, so that affinities stay finite and every route stays legal.
 LARGEST_DESCRIPTOR = 1e15
 MASK32 = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class RouteRule:
-    """How regions are chosen. Raises ValueError for sizes that do not fit together."""
-
-    region_size: int
-    query_block_size: int
-    topk: int
-    causal: bool
-    force_own: bool = True
-    force_previous: bool = True
-    attention_sink: bool = False
-    router: Router = "affinity"
-    seed: int = 0
-    descriptors_per_region: int = 1
-
-    def __post_init__(self) -> None:
-        for name, size in (
-            ("query_block_size", self.query_block_size),
-            ("descriptors_per_region", self.descriptors_per_region),
-        ):
-            if self.region_size % size:
-                raise ValueError(f"{name}={size} does not divide region_size={self.region_size}")
-        if self.causal and not self.force_own:
-            raise ValueError("force_own=False needs causal=False: a causal token must see itself")
-        forced = self.force_own + self.force_previous + self.attention_sink
-        if self.topk < max(1, forced):
-            raise ValueError(f"topk={self.topk} leaves no room for {forced} forced regions")
-        if self.router not in ("affinity", "random"):
-            raise ValueError(f"router={self.router!r} is unknown; use 'affinity' or 'random'")
 
 
 def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1) -> Tensor:
@@ -143,6 +109,12 @@ def route_query_blocks(
     per_region = rule.descriptors_per_region
     num_regions = num_descriptors // per_region
     num_blocks = q.shape[2] // lq
+    if q.device.type == "cuda" and rule.router == "affinity" and num_regions <= MOST_REGIONS_OF_KERNEL:
+        from biroute.model.attention.block_sparse.router import fused_route
+
+        dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        queries = query_descriptors(q, groups, lq, rule.causal)
+        return fused_route(queries, key_descriptors_BGED, rule, first_token=first_token, dtype=dtype)
     keys_nBGDR = key_descriptors_BGED.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 4, 2)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
     chunk = max(1, affinities // (batch * groups * num_regions))

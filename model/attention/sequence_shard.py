@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from biroute.model.attention.partial import RegionGrid
+from biroute.model.attention.grid import RegionGrid
 
 
 class SequenceShard(Protocol):

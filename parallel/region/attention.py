@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biroute.model.attention.grid import AttentionPath, RegionGrid, uses_kernels
 from biroute.model.attention.partial import (
-    Path,
-    RegionGrid,
     attention_delta,
     partial_attention,
     partial_attention_backward,
@@ -89,7 +88,8 @@ class RoutedAttention(torch.autograd.Function):
         own_route = own_regions(route, layout, transport.rank)
         out, lse = partial_attention(q, k, v, own_route, grid, out_dtype=working_dtype(q))
 
-        part_grid = part_grid_of(grid, blocks, heads, topk, layout.num_regions)
+        rows = heads * grid.query_block_size
+        part_grid = part_grid_of(grid, q, rows, blocks * rows * topk / layout.num_regions)
         arrived = shipped.wait()
         results = transport.start(
             layer, "results",
@@ -139,12 +139,15 @@ class RoutedAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def part_grid_of(grid: RegionGrid, num_blocks: int, heads: int, topk: int, num_regions: int) -> RegionGrid:
-    """How part_grid are computed: by a rule of sizes alone, so that no token's choice changes another one's bits."""
-    rows = heads * grid.query_block_size
-    expected_rows = num_blocks * rows * topk / num_regions
+def part_grid_of(grid: RegionGrid, q: Tensor, rows: int, expected_rows: float) -> RegionGrid:
+    """How transfers are computed: by a rule of sizes alone, so that no token's choice changes another one's bits.
+
+    `rows`: query rows of a block; `expected_rows`: of those that choose a region.
+    """
+    if uses_kernels(grid, q):
+        return replace(grid, causal=False, same_tokens=False)
     region_major = rows < grid.region_size and expected_rows >= ROWS_FOR_REGION_MAJOR
-    path: Path = "region_major" if region_major else "query_major"
+    path: AttentionPath = "region_major" if region_major else "query_major"
     return replace(grid, causal=False, same_tokens=False, path=path)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biroute.model.attention.partial import RegionGrid
+from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.suffix import suffix_attention
 from biroute.parallel.region.attention import Exchange, RoutedAttention
 from biroute.parallel.region.plan import RegionLayout, Way

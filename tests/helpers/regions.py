@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from biroute.model.attention.routing import RouteRule
+from biroute.model.attention.rule import RouteRule
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every folder of Python is packaged, stands in the import contract, and is in the picture; the guides name real files."""
+"""Every folder of Python is packaged, in the import contract and in the picture; the guides name real files."""
 
 from __future__ import annotations
 

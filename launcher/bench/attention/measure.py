@@ -21,13 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from biroute.launcher.bench.report import environment_info, say
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.attention.partial import Path
+from biroute.model.attention.grid import AttentionPath
 from biroute.model.attention.routing import route_regions
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 # Beyond this a path that does not suit the setting takes longer than dense attention.
 LONGEST_FOR_EVERY_PATH = 4096
-EVERY_PATH: tuple[Path, ...] = ("auto", "query_major", "region_major")
+EVERY_PATH: tuple[AttentionPath, ...] = ("auto", "query_major", "region_major")
 # The profiler that counts memory records every operation, gigabytes of records beyond this length.
 LONGEST_FOR_MEMORY = 16_384
 SLOPE_FROM = 2048
@@ -86,7 +86,7 @@ class _Wanted:
     """A setting to measure, by which paths, and the table that it belongs to."""
 
     setting: Setting
-    paths: tuple[Path, ...]
+    paths: tuple[AttentionPath, ...]
     table: str
 
     @property
@@ -224,7 +224,7 @@ def _dense(x: _Inputs) -> list[float]:
     return _timed(lambda: None, lambda _: dense_attention(x.q, x.k, x.v, causal=True), x)
 
 
-def _routed(x: _Inputs, setting: Setting, path: Path) -> list[float]:
+def _routed(x: _Inputs, setting: Setting, path: AttentionPath) -> list[float]:
     sizes: dict[str, Any] = {
         "region_size": setting.region_size,
         "query_block_size": setting.query_block_size,

@@ -32,7 +32,7 @@ from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_enviro
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.attention.core import CoreAttention
-from biroute.model.attention.routing import Router
+from biroute.model.attention.rule import Router
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh, build_mesh

@@ -23,7 +23,7 @@ from biroute.launcher.bench.recall.model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallTask
 from biroute.launcher.bench.report import environment_info, mean, say, select
 from biroute.launcher.bench.rows import KeptRows
-from biroute.model.attention.routing import Router
+from biroute.model.attention.rule import Router
 
 # Sequences grow during training: the association is learned in a fraction of the time on short ones, and what is
 # left to learn on long ones is to find the pair far away.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from biroute.configs.schema import AttentionConfig, ModelConfig
 from biroute.launcher.bench.recall.masked_attention import masked_attention
 from biroute.model.attention.core import CoreAttention
-from biroute.model.attention.routing import Router
+from biroute.model.attention.rule import Router
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from biroute.model.attention.block_sparse import backward, forward
 from biroute.model.attention.block_sparse.plan import Blocking, TilePlan, Visits, cut_segments, invert, plan_tiles
-from biroute.model.attention.partial import RegionGrid
+from biroute.model.attention.grid import RegionGrid
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256

@@ -152,6 +152,8 @@ def query_backward(
     segment = first_segment + local
     head = segment // chunks
     first_block = (segment % chunks) * blocks
+    if first_block + tile * TILE >= all_blocks:
+        return  # the last segment of a sequence may be shorter
     row = row_part * ROWS + tl.arange(0, ROWS)
     of_head = row % (TILE * BLOCK)
     query_head = row // (TILE * BLOCK)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from biroute.model.attention.routing import RouteRule
+from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
 Precision = Literal["ieee", "tf32x3", "bf16x3"]
 
@@ -28,8 +28,6 @@ Precision = Literal["ieee", "tf32x3", "bf16x3"]
 BLOCKS, REGIONS = 32, 32
 # Elements of a row of affinities that one program holds in registers while it selects: 16 for each of 128 threads.
 SELECTED_AT_ONCE = 2048
-# Largest number of regions for which a row fits.
-MOST_REGIONS = 16384
 # Programs of a launch: two for each multiprocessor of an H100, so that most of their scratch stays in its L2 cache.
 PROGRAMS = 264
 _FORCED = tl.constexpr(2147483647)
@@ -148,8 +146,8 @@ def fused_route(
     batch, groups, num_blocks, head_size = queries.shape
     descriptors = rule.descriptors_per_region
     num_regions = keys.shape[2] // descriptors
-    if num_regions > MOST_REGIONS:
-        raise ValueError(f"{num_regions} regions; the fused router takes at most {MOST_REGIONS}")
+    if num_regions > MOST_REGIONS_OF_KERNEL:
+        raise ValueError(f"{num_regions} regions; the fused router takes at most {MOST_REGIONS_OF_KERNEL}")
     heads = batch * groups
     queries = queries.reshape(heads, num_blocks, head_size).to(dtype).contiguous()
     keys = keys.reshape(heads, num_regions, descriptors, head_size).permute(2, 0, 1, 3).to(dtype).contiguous()

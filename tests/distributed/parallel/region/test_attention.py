@@ -15,8 +15,8 @@ from torch import Tensor
 
 from biroute.model.attention import reference
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.key_smear import KeySmear
-from biroute.model.attention.partial import RegionGrid
 from biroute.model.attention.routing import key_descriptors, route_query_blocks, route_regions, sliding_window_route
 from biroute.parallel.region import attention as region_attention
 from biroute.parallel.region.plan import RegionLayout

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from biroute.model.attention import partial, reference, routing, tiles
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.attention.flex import route_block_mask
+from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.masked import prefers_mask
-from biroute.model.attention.partial import RegionGrid, attention_delta, merge_partials, partial_attention
-from biroute.model.attention.routing import RouteRule, route_regions
+from biroute.model.attention.partial import attention_delta, merge_partials, partial_attention
+from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
 
 PATHS = ("query_major", "region_major", "auto")
 
@@ -406,34 +407,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         bi_level_attention(q, k, v, index, region_size=4, query_block_size=4, causal=False)
     with pytest.raises(ValueError, match="do not divide"):
         bi_level_attention(q[:, :2], k, v, index, region_size=5, query_block_size=5, causal=False)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "region_size", "block", "causal"),
-    [(256, 16, 1, True), (256, 64, 16, False), (512, 256, 256, True), (96, 32, 8, True), (384, 96, 48, False)],
-)
-def test_block_mask_of_flex_attention_is_the_route(tokens: int, region_size: int, block: int, causal: bool) -> None:
-    q, k, _ = tensors(2, 4, 2, tokens, 8)
-    sizes = {"region_size": region_size, "query_block_size": block, "causal": causal}
-    index = route_regions(q, k, topk=2, **sizes)
-    mask = route_block_mask(index, num_heads=4, num_tokens=tokens, **sizes)
-    listed = mask.to_dense().bool()
-    size = mask.BLOCK_SIZE[0]
-    visible = reference.visibility(index, num_tokens=tokens, **sizes).repeat_interleave(2, 1)
-    in_blocks = visible.unflatten(2, (-1, size)).unflatten(4, (-1, size)).any(5).any(3)
-    assert torch.equal(listed, in_blocks)
-    axes = torch.meshgrid(*(torch.arange(n) for n in (2, 4, tokens, tokens)), indexing="ij")
-    assert torch.equal(mask.mask_mod(*axes), visible)
-
-
-@pytest.mark.slow
-def test_compiled_flex_attention_equals_the_reference() -> None:
-    q, k, v = (x.detach() for x in tensors(1, 4, 2, 256, 16))
-    sizes = {"region_size": 32, "query_block_size": 8, "causal": True}
-    index = route_regions(q, k, topk=3, **sizes)
-    out = bi_level_attention(q, k, v, index, path="flex", **sizes)
-    expected = reference.bi_level_attention(q, k, v, index, **sizes)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", [*PATHS, "masked"])

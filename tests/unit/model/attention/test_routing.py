@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from biroute.model.attention import reference, routing
-from biroute.model.attention.routing import (
-    RouteRule,
-    key_descriptors,
-    query_descriptors,
-    route_regions,
-    sliding_window_route,
-)
+from biroute.model.attention.routing import key_descriptors, query_descriptors, route_regions, sliding_window_route
+from biroute.model.attention.rule import RouteRule
 
 
 @st.composite

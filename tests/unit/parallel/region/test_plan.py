@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biroute.model.attention.routing import RouteRule, select_regions
+from biroute.model.attention.routing import select_regions
+from biroute.model.attention.rule import RouteRule
 from biroute.parallel.region.plan import (
     Baselines,
     ExchangeCosts,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from biroute.model.attention.block_sparse import attention as kernels
-from biroute.model.attention.partial import RegionGrid
+from biroute.model.attention.grid import RegionGrid
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.block_sparse.router import MOST_REGIONS, _stretches, fused_route
-from biroute.model.attention.routing import (
-    RouteRule,
-    key_descriptors,
-    query_descriptors,
-    route_query_blocks,
-)
+from biroute.model.attention.block_sparse.router import _stretches, fused_route
+from biroute.model.attention.routing import key_descriptors, query_descriptors, route_query_blocks
+from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
 CAUSAL = RouteRule(region_size=16, query_block_size=1, topk=4, causal=True)
 RULES = {
@@ -87,6 +83,6 @@ def test_stretches_cover_every_tile_once_and_reach_every_region() -> None:
 
 
 def test_too_many_regions_are_refused() -> None:
-    keys = torch.empty(1, 1, MOST_REGIONS + 1, 8, device="meta")
+    keys = torch.empty(1, 1, MOST_REGIONS_OF_KERNEL + 1, 8, device="meta")
     with pytest.raises(ValueError, match="at most 16384"):
         fused_route(torch.empty(1, 1, 1, 8, device="meta"), keys, CAUSAL)
