@@ -5,18 +5,34 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: install train test chaos check mutate bench ui docs types clean
+.PHONY: install constraints versions train test chaos check mutate bench ui docs types clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml configs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev]'
 	touch $@
 
 data/demo/text/.complete: | $(INSTALLED)
 	$(BIN)/python -m biroute.data_pipeline.examples.demo_corpora data/demo/text
 	touch $@
+
+# Write down the versions that are installed now, for every later `make install`.
+constraints: $(INSTALLED)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /@/d' > configs/constraints.txt
+
+# `make check` and the layout tests with the oldest and the newest versions that pyproject.toml allows.
+versions: types
+	for kind in oldest newest; do \
+	    $(PYTHON) -m venv .venv-$$kind && \
+	    if [ $$kind = oldest ]; then pins='torch==2.11.* megatron-core==0.16.* deepspeed==0.19.4'; else pins=; fi && \
+	    .venv-$$kind/bin/python -m pip install --quiet --upgrade $$pins --editable '.[dev]' && \
+	    .venv-$$kind/bin/python -m pip list | grep -E '^(torch|megatron-core|deepspeed|transformers|triton) ' && \
+	    .venv-$$kind/bin/ruff check . && .venv-$$kind/bin/mypy && \
+	    OMP_NUM_THREADS=1 .venv-$$kind/bin/python -m pytest tests/unit -m 'not slow' tests/distributed/parallel/test_layouts.py \
+	        tests/distributed/model || exit 1; \
+	done
 
 # The main job: real text -> shards -> a trained model that MLflow shows. Each part skips what is done.
 train: $(INSTALLED) data/demo/text/.complete

@@ -40,6 +40,7 @@ def megatron_config(
         kv_channels=model.head_size,
         ffn_hidden_size=model.ffn_hidden_size,
         normalization="RMSNorm",
+        qk_layernorm=model.qk_norm,  # from Megatron-core 0.19 on it must say what the layer spec has
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,

@@ -42,9 +42,13 @@ def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
     device = _choose_device(train.device, environment.local_rank)
     if train.threads_per_rank:
         torch.set_num_threads(train.threads_per_rank)
-    timeout = max(_SHORTEST_TIMEOUT, 2 * timedelta(seconds=max(train.hang_seconds, train.startup_seconds)))
-    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", timeout)
+    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", collective_timeout(train))
     return Place(environment.rank, environment.local_rank, environment.world_size, device)
+
+
+def collective_timeout(train: TrainConfig) -> timedelta:
+    """The longest wait in a collective, for every group: longer than the watchdog's, which says who is missing."""
+    return max(_SHORTEST_TIMEOUT, 2 * timedelta(seconds=max(train.hang_seconds, train.startup_seconds)))
 
 
 def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
@@ -98,6 +102,8 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -
             world_size=environment.world_size,
             timeout=timeout,
         )
+        # Of the groups that DeepSpeed makes without naming one; NCCL's own default is ten minutes.
+        dist.distributed_c10d.default_pg_nccl_timeout = timeout
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = "is in use" if "EADDRINUSE" in str(error) or "address already in use" in str(error) else str(error)
         raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None

@@ -16,7 +16,7 @@ from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
-from biroute.launcher.ranks.rendezvous import Place
+from biroute.launcher.ranks.rendezvous import Place, collective_timeout
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
@@ -64,7 +64,7 @@ def run(
     try:
         prepare_megatron(place.device)
         say(describe(config, layout))
-        mesh = build_mesh(layout)
+        mesh = build_mesh(layout, collective_timeout(config.train))
         engine = build_engine(config, mesh, place.device)
         stop_consensus.check_before_training()
         checkpoints = config.train.run_dir / CHECKPOINTS

@@ -66,6 +66,7 @@ def deepspeed_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # DeepSpeed's default would sum over data ranks in bf16
         "steps_per_print": None,
         # Megatron-core's tensor ranks hold whole activations; DeepSpeed must not cut them up between stages.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,8 +24,8 @@ def prepare_megatron(device: torch.device) -> None:
         torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
 
 
-def start_process_groups(layout: Layout) -> ProcessGroupCollection:
-    """Create Megatron-core's process groups for `layout`. Collective over all ranks.
+def start_process_groups(layout: Layout, timeout: timedelta) -> ProcessGroupCollection:
+    """Create Megatron-core's process groups for `layout`, each with that timeout. Collective over all ranks.
 
     Its context-parallel axis is our region axis; ranks count in the order tensor, region, data, pipe.
     """
@@ -34,6 +37,7 @@ def start_process_groups(layout: Layout) -> ProcessGroupCollection:
         context_parallel_size=layout.region,
         order=MEGATRON_ORDER,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp", "dp", "dp_cp"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,8 +30,10 @@ class Mesh:
         return x.chunk(self.layout.region, 1)[self.at.region].contiguous()
 
 
-def build_mesh(layout: Layout) -> Mesh:
-    """Place this rank and create all groups. Collective; torch.distributed must have the layout's size.
+def build_mesh(layout: Layout, timeout: timedelta = timedelta(minutes=30)) -> Mesh:
+    """Find this rank's position and create all groups. Collective; torch.distributed must have the layout's size.
+
+    `timeout` is the longest wait in one collective of a group.
 
     Raises:
         UsageError: Megatron-core and DeepSpeed would place the ranks differently.
@@ -38,7 +41,7 @@ def build_mesh(layout: Layout) -> Mesh:
     assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
     check_rank_order(layout)
     rank = dist.get_rank()
-    mesh = Mesh(layout, rank, coordinates_of(layout, rank), start_process_groups(layout))
+    mesh = Mesh(layout, rank, coordinates_of(layout, rank), start_process_groups(layout, timeout))
     groups, at = mesh.groups, mesh.at
     theirs = (groups.tp.rank(), groups.cp.rank(), groups.dp.rank(), groups.pp.rank())
     assert theirs == (at.tensor, at.region, at.data, at.pipe), (mesh.rank, theirs, at)
