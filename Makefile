@@ -42,7 +42,7 @@ train: $(INSTALLED) data/demo/text/.complete
 	@$(BIN)/biroute data bigram configs/demo.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python tests/run.py
 
 # Faults of every kind on a real throw-away Slurm cluster, about half an hour; needs root.
 chaos: $(INSTALLED)
