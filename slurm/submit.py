@@ -48,7 +48,7 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
     time_limit = config.slurm.time_limit or profile.time_limit
     _check_signal(config, time_limit)
     load_manifest(config.data.dir)
-    config = _with_absolute_paths(config, working_dir)
+    config = _on_gpus(_with_absolute_paths(config, working_dir), profile)
     if any(sign in str(config.train.run_dir) for sign in "\\\n\r"):
         raise UsageError(
             f"train.run_dir={str(config.train.run_dir)!r}: Slurm takes no backslash or line break in a path"
@@ -65,6 +65,13 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
         requeue=config.slurm.requeue,
     )
     return Submission(config, profile, layout, request, render_job(request))
+
+
+def _on_gpus(config: RunConfig, profile: ClusterProfile) -> RunConfig:
+    """Where the cluster gives GPUs, a node without a working one is an error, and no reason to train on its CPU."""
+    if not profile.gpus_per_node or config.train.device != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
 
 
 def submit_run(submission: Submission) -> str:

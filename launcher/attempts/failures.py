@@ -33,7 +33,8 @@ Kind = Literal["error", "user", "peer", "hang"]
 
 _LOST_PEER = re.compile(
     r"closed by (remote )?peer|connection reset|broken pipe|remote process exited|network error|socket closed"
-    r"|connection refused|socket timeout|recvvalue failed",
+    r"|connection refused|socket timeout|recvvalue failed"
+    r"|communicator was aborted|ncclremoteerror|ncclsystemerror|unhandled system error",
     re.IGNORECASE,
 )
 _RANKS_NAMED = 4

@@ -178,7 +178,8 @@ class Trainer:
         progress = TrainingProgress(
             step=self.step, sequences=self.loader.position, evaluation_pending=self._evaluation_pending
         )
-        self.watchdog.reached(f"saving after step {self.step}")
+        saving = f"saving after step {self.step}"
+        self.watchdog.reached(saving)
         path = save_checkpoint(
             self.engine,
             self.checkpoints,
@@ -186,6 +187,7 @@ class Trainer:
             self.about,
             self.config.checkpoint.keep,
             owner=self.stop_consensus.fencing_token,
+            reached=lambda: self.watchdog.reached(saving),
         )
         self._saved_step = self.step
         self.watchdog.reached("training")

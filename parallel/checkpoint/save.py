@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -40,11 +41,13 @@ def save_checkpoint(
     about: dict[str, Any],
     keep: int,
     owner: Owner | None = None,
+    reached: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `step-<n>` under `directory`, then remove all but the `keep` newest. Collective.
 
     `about` goes into meta.json; `about["model"]` is what a loading run is checked against. The folder gets its name
-    only when every file in it is complete and on disk, and if `owner` still owns the run.
+    only when every file in it is complete and on disk, and if `owner` still owns the run. `reached` is called after
+    every parameter: a long save is no hang.
 
     Raises:
         UsageError: the disk is full or not writable; older checkpoints are untouched.
@@ -57,7 +60,7 @@ def save_checkpoint(
     written: dict[str, Any] = {}
     if problem is None:
         try:
-            written = _write_rank_files(engine, partial)
+            written = _write_rank_files(engine, partial, reached)
         except OSError as error:
             problem = _explain_write(error, partial)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -81,14 +84,17 @@ def save_checkpoint(
     return final
 
 
-def _write_rank_files(engine: Engine, folder: Path) -> dict[str, Any]:
+def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None]) -> dict[str, Any]:
     """Write this rank's files; their fingerprints, and where each parameter of this rank is."""
     mesh = engine.mesh
     part, parts = mesh.groups.dp_cp.rank(), mesh.groups.dp_cp.size()
     mine = {}
     for position, (name, parameter) in enumerate(engine.named_parameters()):
-        state = engine.state.read(parameter)  # collective: every data rank takes part, one keeps it
-        if position % parts == part:
+        # Collective: every data rank takes part, one keeps it.
+        keep = position % parts == part
+        state = engine.state.read(parameter, keep)
+        reached()
+        if keep:
             mine[name] = {
                 "state": state,
                 "split": (

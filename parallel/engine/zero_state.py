@@ -25,14 +25,19 @@ class OptimizerState:
         self._zero_stage = zero_stage
         self._create_moments()
 
-    def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """`weight`, `exp_avg`, `exp_avg_sq` of this tensor rank's share, fp32, on the CPU. Collective."""
+    def read(self, parameter: nn.Parameter, keep: bool = True) -> dict[str, Tensor]:
+        """Read `weight`, `exp_avg`, `exp_avg_sq` of this tensor rank's part, fp32, on the CPU. Collective.
+
+        Without `keep` this rank only takes part, and gets nothing: a copy from the GPU for each rank would be slow.
+        """
         if self._zero_stage == 0:
             state = self._adam.state[parameter]
             found = {"weight": parameter.detach(), **{name: state[name] for name in MOMENTS}}
         else:
             found = {"weight": safe_get_full_fp32_param(parameter)}
             found |= {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+        if not keep:
+            return {}
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in found.items()}
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:

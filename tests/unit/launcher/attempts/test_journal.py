@@ -212,8 +212,9 @@ def test_kinds_of_failure(tmp_path: Path) -> None:
     gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3411"
     record_failure(tmp_path, 0, 3, RuntimeError(gloo))
     record_failure(tmp_path, 1, 3, ZeroDivisionError("division by zero"))
+    record_failure(tmp_path, 2, 3, RuntimeError("NCCL communicator was aborted on rank 2. ncclRemoteError: ..."))
     kinds = [json.loads(path.read_text())["kind"] for path in sorted((tmp_path / "failures").iterdir())]
-    assert kinds == ["peer", "error"]
+    assert kinds == ["peer", "error", "peer"]
     record_failure(tmp_path, 1, 3, RuntimeError("another, later"))
     assert "division by zero" in explain_end(tmp_path, 1).cause, "the first failure of a rank stays"
 
