@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.corpus import build_corpus
 
+# The GPU kernels run in Triton's interpreter, program by program on the CPU. Triton looks when it is first imported.
+os.environ["TRITON_INTERPRET"] = "1"
 # Where this is set, as in continuous integration, a test that would be skipped fails instead.
 NO_SKIPS = "BIROUTE_NO_SKIPS"
 
