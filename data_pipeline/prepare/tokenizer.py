@@ -273,38 +273,34 @@ def _id_or_none(index: int) -> int | None:
 def _model_settings(model: bytes) -> bytes:
     """What of a model, besides its pieces, decides a tokenization: kind, byte fallback, normalisation.
 
-    Read from the protocol buffer by field number; the Python classes for it would need another dependency.
+    Raises:
+        ValueError: not a SentencePiece model.
     """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise ValueError("not a SentencePiece model") from error
     kept = b""
-    for number, value in _fields(model):
-        if number == 2:  # trainer_spec: 3 model_type, 24 treat_whitespace_as_suffix, 35 byte_fallback
-            kept += repr([field for field in _fields(value) if field[0] in (3, 24, 35)]).encode()
-        elif number in (3, 5):  # normalizer_spec, denormalizer_spec
-            kept += repr((number, [field for field in _fields(value) if field[0] != 1])).encode()  # 1: a name
+    if proto.HasField("trainer_spec"):
+        names = ("model_type", "treat_whitespace_as_suffix", "byte_fallback")
+        kept += repr(
+            [(number, value) for name, number, value in _fields(proto.trainer_spec) if name in names]
+        ).encode()
+    for number, spec in ((3, "normalizer_spec"), (5, "denormalizer_spec")):
+        if proto.HasField(spec):
+            # All but the name: models that normalise alike are alike.
+            settings = [(place, value) for name, place, value in _fields(getattr(proto, spec)) if name != "name"]
+            kept += repr((number, settings)).encode()
     return kept
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protocol buffer: int, or bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while position < len(message):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-        else:
-            size = {1: 8, 5: 4}.get(tag & 7)
-            size = varint() if size is None else size
-            yield tag >> 3, message[position : position + size]
-            position += size
+def _fields(message: Any) -> Iterator[tuple[str, int, int | bytes]]:
+    """Name, number and value of each single field that is set; text as bytes. No float or list decides anything."""
+    for field, value in message.ListFields():
+        if isinstance(value, bool | int):
+            yield field.name, field.number, int(value)
+        elif isinstance(value, str | bytes):
+            yield field.name, field.number, value.encode() if isinstance(value, str) else value

@@ -49,7 +49,10 @@ def single_job() -> tuple[dict[int, torch.Tensor], float]:
     batch = microbatch(config)
     with torch.no_grad(), recorded_routes(module) as routes:
         loss = loss_function(config.model)(module(batch.inputs), batch.labels)
-    assert module(batch.inputs) is not None
+    recorded = {layer: len(route) for layer, route in routes.items()}
+    with torch.no_grad():
+        module(batch.inputs)
+    assert {layer: len(route) for layer, route in routes.items()} == recorded, "recording ended with the block"
     return routes, float(loss)
 
 

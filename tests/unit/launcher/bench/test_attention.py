@@ -71,7 +71,8 @@ def test_report_holds_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     target = Setting("with a target", 256, 16, 4, 16, head_size=16, target=1.5)
 
     def train_steps(now: Callable[[], float], repeats: int) -> list[dict]:
-        assert now() <= now() and repeats == 1
+        first, second = now(), now()
+        assert 0.0 <= second - first < 1.0 and repeats == 1  # a clock of seconds
         row = {"num_layers": 2, "hidden_size": 16, "num_tokens": 256, "region_size": 16, "topk": 4}
         step = {
             **row,
