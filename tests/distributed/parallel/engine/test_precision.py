@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def gradients_job(parallel: dict[str, Any], precision: str, copies: int) -> dict
     }
 
 
+@cache  # both tests look at some of them
 def gradients(ranks: Ranks, layout: str, precision: str, copies: int = 1) -> dict[str, Tensor]:
     parallel = LAYOUTS[layout]
     world = parallel.get("pipeline", 1) * parallel.get("region", 1)
