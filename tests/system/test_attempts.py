@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 from helpers.job import points_of, until
+from helpers.ports import claim_port
 
 from biroute.launcher.attempts.failures import read_heartbeats
 from biroute.launcher.attempts.journal import read_attempts
@@ -124,9 +125,7 @@ def test_an_attempt_that_was_overtaken_writes_nothing(
 
 def test_ranks_started_by_hand(config_file: Path, run_dir: Path) -> None:
     """torchrun's way: one command per rank, no launcher of ours; the ranks themselves keep the record."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = claim_port()
     arguments = [sys.executable, "-m", "biroute.launcher.start.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [

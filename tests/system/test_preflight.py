@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.ports import claim_port
 
 from biroute.launcher.attempts.failures import bad_nodes, explain_end
 from biroute.launcher.attempts.journal import begin_attempt
@@ -20,12 +20,6 @@ from biroute.slurm.node_check import Findings, judge
 
 Start = Callable[..., dict[int, tuple[int, str]]]
 NODES = ("n1", "n2", "n3")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture
@@ -50,7 +44,7 @@ def start(run_dir: Path, tmp_path: Path) -> Start:
     ) -> dict[int, tuple[int, str]]:
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump({"slurm": {"preflight_timeout_seconds": seconds}}))
-        port = free_port()
+        port = claim_port()
         processes = {}
         for rank in set(range(number)) - set(absent):
             slurm = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.ports import claim_port
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
@@ -84,9 +84,7 @@ class Server:
 
         self.database = folder / "server.db"
         sqlite3.connect(self.database).close()  # serve_ui wants an existing file, an empty one will do
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = claim_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.output = folder / "server.log"
         self._ui: subprocess.Popen[bytes] | None = None
