@@ -7,10 +7,9 @@ Shapes: B sequences, S tokens, C hidden size, V padded vocabulary, T tensor rank
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,6 @@ from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.block import Block, megatron_config
 from biroute.model.norm import RMSNorm
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,14 @@ class Head(nn.Module):
         return self.projection(hidden)[0]
 
 
-def loss_function(config: ModelConfig, region_ranks: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
-    """loss(logits [S, B, V / T], labels [B, S] with -100 = no target) -> mean cross-entropy in nats, a scalar.
+class Loss(Protocol):
+    """loss(logits [S, B, V / T], labels [B, S], loss_mask [B, S] or None) -> mean cross-entropy in nats, a scalar."""
+
+    def __call__(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor: ...
+
+
+def loss_function(config: ModelConfig, region_ranks: int = 1) -> Loss:
+    """The cross-entropy of a microbatch over the labels that `loss_mask` marks, or over all of them without one.
 
     The mean is over the targets that every sequence has by construction, never over those counted, so that the
     mean over microbatches and ranks is the exact global mean: also where `region_ranks` share a sequence, and with it
@@ -129,10 +132,10 @@ def loss_function(config: ModelConfig, region_ranks: int = 1) -> Callable[[Tenso
     """
     targets_per_sequence = (config.sequence_length if config.causal else config.masked_tokens) / region_ranks
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        targets = labels.t().contiguous()
-        is_target = targets != IGNORED_LABEL
-        losses = vocab_parallel_cross_entropy(logits.float(), targets.clamp(min=0))
-        return (losses * is_target).sum() / (targets_per_sequence * labels.shape[0])
+    def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        losses = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
+        if loss_mask is not None:
+            losses = losses * loss_mask.t()
+        return losses.sum() / (targets_per_sequence * labels.shape[0])
 
     return loss

@@ -23,7 +23,6 @@ from biroute.data_pipeline.read.manifest import Manifest, Split
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
 _CLOSE_SECONDS = 5.0  # for the thread to notice that it is to stop
 _LOOK_SECONDS = 0.2  # between two looks, while data are awaited, at whether they are still wanted
 
@@ -131,13 +130,19 @@ class Batch:
     """One microbatch."""
 
     inputs: np.ndarray  # [B, S] int64
-    labels: np.ndarray  # [B, S] int64; IGNORED_LABEL where nothing is to be predicted
-    target_bytes: int  # UTF-8 bytes of the labels
+    labels: np.ndarray  # [B, S] int64
+    loss_mask: np.ndarray | None  # [B, S] bool: the labels that the loss counts; None = all of them
+    target_bytes: int  # UTF-8 bytes of the labels that count
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What a model takes: inputs, labels, loss mask."""
+        return self.inputs, self.labels, self.loss_mask
 
     @property
     def target_tokens(self) -> int:
         """Labels that count."""
-        return int((self.labels != IGNORED_LABEL).sum())
+        return int(self.labels.size if self.loss_mask is None else self.loss_mask.sum())
 
 
 def make_batch(reader: SequenceReader, positions: np.ndarray, objective: Objective) -> Batch:
@@ -145,17 +150,15 @@ def make_batch(reader: SequenceReader, positions: np.ndarray, objective: Objecti
     tokens = reader.sequences(positions)
     if objective.kind == "causal":
         labels = np.ascontiguousarray(tokens[:, 1:])
-        return Batch(np.ascontiguousarray(tokens[:, :-1]), labels, int(objective.token_bytes[labels].sum()))
-    inputs = np.ascontiguousarray(tokens[:, :-1])
-    labels = np.full_like(inputs, IGNORED_LABEL)
-    target_bytes = 0
+        return Batch(np.ascontiguousarray(tokens[:, :-1]), labels, None, int(objective.token_bytes[labels].sum()))
+    labels = np.ascontiguousarray(tokens[:, :-1])
+    loss_mask = np.zeros(labels.shape, dtype=bool)
     for row, position in enumerate(positions.tolist()):
         key = derive_key("mask", objective.seed, position)
-        hidden = choose_positions(inputs.shape[1], objective.masked_tokens, key)
-        labels[row, hidden] = inputs[row, hidden]
-        target_bytes += int(objective.token_bytes[inputs[row, hidden]].sum())
-        inputs[row, hidden] = objective.mask_id
-    return Batch(inputs, labels, target_bytes)
+        loss_mask[row, choose_positions(labels.shape[1], objective.masked_tokens, key)] = True
+    inputs = labels.copy()
+    inputs[loss_mask] = objective.mask_id
+    return Batch(inputs, labels, loss_mask, int(objective.token_bytes[labels[loss_mask]].sum()))
 
 
 @dataclass(frozen=True)

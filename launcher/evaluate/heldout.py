@@ -29,7 +29,7 @@ def heldout_metrics(engine: Engine, batches: Iterable[Batch], between: Callable[
     total, count, counts = 0.0, 0, torch.zeros(2, dtype=torch.float64, device=engine.device)
     while some := list(islice(remaining, engine.microbatches_per_evaluation)):
         between()
-        microbatches = [Microbatch.of(batch.inputs, batch.labels, engine.mesh, engine.device) for batch in some]
+        microbatches = [Microbatch.of(*batch.arrays, mesh=engine.mesh, device=engine.device) for batch in some]
         total += engine.evaluate(microbatches) * len(some)
         count += len(some)
         counts += torch.tensor([[b.target_tokens, b.target_bytes] for b in some]).sum(0).to(counts)

@@ -96,7 +96,7 @@ class Trainer:
         rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
         with self.engine.clock.phase("data"):
             microbatches = [
-                Microbatch.of(batch.inputs, batch.labels, self.engine.mesh, self.engine.device)
+                Microbatch.of(*batch.arrays, mesh=self.engine.mesh, device=self.engine.device)
                 for batch in self.loader.step()
             ]
         report = self.engine.train_step(microbatches, rate)

@@ -21,7 +21,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from biroute.configs.schema import RunConfig
-from biroute.model.language_model import LayerPlan, loss_function, plan_layers
+from biroute.model.language_model import LayerPlan, Loss, loss_function, plan_layers
 from biroute.parallel.engine.deepspeed_setup import (
     partitioned_construction,
     pipeline_specs,
@@ -43,12 +43,27 @@ class Microbatch:
     """Input of one forward pass on this data rank."""
 
     inputs: Tensor  # [B, S / region ranks] int64: this rank's tokens
-    labels: Tensor  # the same shape, -100 = no target
+    labels: Tensor  # the same shape
+    loss_mask: Tensor | None = None  # the same shape, bool: the labels that the loss counts; None = all of them
+
+    @property
+    def targets(self) -> tuple[Tensor, ...]:
+        """What the loss takes after the logits."""
+        return (self.labels,) if self.loss_mask is None else (self.labels, self.loss_mask)
 
     @classmethod
-    def of(cls, inputs: np.ndarray, labels: np.ndarray, mesh: Mesh, device: torch.device) -> Microbatch:
+    def of(
+        cls,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        loss_mask: np.ndarray | None,
+        *,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> Microbatch:
         """This rank's tokens of a microbatch [B, S] of its data rank, on its device."""
-        return cls(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in (inputs, labels)))
+        arrays = (inputs, labels) if loss_mask is None else (inputs, labels, loss_mask)
+        return cls(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in arrays))
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ class DataParallelEngine(Engine):
         mesh: Mesh,
         device: torch.device,
         plans: list[LayerPlan],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
         clock: PhaseClock,
     ) -> None:
         with partitioned_construction(config, mesh):
@@ -172,7 +187,7 @@ class DataParallelEngine(Engine):
         total = torch.zeros((), device=self.device)
         for microbatch in microbatches:
             with self.clock.phase("forward"):
-                loss = self._loss(self.deepspeed(microbatch.inputs), microbatch.labels)
+                loss = self._loss(self.deepspeed(microbatch.inputs), *microbatch.targets)
             with self.clock.phase("backward"):
                 self.deepspeed.backward(loss)
             with self.clock.phase("optimizer"):
@@ -185,7 +200,7 @@ class DataParallelEngine(Engine):
         total = torch.zeros((), device=self.device)
         with torch.no_grad():
             for microbatch in microbatches:
-                total += self._loss(self.deepspeed(microbatch.inputs), microbatch.labels)
+                total += self._loss(self.deepspeed(microbatch.inputs), *microbatch.targets)
         self.deepspeed.train()
         return float(self._mean(total / len(microbatches)))
 
@@ -207,7 +222,7 @@ class PipelineEngine(Engine):
         mesh: Mesh,
         device: torch.device,
         plans: list[LayerPlan],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
         clock: PhaseClock,
     ) -> None:
         self._plans = plans
@@ -219,17 +234,17 @@ class PipelineEngine(Engine):
                 num_dp=mesh.layout.data * mesh.layout.region,
                 num_mp=mesh.layout.tensor,
             ),
-            loss_fn=loss,
+            loss_fn=lambda logits, targets: loss(logits, *targets),
             partition_method="type:Block",
         )
         super().__init__(config, mesh, device, self._pipeline, clock)
         self._time_instructions()
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        return self.deepspeed.train_batch(iter([(mb.inputs, mb.labels) for mb in microbatches]))
+        return self.deepspeed.train_batch(iter([(mb.inputs, mb.targets) for mb in microbatches]))
 
     def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
-        batches = iter([(mb.inputs, mb.labels) for mb in microbatches])
+        batches = iter([(mb.inputs, mb.targets) for mb in microbatches])
         loss = self.deepspeed.eval_batch(batches, num_micro_batches=len(microbatches))
         self._pipeline.train()
         return float(loss)

@@ -13,12 +13,13 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.train.schedule import learning_rate
-from biroute.model.language_model import IGNORED_LABEL, loss_function, plan_layers
+from biroute.model.language_model import loss_function, plan_layers
 from biroute.parallel.checkpoint.reshard import reshard
 from biroute.parallel.engine.engine import Engine, LayerSequence, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 VOCABULARY = 300
+MASK = 2  # the token that hides another one; `tokens_of_step` draws none
 CPU = torch.device("cpu")
 
 
@@ -53,19 +54,22 @@ def tokens_of_step(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(3, VOCABULARY, (batch, length + 1), generator=generator)
     if config.model.causal:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    inputs, labels = tokens[:, :-1].clone(), torch.full((batch, length), IGNORED_LABEL)
+    inputs, labels = tokens[:, :-1].clone(), tokens[:, :-1].clone()
     for row in range(batch):
-        hidden = torch.randperm(length, generator=generator)[: config.model.masked_tokens]
-        labels[row, hidden] = inputs[row, hidden]
-        inputs[row, hidden] = 2
+        inputs[row, torch.randperm(length, generator=generator)[: config.model.masked_tokens]] = MASK
     return inputs, labels
+
+
+def microbatch_of(config: RunConfig, inputs: Tensor, labels: Tensor) -> Microbatch:
+    """Tokens of `tokens_of_step` with the loss mask of the model's objective."""
+    return Microbatch(inputs, labels, None if config.model.causal else inputs == MASK)
 
 
 def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[Microbatch]:
     """This data rank's microbatches of a step."""
     inputs, labels = (mesh.own_tokens(x.chunk(mesh.layout.data)[mesh.at.data]) for x in tokens_of_step(config, step))
     size = config.train.microbatch_size
-    return [Microbatch(x, y) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
+    return [microbatch_of(config, x, y) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
 
 
 def start_engine(config: RunConfig) -> Engine:
@@ -144,8 +148,8 @@ def plain_torch_run(config: RunConfig, steps: int) -> tuple[list[tuple[float, fl
     )
     loss_of, reports, gradients = loss_function(config.model), [], {}
     for step in range(1, steps + 1):
-        inputs, labels = tokens_of_step(config, step)
-        loss = loss_of(module(inputs), labels)
+        batch = microbatch_of(config, *tokens_of_step(config, step))
+        loss = loss_of(module(batch.inputs), *batch.targets)
         adam.zero_grad()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in names.items() if p.grad is not None}

@@ -111,7 +111,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
     module = LayerSequence(plan_layers(config, mesh.groups)).eval()
     load_weights(module, dict(read_weights(checkpoint, verify=True)))
     batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
-    microbatches = [Microbatch.of(b.inputs, b.labels, mesh, CPU) for b in batches]
+    microbatches = [Microbatch.of(*b.arrays, mesh=mesh, device=CPU) for b in batches]
     with recorded_routes(module) as routes:
         loss = mean_loss(module, microbatches, config)
     set_router(module, "random")
@@ -125,7 +125,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
 def mean_loss(module: nn.Module, microbatches: Sequence[Microbatch], config: RunConfig) -> float:
     """Mean loss in nats per target token."""
     loss_of = loss_function(config.model)
-    losses = [loss_of(module(microbatch.inputs), microbatch.labels) for microbatch in microbatches]
+    losses = [loss_of(module(microbatch.inputs), *microbatch.targets) for microbatch in microbatches]
     return float(sum(losses) / len(losses))
 
 

@@ -84,12 +84,12 @@ def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
     module = LayerSequence(plan_layers(config, mesh.groups, shard))
     if job.checkpoint is not None:
         load_weights(module, dict(read_weights(job.checkpoint)))
-    inputs, labels = (mesh.own_tokens(x) for x in (job.microbatch.inputs, job.microbatch.labels))
+    inputs, *targets = (mesh.own_tokens(x) for x in (job.microbatch.inputs, *job.microbatch.targets))
     loss_of = loss_function(config.model, mesh.layout.region)
     dist.barrier()
     clock.take()
     started = time.perf_counter()
-    loss = loss_of(module(inputs), labels)
+    loss = loss_of(module(inputs), *targets)
     log = shard.transport.log
     routed = routed_layers(config)
     # Before backward, where a recomputed layer would plan and move once more.

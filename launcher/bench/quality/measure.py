@@ -57,7 +57,7 @@ def set_router(module: nn.Module, router: Router) -> None:
 
 def score(engine: Engine, batches: Sequence[Batch]) -> Score:
     """Mean loss over the batches."""
-    nats = engine.evaluate([Microbatch.of(b.inputs, b.labels, engine.mesh, CPU) for b in batches])
+    nats = engine.evaluate([Microbatch.of(*b.arrays, mesh=engine.mesh, device=CPU) for b in batches])
     tokens_per_byte = sum(b.target_tokens for b in batches) / sum(b.target_bytes for b in batches)
     return Score(nats, nats * tokens_per_byte / math.log(2))
 
@@ -70,7 +70,7 @@ def train_variant(config: RunConfig, mesh: Mesh) -> tuple[Score, Score | None]:
     with dataset.train_loader(data_rank=0, data_size=1) as loader:
         for step in range(1, config.train.steps + 1):
             rate = learning_rate(config.optim, step, config.train.steps)
-            engine.train_step([Microbatch.of(b.inputs, b.labels, mesh, CPU) for b in loader.step()], rate)
+            engine.train_step([Microbatch.of(*b.arrays, mesh=mesh, device=CPU) for b in loader.step()], rate)
     trained = score(engine, heldout)
     if config.model.attention.kind != "bi_level":
         return trained, None

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.pool import WorkerPool
-from helpers.training import VOCABULARY, small_config, tokens_of_step
+from helpers.training import VOCABULARY, microbatch_of, small_config, tokens_of_step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.model.flops import forward_flops_per_sequence, routing_flops, train_flops_per_step
 from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence
+from biroute.parallel.engine.engine import LayerSequence, Microbatch
 from biroute.parallel.mesh.mesh import build_mesh
 
 Ranks = Callable[[int], WorkerPool]
@@ -111,14 +111,14 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> Non
 def plain_torch_job(model: dict[str, Any]) -> int:
     config = oracle_config(model)
     module, parameters = scrambled_model(config)
-    inputs, labels = tokens_of_step(config, 1)
-    logits = module(inputs)
+    batch = microbatch_of(config, *tokens_of_step(config, 1))
+    logits = module(batch.inputs)
     found_logits = logits.detach().transpose(0, 1).clone()  # the loss works in the logits' own memory
-    loss = loss_function(config.model)(logits, labels)
+    loss = loss_function(config.model)(logits, *batch.targets)
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     weights = {name: parameter.detach().double().requires_grad_() for name, parameter in parameters.items()}
-    expected = plain_transformer(weights, inputs, config)
-    expected_loss = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    expected = plain_transformer(weights, batch.inputs, config)
+    expected_loss = F.cross_entropy(expected.flatten(0, 1), torch_labels(batch).flatten(), ignore_index=-100)
     assert_near(found_logits, expected.detach())
     torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
     expected_gradients = torch.autograd.grad(expected_loss, list(weights.values()))
@@ -196,17 +196,28 @@ def test_the_model_is_a_llama(ranks: Ranks, model: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("objective", ["causal", "mlm"])
 def test_the_loss_is_cross_entropy_over_the_targets(ranks: Ranks, objective: str) -> None:
-    (difference,) = ranks(1).run(loss_job, objective)
-    assert difference < 1e-6
+    ((loss, gradient),) = ranks(1).run(loss_job, objective)
+    assert loss < 1e-6
+    assert gradient < 1e-8
 
 
-def loss_job(objective: str) -> float:
+def torch_labels(batch: Microbatch) -> Tensor:
+    """The labels as `F.cross_entropy` takes them: -100 where nothing is to be predicted."""
+    return batch.labels if batch.loss_mask is None else batch.labels.where(batch.loss_mask, -100)
+
+
+def loss_job(objective: str) -> tuple[float, float]:
+    """How far loss and gradient of the logits are from torch's."""
     config = small_config(model={"objective": objective})
     build_mesh(resolve_layout(config, 1))
-    _, labels = tokens_of_step(config, 3)
+    batch = microbatch_of(config, *tokens_of_step(config, 3))
+    labels = torch_labels(batch)
     logits = torch.randn(*labels.t().shape, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
+    logits.requires_grad_()
     expected = F.cross_entropy(logits.transpose(0, 1).flatten(0, 1), labels.flatten(), ignore_index=-100)
-    return float((loss_function(config.model)(logits.clone(), labels) - expected).abs())
+    found = loss_function(config.model)(logits.clone(), *batch.targets)
+    (found_gradient,), (gradient,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits)
+    return float((found - expected).abs()), float((found_gradient - gradient).abs().max())
 
 
 def counted_flops_job(kind: str) -> tuple[int, int, int, int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.pool import WorkerPool
-from helpers.training import CPU, small_config, tokens_of_step
+from helpers.training import CPU, microbatch_of, small_config, tokens_of_step
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
@@ -33,7 +33,7 @@ def configuration(ranks: int) -> RunConfig:
 
 
 def microbatch(config: RunConfig) -> Microbatch:
-    return Microbatch(*tokens_of_step(config, 1))
+    return microbatch_of(config, *tokens_of_step(config, 1))
 
 
 def rank_job(ranks: int, way: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def single_job() -> tuple[dict[int, torch.Tensor], float]:
     module = LayerSequence(plan_layers(config, build_mesh(resolve_layout(config, 1)).groups))
     batch = microbatch(config)
     with torch.no_grad(), recorded_routes(module) as routes:
-        loss = loss_function(config.model)(module(batch.inputs), batch.labels)
+        loss = loss_function(config.model)(module(batch.inputs), *batch.targets)
     recorded = {layer: len(route) for layer, route in routes.items()}
     with torch.no_grad():
         module(batch.inputs)

@@ -23,7 +23,6 @@ from biroute.data_pipeline.dataset import Dataset, open_dataset
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.read.loader import (
-    IGNORED_LABEL,
     Batch,
     MicrobatchLoader,
     Objective,
@@ -146,11 +145,13 @@ def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
     reader, objective = opened.reader("train"), opened.objective("train")
     batch = make_batch(reader, np.arange(20), objective)
     tokens = reader.sequences(np.arange(20))[:, :-1]
-    hidden = batch.labels != IGNORED_LABEL
+    hidden = batch.loss_mask
+    assert hidden is not None
     assert (hidden.sum(axis=1) == round(0.15 * S)).all()
     assert (batch.inputs[hidden] == opened.tokenizer.mask_id).all()
     np.testing.assert_array_equal(batch.inputs[~hidden], tokens[~hidden])
-    np.testing.assert_array_equal(batch.labels[hidden], tokens[hidden])
+    np.testing.assert_array_equal(batch.labels, tokens)
+    assert batch.target_tokens == hidden.sum()
     assert batch.target_bytes == int(opened.token_bytes[tokens[hidden]].sum())
     assert len({row.tobytes() for row in hidden}) == 20  # each sequence has its own mask
     again = make_batch(reader, np.arange(20), objective)
