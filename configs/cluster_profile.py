@@ -1,4 +1,4 @@
-"""What holds for a whole cluster: a YAML file that its users share. No torch."""
+"""Cluster profiles: settings of a whole cluster, in a YAML file that its users share. No torch."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ SHIPPED = "profiles"
 
 
 class ClusterProfile(Section):
-    """How jobs of one cluster are asked for and set up. Every field is optional."""
+    """How jobs of one cluster are requested and set up. Every field is optional."""
 
     account: str | None = Field(None, description="account to charge")
     partition: str | None = Field(None, description="partition, or several with commas; empty: the default one")
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="features that nodes must have, as sbatch takes them")
     reservation: str | None = Field(None, description="reservation to use")
-    time_limit: SlurmTime | None = Field(None, description="limit of one job; slurm.time_limit comes first")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs of each node; also its ranks, unless set")
+    time_limit: SlurmTime | None = Field(
+        None, description="limit of one job: 24:00:00, 2-0, or minutes; slurm.time_limit comes first"
+    )
+    gpus_per_node: int = Field(
+        0, ge=0, description="GPUs of each node; also its number of ranks, unless slurm.ranks_per_node is set"
+    )
     gpu_type: str | None = Field(None, description="type of GPU, as Slurm calls it")
     cpus_per_rank: PositiveInt = Field(1, description="CPUs of each rank, also its OMP_NUM_THREADS")
     memory_per_node: str | None = Field(None, description="memory of each node, such as 500G; 0: all of it")
     exclusive: bool = Field(False, description="share no node with other jobs")
-    sbatch_options: tuple[str, ...] = Field((), description="further options of sbatch, each --name or --name=value")
-    srun_options: tuple[str, ...] = Field((), description="further options of the srun that starts the ranks")
-    setup: tuple[str, ...] = Field((), description="lines of bash before anything else, such as module load")
+    sbatch_options: tuple[str, ...] = Field((), description="more options of sbatch, each --name or --name=value")
+    srun_options: tuple[str, ...] = Field((), description="more options of the srun that starts the ranks")
+    setup: tuple[str, ...] = Field((), description="lines of bash before anything else, such as module load cuda")
     venv: Path | None = Field(None, description="folder of a virtual environment that every node sees")
-    container: tuple[str, ...] = Field((), description="words before python, such as apptainer exec --nv image.sif")
+    container: tuple[str, ...] = Field(
+        (), description="words before python, such as [apptainer, exec, --nv, image.sif]; pyxis: see srun_options"
+    )
     python: str | None = Field(
         None, description="interpreter; empty: python3 of venv or container, or the one that submits"
     )
     environment: dict[str, str] = Field({}, description="environment variables of the job")
-    network_interface: str | None = Field(None, description="interface between nodes, for gloo and NCCL")
+    network_interface: str | None = Field(None, description="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of the ranks")
 
     @field_validator("memory_per_node", mode="before")
     @classmethod
@@ -60,16 +66,19 @@ class ClusterProfile(Section):
             return environment
         for name in environment:
             if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
-                raise ValueError(f"{name!r} is no name of an environment variable")
-        # YAML's numbers, as in `NCCL_IB_TIMEOUT: 22`, are meant as text.
+                raise ValueError(f"{name!r} is not a name of an environment variable")
+        # Numbers, as in `NCCL_IB_TIMEOUT: 22`, are meant as text.
         return {name: str(value) if type(value) in (int, float) else value for name, value in environment.items()}
 
 
 def load_profile(name: str | None) -> ClusterProfile:
-    """Read the profile in file `name`, or the one of that name that ships.
+    """Read a cluster profile and check it.
+
+    Args:
+        name: a YAML file, or the name of a profile that ships with BiRoute.
 
     Raises:
-        UsageError: no profile named, no such profile, or not a valid one.
+        UsageError: no profile is named, it does not exist, or it is not valid.
     """
     shipped = resources.files("biroute.configs").joinpath(SHIPPED)
     known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
@@ -90,5 +99,5 @@ def load_profile(name: str | None) -> ClusterProfile:
 
 
 def dump_profile(profile: ClusterProfile) -> str:
-    """The profile as YAML, with every field."""
+    """Format the profile as YAML, with every field."""
     return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

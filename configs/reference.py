@@ -1,4 +1,4 @@
-"""Write the configuration reference from the schema: `python -m biroute.configs.reference`, see `make docs`."""
+"""Generate the configuration reference from the schema (`python -m biroute.configs.reference`, see `make docs`)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,50 @@ from typing import Annotated, Any, Literal, Union
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from biroute.configs.cluster_profile import ClusterProfile
 from biroute.configs.load import section_of
 from biroute.configs.schema import RunConfig, Section
 
 _HEAD = """# Configuration reference
 
 Made from `configs/schema.py` by `make docs`; do not edit.
-A configuration is a YAML file with these sections. Any field can be set on the command line, `section.field=value`.
+A configuration is a YAML file with these sections. Any field can be set on the command line as `section.field=value`.
+"""
+
+_PROFILE = """
+# Cluster profile
+
+A YAML file of its own, named by `slurm.profile`; every field is optional. Made from `configs/cluster_profile.py`.
+
 """
 
 
 def reference() -> str:
-    """The whole reference as Markdown."""
-    return _HEAD + "".join(_section("", RunConfig))
+    """Return the whole reference as Markdown."""
+    return _HEAD + "".join(_section("", RunConfig)) + _PROFILE + "".join(_fields(ClusterProfile))
 
 
 def _section(prefix: str, section: type[Section]) -> Iterator[str]:
-    inner: list[tuple[str, type[Section]]] = []
-    rows = []
-    for name, field in section.model_fields.items():
-        nested = section_of(field.annotation)
-        if isinstance(nested, type) and issubclass(nested, Section):
-            mark = "[]" if str(field.annotation).startswith("tuple") else ""
-            inner.append((f"{prefix}{name}{mark}", nested))
-        else:
-            rows.append(f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |\n")
-    if rows:
+    if any(_nested(field) is None for field in section.model_fields.values()):
         yield f"\n## `{prefix.rstrip('.')}`\n\n{(section.__doc__ or '').strip()}\n\n"
-        yield "| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
-        yield from rows
-    for name, nested in inner:
-        yield from _section(f"{name}.", nested)
+        yield from _fields(section)
+    for name, field in section.model_fields.items():
+        nested = _nested(field)
+        if nested is not None:
+            mark = "[]" if str(field.annotation).startswith("tuple") else ""
+            yield from _section(f"{prefix}{name}{mark}.", nested)
+
+
+def _fields(section: type[Section]) -> Iterator[str]:
+    yield "| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
+    for name, field in section.model_fields.items():
+        if _nested(field) is None:
+            yield f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |\n"
+
+
+def _nested(field: FieldInfo) -> type[Section] | None:
+    nested = section_of(field.annotation)
+    return nested if isinstance(nested, type) and issubclass(nested, Section) else None
 
 
 _NAMES = {bool: "true or false", int: "integer", float: "number", str: "text"}
@@ -53,7 +66,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, limits: list[Any]) -> str:
-    """What values a field takes, in words for people who write YAML."""
+    """Describe the values that a field takes, in words for people who write YAML."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):  # an optional field
         return _words(next(inner for inner in arguments if inner is not type(None)), limits)
@@ -61,6 +74,8 @@ def _words(annotation: Any, limits: list[Any]) -> str:
         return _words(arguments[0], [*limits, *arguments[1:]])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return "names and values"
     if origin is tuple:
         return f"list of {_words(arguments[0], [])}s"
     name = "path" if issubclass(annotation, Path) else _NAMES[annotation]
@@ -80,6 +95,8 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default is None or field.default == "":
         return "empty"
+    if field.default in ((), {}):
+        return "none"
     return f"`{field.default}`"
 
 
