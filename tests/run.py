@@ -19,7 +19,8 @@ NOTHING_COLLECTED = 5  # pytest's exit status where `-k` leaves no test of a par
 
 def start(name: str, folders: list[str], arguments: list[str]) -> tuple[subprocess.Popen[str], threading.Thread]:
     """Start pytest on some folders; a thread prints its lines behind its name."""
-    command = [sys.executable, "-m", "pytest", *(str(TESTS / folder) for folder in folders), *arguments]
+    paths = (str(TESTS / folder) for folder in folders)
+    command = [sys.executable, "-m", "pytest", "--durations=15", *paths, *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
