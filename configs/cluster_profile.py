@@ -24,24 +24,24 @@ class ClusterProfile(Section):
     constraint: str | None = Field(None, description="features that nodes must have, as sbatch takes them")
     reservation: str | None = Field(None, description="reservation to use")
     time_limit: SlurmTime | None = Field(
-        None, description="limit of one job: 24:00:00, 2-0, or minutes; slurm.time_limit comes first"
+        None, description="time limit of a job: 24:00:00, 2-0, or minutes; slurm.time_limit overrides it"
     )
     gpus_per_node: int = Field(
-        0, ge=0, description="GPUs of each node; also its number of ranks, unless slurm.ranks_per_node is set"
+        0, ge=0, description="GPUs per node; also the ranks per node, unless slurm.ranks_per_node is set"
     )
-    gpu_type: str | None = Field(None, description="type of GPU, as Slurm calls it")
-    cpus_per_rank: PositiveInt = Field(1, description="CPUs of each rank, also its OMP_NUM_THREADS")
+    gpu_type: str | None = Field(None, description="type of GPU, by its Slurm name")
+    cpus_per_rank: PositiveInt = Field(1, description="CPUs per rank; also its OMP_NUM_THREADS")
     memory_per_node: str | None = Field(None, description="memory of each node, such as 500G; 0: all of it")
-    exclusive: bool = Field(False, description="share no node with other jobs")
-    sbatch_options: tuple[str, ...] = Field((), description="more options of sbatch, each --name or --name=value")
-    srun_options: tuple[str, ...] = Field((), description="more options of the srun that starts the ranks")
-    setup: tuple[str, ...] = Field((), description="lines of bash before anything else, such as module load cuda")
-    venv: Path | None = Field(None, description="folder of a virtual environment that every node sees")
+    exclusive: bool = Field(False, description="reserve whole nodes, shared with no other job")
+    sbatch_options: tuple[str, ...] = Field((), description="more options for sbatch, each --name or --name=value")
+    srun_options: tuple[str, ...] = Field((), description="more options for the srun that starts the ranks")
+    setup: tuple[str, ...] = Field((), description="lines of bash to run first, such as module load cuda")
+    venv: Path | None = Field(None, description="folder of a virtual environment that every node can read")
     container: tuple[str, ...] = Field(
         (), description="words before python, such as [apptainer, exec, --nv, image.sif]; pyxis: see srun_options"
     )
     python: str | None = Field(
-        None, description="interpreter; empty: python3 of venv or container, or the one that submits"
+        None, description="interpreter; empty: python of venv, python3 in a container, or the one that submits"
     )
     environment: dict[str, str] = Field({}, description="environment variables of the job")
     network_interface: str | None = Field(None, description="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of the ranks")

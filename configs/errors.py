@@ -1,17 +1,17 @@
-"""The kinds of failure that BiRoute reports on purpose."""
+"""BiRoute's own exceptions and exit codes."""
 
 import errno
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USAGE_ERROR = 2
-EXIT_STOPPED = 75  # stopped on a signal with state saved: run me again (EX_TEMPFAIL of sysexits.h)
+EXIT_STOPPED = 75  # stopped on a signal with its state saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errno of a write that a disk, a quota or a limit refused
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write failed for lack of space, quota or file-size limit
 
 
 class UsageError(Exception):
-    """Bad input: one line that names the field or file, its value and the remedy. Exit status 2."""
+    """Bad input. The message is one line that names the field or file, its value and the remedy. Exit status 2."""
 
 
 class StoppedError(Exception):
@@ -19,4 +19,4 @@ class StoppedError(Exception):
 
 
 class FencedError(Exception):
-    """Another attempt owns the run folder by now; this one has written nothing since and must end."""
+    """Another attempt has taken over the run folder; this one has written nothing since then and must end."""

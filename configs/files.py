@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a lock between processes. The one place that does either."""
+"""Atomic file writes and a lock between processes; all code uses these functions for them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, content: bytes, *, durable: bool = True, unique: bool = False) -> None:
-    """Write a file so that a reader sees it whole or not at all.
+    """Write a file so that a reader sees either all of it or its previous content.
 
     Args:
         path: the file; its folder must exist.
-        content: all of it.
-        durable: whole or not at all also after a power cut.
-        unique: several processes, perhaps on several machines, may write it at the same time.
+        content: the whole content.
+        durable: make the write atomic also in case of a power failure.
+        unique: use a draft of a unique name, so that processes on several machines may write the file concurrently.
 
     Raises:
-        OSError: the disk refused; the file keeps its last content, and no draft is left.
+        OSError: the write failed; the file keeps its previous content, and no draft is left.
     """
     with atomic_draft(path, durable=durable, unique=unique) as draft:
         draft.write_bytes(content)
@@ -32,7 +32,7 @@ def write_atomically(path: Path, content: bytes, *, durable: bool = True, unique
 
 @contextmanager
 def atomic_draft(path: Path, *, durable: bool = True, unique: bool = False) -> Iterator[Path]:
-    """Give the path of a draft to write to; it becomes `path` when the block ends without an exception.
+    """Yield the path of a draft, which is renamed to `path` when the block ends without an exception.
 
     Arguments and errors are those of `write_atomically`.
     """
@@ -51,7 +51,7 @@ def atomic_draft(path: Path, *, durable: bool = True, unique: bool = False) -> I
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was renamed, made or removed in a folder durable.
+    """Make renamed, created and removed entries of a folder durable.
 
     Raises:
         OSError: the folder cannot be opened.
@@ -68,7 +68,7 @@ def _sync(path: Path) -> None:
 
 
 class HashingWriter:
-    """A binary file to write to that keeps the SHA-256 and the number of the bytes that went through."""
+    """A writable binary file that computes the SHA-256 and counts the bytes of what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -76,7 +76,7 @@ class HashingWriter:
         self.size_bytes = 0
 
     def write(self, data: bytes) -> int:
-        """Write to the file, and count."""
+        """Write to the file and update the checksum and the count."""
         self._digest.update(data)
         self.size_bytes += len(data)
         return self._file.write(data)
@@ -93,19 +93,19 @@ class HashingWriter:
 
 @contextmanager
 def file_lock(path: Path, seconds: float, *, required: bool = False) -> Iterator[None]:
-    """Hold the lock of the file `path`, which is made if it is not there; the kernel frees it however we end.
+    """Hold a lock while the block runs. The kernel releases it even if the process is killed.
 
     Args:
-        path: the lock's own file.
+        path: the lock file, created if it does not exist.
         seconds: how long to wait for another holder.
-        required: False: go on without the lock after that time, since the holder may be frozen, and immediately on a
-            file system that has no locks.
+        required: if False, continue without the lock after that time, since the holder may be frozen, and immediately
+            on a file system without locks.
 
     Raises:
-        TimeoutError: required, and another process holds it.
+        TimeoutError: the lock is required and another process holds it.
         FileNotFoundError: the folder does not exist.
     """
-    if not path.parent.is_dir():  # the library would make it
+    if not path.parent.is_dir():  # the library would create it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     lock = FileLock(path, timeout=seconds, poll_interval=0.02)
     try:

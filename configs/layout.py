@@ -1,4 +1,4 @@
-"""Layout: sizes of the four mesh axes, and the check that a configuration fits it. No torch here."""
+"""Layout: the sizes of the four mesh axes, and the check that a configuration fits them. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from biroute.configs.schema import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes; ranks count tensor fastest, then region, data, pipe (Megatron-core's tp-cp-dp-pp)."""
+    """Sizes of the mesh axes. The tensor rank varies fastest, then region, data, pipe (Megatron's tp-cp-dp-pp)."""
 
     tensor: int
     region: int
@@ -27,16 +27,16 @@ class Layout:
 
 
 def default_world_size(config: RunConfig) -> int:
-    """Processes that the configuration asks for when nobody says how many: data counts as 1 if left out."""
+    """Return the number of processes that the configuration needs; data counts as 1 if it is left out."""
     parallel = config.parallel
     return parallel.tensor * parallel.region * parallel.pipeline * (parallel.data or 1)
 
 
 def resolve_layout(config: RunConfig, world_size: int) -> Layout:
-    """The layout of `config` on `world_size` processes.
+    """Resolve the layout of `config` on `world_size` processes.
 
     Raises:
-        UsageError: an axis does not divide what it shares, or the axes do not multiply to `world_size`.
+        UsageError: an axis does not divide what it splits, or the product of the axes is not `world_size`.
     """
     parallel = config.parallel
     model_size = parallel.tensor * parallel.region * parallel.pipeline
@@ -59,7 +59,7 @@ def resolve_layout(config: RunConfig, world_size: int) -> Layout:
 
 
 def microbatches_per_step(config: RunConfig, layout: Layout) -> int:
-    """Forward passes of one data rank in one optimizer step (gradient accumulation)."""
+    """Return the number of forward passes of one data rank in one optimizer step (gradient accumulation)."""
     return config.train.global_batch_size // (config.train.microbatch_size * layout.data)
 
 

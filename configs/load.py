@@ -1,4 +1,4 @@
-"""Read a configuration: YAML file, then `section.field=value` overrides, then the typed tree."""
+"""Read a configuration from a YAML file, apply `section.field=value` overrides, and validate it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from biroute.configs.schema import RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, but `24:00:00` is text: YAML 1.1 counts in sixties there and reads 86400."""
+    """A YAML loader that reads `24:00:00` as text; YAML 1.1 takes it for the base-60 number 86400."""
 
 
-# The resolvers lie by first letter; the sexagesimal forms are the only ones with a colon that are no dates.
+# Resolvers are grouped by first character. Base-60 numbers are the only scalars with a colon that are not dates.
 _Loader.yaml_implicit_resolvers = {
     first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -30,19 +30,24 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values from YAML text.
+    """Parse YAML text into plain values.
 
     Raises:
-        yaml.YAMLError: not valid YAML.
+        yaml.YAMLError: the text is not valid YAML.
     """
     return yaml.load(text, _Loader)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path`, apply `section.field=value` overrides, check everything.
+    """Read a configuration, apply the overrides and check everything.
+
+    Args:
+        path: the YAML file.
+        overrides: texts of the form `section.field=value`.
 
     Raises:
-        UsageError: file missing or not YAML, unknown key, wrong type or range; all in one line.
+        UsageError: the file is missing or not YAML, or a key is unknown, or a value has the wrong type or range; all
+            problems are reported in one line.
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
@@ -51,7 +56,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Check a tree of plain values; `origin` is the file that messages name."""
+    """Build a configuration from plain values.
+
+    Args:
+        tree: nested dictionaries of plain values.
+        origin: what error messages name as the source, usually a file.
+
+    Raises:
+        UsageError: a key is unknown, or a value has the wrong type or range.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -59,19 +72,19 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
 
 
 def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:
-    """What pydantic found wrong with a tree of `section`, in one line."""
-    # default_factory_not_called: a size that follows from a field which is itself reported.
+    """Summarize in one line what pydantic found wrong with the values of `section`."""
+    # default_factory_not_called concerns a default derived from another field, which is reported itself.
     found = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
     return "; ".join(_explain(problem, section) for problem in found)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal tree."""
+    """Format the resolved configuration as YAML, from which `load_config` restores an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(config: RunConfig) -> dict[str, str]:
-    """Dotted field name -> value as text, for MLflow's parameters."""
+    """Map dotted field names to values as text, for MLflow's parameters."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -88,7 +101,7 @@ def flatten(config: RunConfig) -> dict[str, str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         shipped = resources.files("biroute.configs").joinpath(path.name)
-        hint = f"; biroute ships one of that name: {shipped}" if shipped.is_file() else ""
+        hint = f"; BiRoute includes one of that name: {shipped}" if shipped.is_file() else ""
         raise UsageError(f"{path}: no such configuration file{hint}")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -122,7 +135,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: Any, section: type[BaseModel]) -> str:
-    """One pydantic error as `field=value: what is wrong`, with a suggestion for an unknown key."""
+    """Format one pydantic error as `field=value: message`, with a suggestion for an unknown key."""
     location = problem["loc"]
     name = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
@@ -145,7 +158,7 @@ def _known_keys(section: type[BaseModel], location: Sequence[int | str]) -> list
 
 
 def section_of(annotation: Any) -> Any:
-    """The Section inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    """Return the Section inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
         return next(section_of(inner) for inner in typing.get_args(annotation) if inner not in (type(None), ...))
     return annotation

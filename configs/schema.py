@@ -1,6 +1,6 @@
-"""The configuration of a run: typed, frozen, each field described once. The reference in docs is made from here.
+"""The configuration of a run, typed and immutable. docs/configuration.md is generated from the descriptions here.
 
-Sizes that follow from others are properties, never a second field.
+Sizes that follow from others are properties, never fields of their own.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change after loading."""
+    """Base of every section. Unknown keys are errors, and values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class AttentionConfig(Section):
-    """Which tokens a token may look at. The algorithm is described in docs/architecture.md."""
+    """Which tokens a token attends to. The algorithm is described in docs/architecture.md."""
 
     kind: Literal["bi_level", "dense", "sliding_window"] = Field(
         "bi_level",
-        description="bi_level: routed regions; dense: all; sliding_window: the own region and topk - 1 near ones",
+        description="bi_level: routed regions; dense: all tokens; sliding_window: the topk nearest regions",
     )
     region_size: PositiveInt = Field(16, description="tokens per region (L)")
-    query_block_size: PositiveInt = Field(1, description="tokens that share one route (Lq), divides region_size")
-    topk: PositiveInt = Field(8, description="regions that a query block attends to (k), the forced ones included")
+    query_block_size: PositiveInt = Field(1, description="tokens that share one route (Lq); divides region_size")
+    topk: PositiveInt = Field(8, description="regions that a query block attends to (k), including the forced ones")
     descriptor: Literal["pre_rope", "post_rope"] = Field(
-        "pre_rope", description="take region descriptors before or after the rotary embedding"
+        "pre_rope", description="compute region descriptors from keys before or after the rotary embedding"
     )
     descriptors_per_region: PositiveInt = Field(
         default_factory=lambda above: math.gcd(8, above["region_size"]),
-        description="descriptors of a region, each the mean of as many consecutive keys; the nearest one counts. "
-        "More find more in large regions and cost routing in proportion; left out: gcd(8, region_size)",
+        description="descriptors per region, each the mean of an equal number of consecutive keys; the best match "
+        "counts. More descriptors find more in large regions, and the cost of routing grows in proportion; left out: "
+        "gcd(8, region_size)",
     )
-    force_own: bool = Field(True, description="always route to the own region; may be off only with objective=mlm")
+    force_own: bool = Field(True, description="always route to the own region; may be false only with objective=mlm")
     force_previous: bool = Field(True, description="always route to the region before the own one")
     attention_sink: bool = Field(False, description="always route to region 0")
     router: Literal["affinity", "random"] = Field(
-        "affinity", description="random is a diagnostic: a router that does not beat it is dead"
+        "affinity", description="affinity: the best matches; random: a diagnostic baseline that a router must beat"
     )
 
     @model_validator(mode="after")
@@ -68,10 +69,10 @@ class ModelConfig(Section):
     hidden_size: PositiveInt = Field(256, description="width of the residual stream")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
     num_heads: PositiveInt = Field(8, description="query heads (H)")
-    num_kv_heads: PositiveInt = Field(2, description="key/value groups (G); equal to num_heads: no grouping")
+    num_kv_heads: PositiveInt = Field(2, description="key/value heads (G); equal to num_heads: no grouping")
     head_size: PositiveInt = Field(
         default_factory=lambda above: above["hidden_size"] // above["num_heads"],
-        description="elements of a head (D); left out: hidden_size / num_heads",
+        description="width of a head (D); left out: hidden_size / num_heads",
     )
     ffn_hidden_size: PositiveInt = Field(
         default_factory=lambda above: -(-8 * above["hidden_size"] // (3 * 64)) * 64,
@@ -83,28 +84,28 @@ class ModelConfig(Section):
         "causal",
         description="causal: predict the next token; mlm: bidirectional, predict masked tokens",
     )
-    mask_fraction: Fraction = Field(0.15, description="fraction of the tokens that objective=mlm hides")
+    mask_fraction: Fraction = Field(0.15, description="fraction of the tokens that objective=mlm masks")
     qk_norm: bool = Field(False, description="RMSNorm on the queries and keys of each head")
     key_smear: bool = Field(
         True,
-        description="add a learned fraction of the key before to each key, element by element (at first 0.5), in all "
-        "layers: what followed a token is then found by one layer, and routed to",
+        description="in all layers, add to each key a learned fraction of the preceding key, element by element "
+        "(initially 0.5): a single layer then finds, and routes to, what followed a token",
     )
-    tied_embeddings: bool = Field(True, description="the head uses the embedding's weight")
+    tied_embeddings: bool = Field(True, description="use the embedding's weight in the LM head")
     rope_base: float = Field(10_000.0, gt=1.0, description="base of the rotary embedding's wavelengths")
     norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon of RMSNorm")
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the initial weights")
     dense_layers: tuple[int, ...] = Field(
-        (), description="layers (from 0) whose attention is dense whatever kind says"
+        (), description="layers (counted from 0) with dense attention, whatever attention.kind is"
     )
     sliding_window_layers: tuple[int, ...] = Field(
-        (), description="layers (from 0) whose attention is sliding_window whatever kind says"
+        (), description="layers (counted from 0) with sliding_window attention, whatever attention.kind is"
     )
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of the other layers")
 
     @property
     def num_regions(self) -> int:
-        """R, regions of a sequence."""
+        """Number of regions of a sequence (R)."""
         return self.sequence_length // self.attention.region_size
 
     @property
@@ -112,7 +113,7 @@ class ModelConfig(Section):
         return self.objective == "causal"
 
     def attention_kind(self, layer: int) -> str:
-        """`bi_level`, `dense` or `sliding_window` for block `layer`, counted from 0."""
+        """Return `bi_level`, `dense` or `sliding_window` for a layer, counted from 0."""
         if layer in self.dense_layers:
             return "dense"
         return "sliding_window" if layer in self.sliding_window_layers else self.attention.kind
@@ -126,7 +127,7 @@ class ModelConfig(Section):
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}; set head_size yourself"
             )
         if self.head_size % 2:
-            raise ValueError(f"head_size={self.head_size} is odd; the rotary embedding turns pairs, use an even size")
+            raise ValueError(f"head_size={self.head_size} is odd; the rotary embedding needs pairs, use an even size")
         if self.sequence_length % self.attention.region_size:
             raise ValueError(
                 f"sequence_length={self.sequence_length} is not a multiple of "
@@ -144,7 +145,7 @@ class ModelConfig(Section):
         both = sorted({*self.dense_layers} & {*self.sliding_window_layers})
         if both:
             raise ValueError(
-                f"layers {both} are in dense_layers and in sliding_window_layers; name each in one of them"
+                f"layers {both} are both in dense_layers and in sliding_window_layers; name each in only one of them"
             )
         if self.objective == "mlm" and not 1 <= self.masked_tokens < self.sequence_length:
             raise ValueError(f"mask_fraction={self.mask_fraction} masks {self.masked_tokens} tokens of a sequence")
@@ -152,29 +153,31 @@ class ModelConfig(Section):
 
     @property
     def masked_tokens(self) -> int:
-        """Tokens that objective=mlm hides in each sequence: a fixed number, so that means are exact."""
+        """Tokens that objective=mlm masks in each sequence: a fixed number, so that means are exact."""
         return round(self.mask_fraction * self.sequence_length)
 
 
 class ParallelConfig(Section):
     """The layout: sizes of the four mesh axes and the ZeRO stage."""
 
-    tensor: PositiveInt = Field(1, description="ranks that share each weight matrix")
-    pipeline: PositiveInt = Field(1, description="stages that share the layers")
-    region: PositiveInt = Field(1, description="ranks that share the regions of a sequence")
+    tensor: PositiveInt = Field(1, description="tensor parallelism: ranks that each weight matrix is split over")
+    pipeline: PositiveInt = Field(1, description="pipeline parallelism: stages that the layers are split over")
+    region: PositiveInt = Field(1, description="context parallelism: ranks that a sequence's regions are split over")
     region_exchange: Literal["auto", "fetch", "ship"] = Field(
         "auto",
-        description="how region ranks get at each other's regions: fetch keys and values, ship queries, or auto: "
-        "whichever moves fewer bytes, pair by pair",
+        description="how region ranks attend to each other's regions: fetch keys and values, ship queries, or auto: "
+        "for each pair of ranks whichever moves fewer bytes",
     )
     sequence_parallel: bool = Field(
         False,
-        description="tensor ranks also share the tokens of norms and residuals (Megatron's sequence parallelism); "
-        "no effect with tensor=1",
+        description="also split the tokens of norms and residuals over the tensor ranks (Megatron's sequence "
+        "parallelism); no effect with tensor=1",
     )
-    data: PositiveInt | None = Field(None, description="replicas of the model; empty: what the processes leave")
+    data: PositiveInt | None = Field(
+        None, description="replicas of the model; empty: the number of processes divided by the other axes"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="DeepSpeed ZeRO: 1 shards optimizer state, 2 also gradients, 3 also parameters"
+        1, description="DeepSpeed ZeRO: 1 shards the optimizer state, 2 also the gradients, 3 also the parameters"
     )
 
     @model_validator(mode="after")
@@ -192,49 +195,49 @@ class SourceConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="name in the manifest and in metrics")
     paths: tuple[str, ...] = Field(
-        min_length=1, description="files or globs: .txt (one document a file), .jsonl; each also .gz or .zst"
+        min_length=1, description="files or globs: .txt (one document per file) or .jsonl; each also .gz or .zst"
     )
     weight: float | None = Field(
-        None, gt=0, description="weight in training, relative; empty: by its number of tokens"
+        None, gt=0, description="relative weight in training; empty: in proportion to its number of tokens"
     )
-    text_field: str = Field("text", description="field of a .jsonl line that holds the document")
+    text_field: str = Field("text", description="field of a .jsonl line that contains the document")
 
 
 class TokenizerConfig(Section):
-    """The SentencePiece model: trained on the sources, or given."""
+    """The SentencePiece model, either trained on the sources or given."""
 
-    model_path: Path | None = Field(None, description="a SentencePiece model to use; empty: train one")
-    kind: Literal["bpe", "unigram"] = Field("bpe", description="how to train; unigram takes about 25 times as long")
-    vocab_size: int = Field(8192, ge=300, description="pieces, the 256 byte pieces and the special ones included")
+    model_path: Path | None = Field(None, description="an existing SentencePiece model; empty: train one")
+    kind: Literal["bpe", "unigram"] = Field("bpe", description="algorithm; unigram trains about 25 times as long")
+    vocab_size: int = Field(8192, ge=300, description="pieces, including the 256 byte pieces and the special ones")
     character_coverage: float = Field(
         0.985,
-        ge=0.98,  # below, SentencePiece refuses
+        ge=0.98,  # SentencePiece rejects smaller values
         le=1.0,
-        description="fraction of the characters with a piece of their own; the rest goes to bytes",
+        description="fraction of the characters that get a piece of their own; the rest is encoded as bytes",
     )
-    training_bytes: PositiveInt = Field(20_000_000, description="bytes of text to train on, drawn over all sources")
+    training_bytes: PositiveInt = Field(20_000_000, description="bytes of text to train on, sampled from all sources")
 
 
 class DataConfig(Section):
-    """From raw text to the order of training sequences."""
+    """The dataset: its sources, how it is built, and the training order."""
 
     dir: Path = Field(Path("data/dataset"), description="folder of the built dataset")
     sources: tuple[SourceConfig, ...] = Field((), description="where the documents come from")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the tokenizer")
-    heldout_fraction: Fraction = Field(0.01, description="fraction of the documents kept out of training")
-    min_document_bytes: PositiveInt = Field(1, description="shorter documents are skipped and counted")
-    max_document_bytes: int = Field(1_000_000, ge=16, description="longer documents are cut into parts of this size")
-    tokens_per_sample: PositiveInt = Field(65_536, description="tokens in one WebDataset sample")
-    samples_per_shard: PositiveInt = Field(64, description="WebDataset samples in one shard")
-    workers: int = Field(0, ge=0, description="tokenising processes; 0: one per core")
-    seed: int = Field(0, description="seed of the order of training; the held-out split does not depend on it")
+    heldout_fraction: Fraction = Field(0.01, description="fraction of the documents held out from training")
+    min_document_bytes: PositiveInt = Field(1, description="documents with fewer bytes are skipped and counted")
+    max_document_bytes: int = Field(1_000_000, ge=16, description="documents with more bytes are cut into parts")
+    tokens_per_sample: PositiveInt = Field(65_536, description="tokens per WebDataset sample")
+    samples_per_shard: PositiveInt = Field(64, description="WebDataset samples per shard")
+    workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")
+    seed: int = Field(0, description="seed of the training order; the held-out split does not depend on it")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         names = [source.name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"sources named twice: {', '.join(twice)}; give each source its own name")
+            raise ValueError(f"sources named twice: {', '.join(twice)}; give each source a unique name")
         if len({source.weight is None for source in self.sources}) > 1:
             raise ValueError("some sources have a weight and some do not; give one to all or to none")
         return self
@@ -247,15 +250,16 @@ class OptimConfig(Section):
     min_learning_rate: float = Field(3e-5, ge=0, description="learning rate at the last step")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine",
-        description="after the warm-up: cosine decay; wsd: constant, then linear decay over decay_steps",
+        description="learning rate after the warm-up; cosine: cosine decay; wsd: constant, then linear decay over "
+        "decay_steps; constant: no decay",
     )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
-    decay_steps: int = Field(0, ge=0, description="steps of the final decay of wsd")
+    decay_steps: int = Field(0, ge=0, description="steps of the final decay of schedule=wsd")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the matrices")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    gradient_clip: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: no clipping")
+    gradient_clip: float = Field(1.0, ge=0, description="clip the gradient to this global norm; 0: no clipping")
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
@@ -276,15 +280,15 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt = Field(16, description="sequences per step, over all ranks")
     microbatch_size: PositiveInt = Field(4, description="sequences per data rank and forward pass")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 keeps fp32 master weights and accumulates gradients in fp32"
+        "fp32", description="precision of training; bf16 keeps fp32 master weights and accumulates gradients in fp32"
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute activations of each block in backward to save memory"
+        False, description="recompute the activations of each block in the backward pass to save memory"
     )
     seed: int = Field(0, description="seed of the initial weights and of masking")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
     threads_per_rank: int = Field(
-        0, ge=0, description="CPU threads of each rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks"
+        0, ge=0, description="CPU threads per rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks"
     )
     log_every: PositiveInt = Field(10, description="steps between log lines and metric points")
     evaluate_every: int = Field(
@@ -294,26 +298,25 @@ class TrainConfig(Section):
     hang_seconds: float = Field(
         900.0,
         ge=0,
-        description="longest time without a step, an evaluation batch or a part of a save; then the attempt ends; "
-        "0: never",
+        description="end the attempt after this time without a step, evaluation batch or part of a save; 0: never",
     )
     startup_seconds: float = Field(
-        1800.0, gt=0, description="the same for everything up to the end of an attempt's first step"
+        1800.0, gt=0, description="as hang_seconds, for everything up to the end of an attempt's first step"
     )
 
 
 class CheckpointConfig(Section):
-    """When to save and what to keep. Checkpoints lie in run_dir/checkpoints."""
+    """When to save and how many checkpoints to keep. They are stored in run_dir/checkpoints."""
 
     every_steps: int = Field(200, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept; older ones are removed")
+    keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are removed")
 
 
 class TrackingConfig(Section):
-    """MLflow."""
+    """Tracking with MLflow."""
 
     enabled: bool = Field(True, description="send metrics to MLflow; the metrics log on disk is written in any case")
-    uri: str = Field("", description="MLflow tracking URI; empty: sqlite file mlflow.db beside the run folder")
+    uri: str = Field("", description="MLflow tracking URI; empty: the SQLite file mlflow.db next to the run folder")
     experiment: str = Field("biroute", min_length=1, description="MLflow experiment")
     run_name: str = Field("", description="MLflow run name; empty: the name of the run folder")
     timeout_seconds: float = Field(5.0, gt=0, description="longest wait for one call to the MLflow server")
@@ -326,7 +329,7 @@ _SLURM_TIME = r"\d+|\d+:\d\d?|\d+:\d\d?:\d\d?|\d+-\d+(:\d\d?){0,2}|UNLIMITED|INF
 def _check_slurm_time(value: object) -> str:
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not re.fullmatch(_SLURM_TIME, text):
-        raise ValueError("not a time that Slurm knows; use minutes, hours:minutes:seconds or days-hours")
+        raise ValueError("not a time that Slurm accepts; use minutes, hours:minutes:seconds or days-hours")
     return text
 
 
@@ -334,29 +337,29 @@ SlurmTime = Annotated[str, BeforeValidator(_check_slurm_time)]
 
 
 class SlurmConfig(Section):
-    """How `biroute submit` asks a Slurm cluster for a run. What holds for a whole cluster is in its profile."""
+    """What `biroute submit` requests from a Slurm cluster. Settings of the whole cluster are in its profile."""
 
     profile: str | None = Field(
-        None, description="cluster profile: a YAML file, or the name of one that ships; `biroute submit` needs it"
+        None, description="cluster profile: a YAML file, or the name of a shipped one; required by `biroute submit`"
     )
     nodes: PositiveInt = Field(1, description="nodes to train on")
     ranks_per_node: PositiveInt | None = Field(
         None,
-        description="ranks on each node; empty: the profile's GPUs per node, or the layout's divided by the nodes",
+        description="ranks per node; empty: the profile's GPUs per node, or the layout's ranks divided by the nodes",
     )
     time_limit: SlurmTime | None = Field(
-        None, description="limit of one job, as sbatch takes it (24:00:00, 2-0, minutes); empty: the profile's"
+        None, description="time limit of a job in sbatch's format (24:00:00, 2-0, minutes); empty: the profile's"
     )
     signal_seconds: int = Field(
-        120, ge=10, description="seconds before the limit at which to save and stop; Slurm may be a minute early"
+        120, ge=10, description="seconds before the time limit at which to save and stop; Slurm may be a minute early"
     )
     requeue: bool = Field(True, description="queue the job again after a stop, a crash or the loss of a node")
-    max_restarts: int = Field(20, ge=0, description="times that a job is queued again after crashes and hangs")
+    max_restarts: int = Field(20, ge=0, description="how often a job is queued again after crashes and hangs")
     max_crashes_at_same_step: PositiveInt = Field(
-        3, description="crashes of a job after the same step that end it, as one more would not help"
+        3, description="after this many crashes at the same step, a job is not queued again"
     )
     preflight_timeout_seconds: float = Field(
-        300.0, gt=0, description="longest time for the check of all nodes before training"
+        300.0, gt=0, description="time limit of the check of all nodes before training"
     )
 
 
@@ -388,6 +391,6 @@ class RunConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the same in every layout, so that checkpoints outlive one."""
+        """Rows of the embedding, equal in every layout, so that a checkpoint can be loaded in another layout."""
         multiple = self.model.vocab_multiple
         return -(-self.data.tokenizer.vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""`open_dataset(config)`: checks that a dataset fits a configuration, and hands out its readers and loaders."""
+"""Open the dataset of a configuration, check that the two fit, and create readers and loaders."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from biroute.data_pipeline.prepare.verify import check_dataset
 from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, Objective, SequenceReader, StepShape
 from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
 
-# Held-out sequences come in this order and masking whatever the run's seeds, so that runs compare.
+# Fixes the order and masking of held-out sequences independently of a run's seeds, so that runs are comparable.
 _HELDOUT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A checked dataset and the configuration that reads it."""
+    """A checked dataset together with the configuration of the run that reads it."""
 
     config: RunConfig
     manifest: Manifest
     tokenizer: Tokenizer
-    token_bytes: np.ndarray  # [vocab] int64
+    token_bytes: np.ndarray  # [vocab] int64, UTF-8 bytes of each token
 
     def reader(self, split: Split) -> SequenceReader:
-        """Sequences of a split: training mixed by the sources' weights, held-out as they come.
+        """Open the sequences of a split. Only the training split is mixed by the sources' weights.
 
         Raises:
             UsageError: the split is too small for one sequence.
@@ -45,14 +45,14 @@ class Dataset:
         )
 
     def objective(self, split: Split) -> Objective:
-        """The model's objective on a split."""
+        """Return the model's objective on a split."""
         seed = self.config.train.seed if split == "train" else _HELDOUT_SEED
         model = self.config.model
         mask_id = self.tokenizer.mask_id
         return Objective(model.objective, self.token_bytes, mask_id, model.masked_tokens, seed)
 
     def train_loader(self, *, data_rank: int, data_size: int, position: int = 0) -> MicrobatchLoader:
-        """The training loader of one data rank, from global position `position` on."""
+        """Create the training loader of one data rank, starting at global position `position`."""
         return MicrobatchLoader(
             self.reader("train"),
             objective=self.objective("train"),
@@ -64,7 +64,7 @@ class Dataset:
         )
 
     def heldout_batches(self, *, data_rank: int, data_size: int) -> HeldoutBatches:
-        """The `train.evaluate_sequences` sequences of every evaluation, this data rank's part.
+        """Return this data rank's part of the `train.evaluate_sequences` sequences that every evaluation uses.
 
         Raises:
             UsageError: the held-out split has fewer sequences.
@@ -75,11 +75,11 @@ class Dataset:
 
 
 def open_dataset(config: RunConfig) -> Dataset:
-    """Check the dataset of `config` (cheaply) and open it.
+    """Open the dataset of a configuration after a quick check.
 
     Raises:
-        UsageError: no dataset or a damaged one; made from other settings; a tokenizer without a mask piece for
-            model.objective=mlm.
+        UsageError: the dataset is missing or damaged, or was built with other settings, or model.objective=mlm and
+            its tokenizer has no mask piece.
     """
     data = config.data
     manifest, tokenizer = check_dataset(data.dir)
@@ -100,7 +100,7 @@ def open_dataset(config: RunConfig) -> Dataset:
 def _check_settings(config: RunConfig, manifest: Manifest) -> None:
     data = config.data
     wanted = dataset_settings(data)
-    if not data.sources:  # the configuration does not say how the dataset is built, only what the model needs
+    if not data.sources:  # the configuration does not describe how to build the dataset, only what the model needs
         wanted = {"data.tokenizer.vocab_size": wanted["data.tokenizer.vocab_size"]}
     for field, value in wanted.items():
         if field in manifest.settings and manifest.settings[field] != value:
@@ -109,7 +109,7 @@ def _check_settings(config: RunConfig, manifest: Manifest) -> None:
                 "run `biroute data build` with this configuration, or set the field back"
             )
     path = data.tokenizer.model_path
-    # The file may have stayed on the machine where the dataset was built.
+    # The file may exist only on the machine where the dataset was built.
     if path is not None and path.exists():
         same_file = path.read_bytes() == (data.dir / TOKENIZER_NAME).read_bytes()
         given = None if same_file else load_tokenizer(path, data.tokenizer.vocab_size)

@@ -1,1 +1,1 @@
-"""Data: the batch script's template, cluster profiles, the script of the test cluster. No code."""
+"""Runs on a Slurm cluster: submission, the batch script, checks of the nodes, status, logs and control."""

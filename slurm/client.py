@@ -1,4 +1,4 @@
-"""A thin client of Slurm's own commands. Each call has a timeout; text forms are parsed, JSON differs by version."""
+"""A thin client of Slurm's commands. Every call has a timeout. Text output is parsed: the JSON differs by version."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from pathlib import Path
 from biroute.configs.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
-_SEPARATOR = "\x1f"  # no field holds it
+_SEPARATOR = "\x1f"  # a character that no field contains
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that the controller or the accounting database knows."""
+    """A job as reported by the controller or the accounting database."""
 
     job_id: str
     state: str  # PENDING, RUNNING, COMPLETED ...
-    script: Path | None = None  # the batch script, where it is known
-    time_left: str = ""  # until its time limit, as squeue says it
+    script: Path | None = None  # the batch script, if it is known
+    time_left: str = ""  # until its time limit, in squeue's format
     reason: str = ""  # why it is pending
     nodes: str = ""
     exit_code: str = ""
 
     @property
     def live(self) -> bool:
-        """Is it queued or running?"""
+        """Whether the job is queued or running."""
         return self.state in _LIVE
 
 
 def submit(script: Path) -> str:
-    """Submit a batch script; the job's id.
+    """Submit a batch script and return the job's id.
 
     Raises:
-        UsageError: no Slurm, or it refuses the job.
+        UsageError: Slurm is not available or refuses the job.
     """
     answer = _call(["sbatch", "--parsable", str(script)])
-    job_id = answer.stdout.strip().partition(";")[0]  # job;cluster
+    job_id = answer.stdout.strip().partition(";")[0]  # the format is job;cluster
     if answer.returncode != 0 or not job_id.isdigit():
         raise UsageError(f"sbatch refuses the job: {_last_line(answer)}")
     return job_id
 
 
 def test_script(text: str) -> str:
-    """What Slurm says on whether and when it could run the script `text`. Nothing is queued.
+    """Ask Slurm whether and when it could run the script `text`, and return its answer. Nothing is queued.
 
     Raises:
-        UsageError: no Slurm, or it could not.
+        UsageError: Slurm is not available or could not run the job.
     """
     answer = _call(["sbatch", "--test-only"], text)
     if answer.returncode != 0:
@@ -60,9 +60,14 @@ def test_script(text: str) -> str:
 
 
 def largest_partition(partitions: str | None) -> tuple[str, int] | None:
-    """Name and number of nodes, those that are down included, of the largest of `partitions` (None: the default).
+    """Find the largest of several partitions.
 
-    None if Slurm knows none of them or does not answer: sbatch will say more.
+    Args:
+        partitions: comma-separated names; None for the default partition.
+
+    Returns:
+        Its name and its number of nodes, including nodes that are down; None if Slurm knows none of the partitions or
+        does not answer, since sbatch then reports a better error.
     """
     command = ["sinfo", "--noheader", "--format", "%P %D", *(["--partition", partitions] if partitions else [])]
     answer = _call(command)
@@ -75,10 +80,10 @@ def largest_partition(partitions: str | None) -> tuple[str, int] | None:
 
 
 def queue() -> list[Job]:
-    """All jobs of this user that are queued or running.
+    """Return all jobs of this user that are queued or running.
 
     Raises:
-        UsageError: no Slurm, or it does not answer.
+        UsageError: Slurm is not available or does not answer.
     """
     fields = ["%i", "%T", "%L", "%r", "%N", "%o"]
     answer = _call(["squeue", "--noheader", "--me", "--format", _SEPARATOR.join(fields)])
@@ -92,7 +97,7 @@ def queue() -> list[Job]:
 
 
 def find_job(job_id: str) -> Job | None:
-    """The job, from the controller or, where there is one, the accounting database; None if neither knows it."""
+    """Look a job up in the controller, then in the accounting database if there is one; None if neither knows it."""
     answer = _call(["scontrol", "show", "job", "-o", job_id])
     if answer.returncode == 0 and (found := re.search(r"\bJobState=(\S+)", answer.stdout)):
         command = re.search(r" Command=(.*?) WorkDir=", answer.stdout)
@@ -101,7 +106,7 @@ def find_job(job_id: str) -> Job | None:
 
 
 def past_jobs(job_ids: Sequence[str]) -> list[Job]:
-    """What the accounting database knows of the jobs; nothing where there is none."""
+    """Return what the accounting database knows about the jobs; empty on a cluster without such a database."""
     if not job_ids:
         return []
     fields = "JobIDRaw,State,ExitCode,NodeList,SubmitLine"
@@ -113,14 +118,14 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     jobs = []
     for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
         job_id, state, exit_code, nodes, submit_line = line.split(_SEPARATOR, 4)
-        state = state.split()[0]  # "CANCELLED by 0"
+        state = state.split()[0]  # such as "CANCELLED by 0"
         nodes = "" if nodes == "None assigned" else nodes
         jobs.append(Job(job_id, state, _script(submit_line), nodes=nodes, exit_code=exit_code))
     return jobs
 
 
 def seconds_of(time_limit: str) -> int | None:
-    """Seconds of a time as sbatch takes it; None if it is unlimited."""
+    """Convert a time limit in sbatch's format to seconds; None if it is unlimited."""
     if not time_limit[0].isdigit():
         return None
     days, dash, rest = time_limit.rpartition("-")
@@ -135,12 +140,20 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def cancel(job_id: str) -> None:
-    """End a job at once. Raises UsageError if Slurm refuses."""
+    """End a job immediately.
+
+    Raises:
+        UsageError: Slurm refuses.
+    """
     _check(["scancel", job_id])
 
 
 def ask_to_stop(job_id: str) -> None:
-    """Send USR1 to the batch script of a running job: it saves and ends. Raises UsageError if Slurm refuses."""
+    """Send USR1 to the batch script of a running job, which makes the job save and end.
+
+    Raises:
+        UsageError: Slurm refuses.
+    """
     _check(["scancel", "--batch", "--signal=USR1", job_id])
 
 
@@ -151,9 +164,9 @@ def _check(command: list[str]) -> None:
 
 
 def _call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a client command. Raises UsageError where there is no such command, no cluster or no answer."""
+    """Run a client command; raises UsageError if the command or the cluster is missing or does not answer."""
     configured = os.environ.get("SLURM_CONF")
-    if configured and not Path(configured).is_file():  # Slurm's commands would try for a minute
+    if configured and not Path(configured).is_file():  # Slurm's commands would retry for a minute
         raise UsageError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
     try:
         answer = subprocess.run(
@@ -178,7 +191,7 @@ def _call(command: Sequence[str], text: str | None = None) -> subprocess.Complet
 
 
 def _script(command: str) -> Path | None:
-    """The batch script in a command: squeue gives the path, sacct the whole sbatch line."""
+    """Extract the batch script from a command: squeue reports its path, sacct the whole sbatch line."""
     words = command.removeprefix("sbatch --parsable ").strip()
     return Path(words) if words.startswith("/") else None
 

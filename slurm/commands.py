@@ -1,4 +1,4 @@
-"""`biroute submit`, `status`, `logs`, `cancel`, `resume`: a run on a Slurm cluster, from a login node. No torch."""
+"""Commands to manage a run on a Slurm cluster from a login node: submit, status, logs, cancel, resume. No torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from biroute.slurm.submit import Submission
 
 RUN = "[RUN_DIR|CONFIG|JOB]"
-Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="runs, by any of these")]
-Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, by any of these")]
+Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="runs, named in any of these ways")]
+Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, named in any of these ways")]
 
 
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print all that would be written; write and submit nothing")
+        bool, typer.Option("--dry-run", help="print everything that would be written; write and submit nothing")
     ] = False,
     test: Annotated[
         bool, typer.Option("--test", help="ask Slurm whether and when it could run the job; submit nothing")
@@ -35,8 +35,8 @@ def submit(
 
     Example: biroute submit my.yaml slurm.profile=cluster.yaml slurm.nodes=4
 
-    The configuration and the code are frozen into the run folder, train.run_dir; what holds for the whole cluster is
-    in the profile.
+    The configuration and the code are copied into the run folder, train.run_dir. Settings of the whole cluster are in
+    the profile.
     """
     from biroute.slurm import client
     from biroute.slurm.submit import check_run_dir, prepare, submit_run
@@ -93,7 +93,7 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
 
     Example: biroute status runs/large
 
-    Without a name: all runs that have jobs, and those in ./runs.
+    Without an argument, it shows all runs that have jobs and those in ./runs.
     """
     from biroute.slurm.run_folder import find_run, known_runs
     from biroute.slurm.status import status_of, tell_status
@@ -108,18 +108,18 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
         typer.echo(tell_status(one))
     if not found:
         typer.echo(
-            "no runs: you have no job of one, and ./runs holds none; name a run folder, a configuration or a job"
+            "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
         )
 
 
 def logs(
     target: Target,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="go on with what comes, attempt after attempt, until the run ends")
+        bool, typer.Option("--follow", "-f", help="keep printing new output across attempts until the run ends")
     ] = False,
-    attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; left out: the newest")] = None,
-    rank: Annotated[int, typer.Option(min=0, help="whose log")] = 0,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="lines of the past")] = 30,
+    attempt: Annotated[int | None, typer.Option(min=1, help="number of the attempt; left out: the newest")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="rank whose log is shown")] = 0,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="number of past lines to show")] = 30,
 ) -> None:
     """Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.
 
@@ -140,7 +140,7 @@ def logs(
 
 def cancel(
     target: Target,
-    now: Annotated[bool, typer.Option("--now", help="end it at once, without saving")] = False,
+    now: Annotated[bool, typer.Option("--now", help="end it immediately, without saving")] = False,
 ) -> None:
     """Cancel a run: its jobs save, end, and are not queued again.
 
@@ -158,7 +158,7 @@ def resume(target: Target) -> None:
 
     Example: biroute resume runs/large
 
-    It submits RUN_DIR/submission/job.sbatch as it stands: edit the script or config.yaml beside it to change limits.
+    It submits RUN_DIR/submission/job.sbatch unchanged; to change limits, edit that script or config.yaml next to it.
     """
     from biroute.slurm.control import resume_run
     from biroute.slurm.run_folder import find_run
@@ -168,7 +168,7 @@ def resume(target: Target) -> None:
 
 
 def _queue() -> list[Job] | None:
-    """This user's jobs; None where Slurm does not answer."""
+    """Return this user's jobs; None if Slurm does not answer."""
     from biroute.slurm import client
 
     try:

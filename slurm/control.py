@@ -1,4 +1,4 @@
-"""`biroute cancel` and `biroute resume`. No torch."""
+"""Cancel a run (`biroute cancel`) and submit it again (`biroute resume`). No torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from biroute.slurm.submit import explain_run_dir_errors, record_job
 
 
 def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
-    """Leave the mark that keeps the run from being queued again, then end its jobs; what was done, in lines.
+    """Mark the run as cancelled, so that it is not queued again, and end its jobs.
 
-    Running jobs are asked to save and end, or, with `now`, ended at once.
+    Args:
+        run: the run to cancel.
+        now: end running jobs immediately; otherwise they save first.
+
+    Returns:
+        One line for each job, saying what was done.
 
     Raises:
         UsageError: the run has no job, or Slurm refuses.
@@ -21,7 +26,7 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
     if not jobs:
         raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
     with explain_run_dir_errors(run.path):
-        run.cancelled_mark.touch()  # before anything ends: the job's script looks for it when it has
+        run.cancelled_mark.touch()  # first: a job's script looks for the mark as soon as its ranks have ended
     told = []
     for job in jobs:
         if job.state == "RUNNING" and not now:
@@ -34,10 +39,10 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
 
 
 def resume_run(run: RunFolder) -> str:
-    """Submit the run's script again; the job's id.
+    """Submit the run's script again and return the job's id.
 
     Raises:
-        UsageError: the run was not submitted, has a job, or is finished; or Slurm refuses.
+        UsageError: the run was never submitted, has a job or is finished, or Slurm refuses.
     """
     if not run.script.exists():
         raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")

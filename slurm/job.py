@@ -1,11 +1,11 @@
-"""Begin and end of an attempt, for the batch script. Standard output is for the script, standard error for people.
+"""The begin and the end of an attempt, called by the batch script, which reads the answer from standard output.
 
     python -m biroute.slurm.job begin RUN_DIR                    prints the attempt's number
     python -m biroute.slurm.job end RUN_DIR ATTEMPT STATUS       prints requeue, stop or finished
     python -m biroute.slurm.job excluded RUN_DIR                 prints the bad nodes, comma-separated
 
-`end` takes `--signal NAME` where the batch shell itself got a signal. Job, nodes and ranks come from Slurm's
-variables.
+`end` takes `--signal NAME` if the batch shell received a signal. Job, nodes and ranks come from Slurm's environment
+variables. Messages for people go to standard error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from biroute.launcher.track.tracker import close_after_crash
 
 
 def begin(run_dir: Path) -> int:
-    """Take over the run folder for this job; the attempt's number."""
+    """Take over the run folder for this job and return the number of the attempt."""
     env = os.environ
     return begin_attempt(
         run_dir,
@@ -39,7 +39,17 @@ def begin(run_dir: Path) -> int:
 
 
 def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
-    """Record the end, tell its cause; what the script is to do."""
+    """Record the end of an attempt and print its cause.
+
+    Args:
+        run_dir: the run folder.
+        attempt: number of the attempt.
+        status: exit status of srun.
+        signal_name: signal that the batch shell received; empty if none.
+
+    Returns:
+        What the batch script has to do: requeue, stop or finished.
+    """
     config = job_config(run_dir)
     logs = log_dir(run_dir, attempt)
     found = explain_end(logs, status, signal_name)
@@ -55,7 +65,7 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
 
 
 def job_config(run_dir: Path) -> RunConfig:
-    """The configuration that the job trains with."""
+    """Load the configuration that the job trains with."""
     frozen = run_dir / SUBMISSION / CONFIG
     return load_config(frozen if frozen.exists() else run_dir / CONFIG)
 

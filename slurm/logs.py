@@ -1,4 +1,4 @@
-"""`biroute logs`: why an attempt failed, then what its ranks print, across the attempts of a run. No torch."""
+"""`biroute logs`: the cause of a failure, then the ranks' output, across the attempts of a run. No torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 
 _POLL_SECONDS = 0.5
-_QUEUE_SECONDS = 10.0  # between questions to the controller
+_QUEUE_SECONDS = 10.0  # between two queries to the controller
 
 
 def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str:
-    """The first failing rank's error, if any, and the last `lines` that `rank` printed in an attempt (None: newest).
+    """Format an attempt's first failure, if there is one, and the last lines that a rank printed.
+
+    Args:
+        run: the run.
+        attempt: number of the attempt; None for the newest.
+        rank: rank whose log is shown.
+        lines: number of lines to show.
 
     Raises:
-        UsageError: no such attempt, or nothing was printed.
+        UsageError: there is no such attempt, or nothing was printed.
     """
     found = _attempt(run, attempt)
     if found is None:
@@ -46,7 +52,14 @@ def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str
 
 
 def follow_logs(run: RunFolder, rank: int, lines: int, say: Callable[[str], None]) -> None:
-    """Pass what `rank` prints to `say`, from one attempt to the next, until the run is over; `lines` of the past."""
+    """Follow the output of a rank from one attempt to the next until the run is over.
+
+    Args:
+        run: the run.
+        rank: rank whose log is followed.
+        lines: number of past lines to begin with.
+        say: called with each piece of output.
+    """
     queue = _QueueWatch(run)
     number = 0
     while (attempt := _next_attempt(run, number, queue)) is not None:
@@ -57,7 +70,7 @@ def follow_logs(run: RunFolder, rank: int, lines: int, say: Callable[[str], None
 
 
 class _QueueWatch:
-    """Asks the controller now and then whether the run has a job. Where it can't be asked, the run has one."""
+    """Checks periodically whether the run has a job; assumes that it has one while the controller does not answer."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
@@ -73,7 +86,7 @@ class _QueueWatch:
 
 
 def _next_attempt(run: RunFolder, number: int, queue: _QueueWatch) -> Attempt | None:
-    """Wait for the attempt after `number`; None if there will be none."""
+    """Wait for an attempt later than `number`; None if the run ends without one."""
     while True:
         newest = _attempt(run, None)
         if newest is not None and newest.number > number:
@@ -87,14 +100,14 @@ def _next_attempt(run: RunFolder, number: int, queue: _QueueWatch) -> Attempt | 
 def _follow_attempt(
     run: RunFolder, attempt: Attempt, rank: int, lines: int | None, queue: _QueueWatch, say: Callable[[str], None]
 ) -> None:
-    """Pass on the log of one attempt until it has ended, then say why; `lines` of what is there, None: all."""
+    """Follow the log of one attempt until it has ended, then report why; start with the last `lines` (None: all)."""
     logs = log_dir(run.path, attempt.number)
     position = 0
     while True:
         newest = _attempt(run, None)
         this = _attempt(run, attempt.number) or attempt
         ended = this.ended is not None or (newest is not None and newest.number > attempt.number)
-        over = ended or (attempt.job is not None and not queue.live())  # asked before the last look at the log
+        over = ended or (attempt.job is not None and not queue.live())  # checked before the log is read once more
         text, position = _read_from(log_file(logs, rank), position)
         if text:
             say(text if lines is None else "\n".join(text.splitlines()[-lines:]))
@@ -110,7 +123,7 @@ def _follow_attempt(
 
 
 def _read_from(path: Path, position: int) -> tuple[str, int]:
-    """The whole lines after `position`, and where they end."""
+    """Return the complete lines after byte `position`, and the position where they end."""
     try:
         with path.open("rb") as file:
             file.seek(position)
@@ -122,7 +135,7 @@ def _read_from(path: Path, position: int) -> tuple[str, int]:
 
 
 def _attempt(run: RunFolder, number: int | None) -> Attempt | None:
-    """The attempt of that number; the newest (None: there is none yet) if no number is given."""
+    """Return the attempt with that number, or the newest one (None if there is none yet) if no number is given."""
     attempts = read_attempts(run.path)
     if number is None:
         return attempts[-1] if attempts else None
@@ -140,7 +153,7 @@ def _heading(attempt: Attempt) -> str:
 
 
 def _job_output(run: RunFolder) -> Path | None:
-    """What the newest job's script printed."""
+    """Return the file with the output of the newest job's script; None if there is none."""
     outputs = sorted((run.path / LOGS).glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     return outputs[-1] if outputs else None
 

@@ -1,4 +1,4 @@
-"""What one node finds out about itself, and which nodes of a job are bad by comparison. No torch, no network."""
+"""Checks of a single node, and a comparison of all nodes to find the bad ones. No torch, no network."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from biroute.launcher.attempts.journal import fencing_token_of
 from biroute.launcher.attempts.run_files import FENCING_TOKEN
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "webdataset", "mlflow", "pydantic")
-CLOCK_SECONDS = 5.0  # two clocks may differ by this much
+CLOCK_SECONDS = 5.0  # largest accepted difference between two clocks
 
 
 @dataclass(frozen=True)
 class Findings:
-    """One node as it sees itself."""
+    """What a node reports about itself."""
 
     rank: int
     host: str
     facts: Mapping[str, str]  # what must be the same on all nodes
     cpus: int
     gpus: int
-    problems: Sequence[str] = field(default=())  # what is wrong here, whatever the others have
+    problems: Sequence[str] = field(default=())  # faults of this node that need no comparison
 
 
 def inspect_node(rank: int, host: str, run_dir: Path, attempt: int, config: RunConfig) -> Findings:
-    """This node's interpreter, packages, devices, and its view of the run folder."""
+    """Check this node's interpreter, packages and devices, and whether it sees the right run folder."""
     cpus, gpus = _cpus(), _gpus()
     problems = [*_folder_problems(run_dir, attempt), *_device_problems(config, cpus, gpus)]
     return Findings(rank, host, _facts(), cpus, gpus, problems)
@@ -45,13 +45,16 @@ def judge(
     reach: Mapping[int, str] | None = None,
     clocks: Mapping[int, float] | None = None,
 ) -> dict[str, list[str]]:
-    """Bad nodes and what is wrong with each.
+    """Find the bad nodes of a job.
 
     Args:
         nodes: names of all nodes, by rank.
-        findings: of the nodes that answered rank 0 in time.
-        reach: rank -> error of the all-reduce there, "" if it worked; None: it was not tried.
-        clocks: rank -> seconds that its clock is ahead of rank 0's.
+        findings: reports of the nodes that answered rank 0 in time.
+        reach: for each rank, the error of the all-reduce there, "" if it worked; None if it was not tried.
+        clocks: for each rank, by how many seconds its clock is ahead of rank 0's.
+
+    Returns:
+        For each bad node, a list of its problems.
     """
     bad: dict[str, list[str]] = {}
     answered = {found.rank: found for found in findings}
@@ -93,7 +96,7 @@ def _facts() -> dict[str, str]:
 
 
 def _folder_problems(run_dir: Path, attempt: int) -> list[str]:
-    """Is this the same folder as that of the batch script, and can it be written?"""
+    """Check that this is the folder that the batch script uses, and that it is writable."""
     try:
         if not (run_dir / FENCING_TOKEN).exists():
             return [f"train.run_dir={run_dir} is not the shared folder there: it has no file {FENCING_TOKEN}"]
@@ -117,7 +120,7 @@ def _device_problems(config: RunConfig, cpus: int, gpus: int) -> list[str]:
 
 
 def _cpus() -> int:
-    """CPUs that Slurm gave the job there, or that this process may use."""
+    """Return the number of CPUs that Slurm gave the job on this node, or that this process may use."""
     given = os.environ.get("SLURM_CPUS_ON_NODE", "")
     return int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
 
@@ -134,13 +137,13 @@ def _gpus() -> int:
 
 
 def _differences(findings: Sequence[Findings]) -> dict[int, str]:
-    """Rank -> facts in which it differs from most nodes, or from rank 0 where there are two."""
+    """Return, for each rank that differs from most nodes (of two nodes, from rank 0), the facts that differ."""
     found: dict[int, list[str]] = {}
     devices = {item.rank: {"CPUs": str(item.cpus), "GPUs": str(item.gpus)} for item in findings}
     facts = {item.rank: {**item.facts, **devices[item.rank]} for item in sorted(findings, key=lambda item: item.rank)}
     for name in dict.fromkeys(name for of_rank in facts.values() for name in of_rank):
         values = {rank: of_rank.get(name, "missing") for rank, of_rank in facts.items()}
-        usual = Counter(values.values()).most_common(1)[0][0]  # of equally many the first, which is rank 0's
+        usual = Counter(values.values()).most_common(1)[0][0]  # in a tie the first one, which is rank 0's
         for rank, value in values.items():
             if value != usual:
                 found.setdefault(rank, []).append(f"{name} {value}, the others have {usual}")
@@ -148,7 +151,7 @@ def _differences(findings: Sequence[Findings]) -> dict[int, str]:
 
 
 def _unreachable(reach: Mapping[int, str]) -> dict[int, str]:
-    """Rank -> problem. A node with an error of its own keeps the others waiting: their time-outs are no fault."""
+    """Return the problem of each rank at fault; a time-out is not one if another rank failed and kept it waiting."""
     failed = {rank: error for rank, error in reach.items() if error}
     own = {rank: error for rank, error in failed.items() if "time" not in error.lower()}
     blamed = own or (failed if len(failed) < len(reach) else {rank: failed[rank] for rank in list(failed)[1:]})
@@ -156,7 +159,7 @@ def _unreachable(reach: Mapping[int, str]) -> dict[int, str]:
 
 
 def _wrong_clocks(clocks: Mapping[int, float]) -> dict[int, float]:
-    """Rank -> seconds ahead of the middle clock (of two, of the lower rank's)."""
+    """Return, for each rank with a wrong clock, the seconds it is ahead of the median (of two, the lower rank's)."""
     if not clocks:
         return {}
     ordered = sorted(clocks.values())

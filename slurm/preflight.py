@@ -1,11 +1,11 @@
-"""The check of all nodes before training, one process a node:
+"""The check of all nodes before training, with one process per node:
 
     srun --ntasks-per-node=1 python -m biroute.slurm.preflight RUN_DIR CONFIG
 
-Each looks at itself (`node_check`), then all meet at the first node and do a small all-reduce with a time-out. The
-verdict names every bad node and what is wrong there. It lies in `preflight/<node>.json` of the attempt's logs, where
-the end of the attempt finds it, so that the next one runs elsewhere. Exit status 0: all is well, 1: bad nodes, 2:
-wrong use.
+Each process checks its own node (`node_check`). Then all of them connect to the first node and perform a small
+all-reduce with a time-out. The verdict lists every bad node with its problems and is written to
+`preflight/<node>.json` in the attempt's logs. It is read at the end of the attempt, and the next attempt avoids the
+bad nodes. Exit status: 0 if all nodes are good, 1 if there are bad nodes, 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from biroute.launcher.attempts.run_files import PREFLIGHT, log_dir
 from biroute.launcher.ranks.environment import RankEnvironment, expand_nodes, find_rank_environment
 from biroute.slurm.node_check import Findings, inspect_node, judge
 
-_CLOCK_ROUNDS = 5  # the best of some: a busy machine may answer late, never early
+_CLOCK_ROUNDS = 5  # the smallest difference counts, since a busy machine may answer late but never early
 _POLL_SECONDS = 0.05
-_REDUCE_SHARE = 0.25  # of the whole time, for the all-reduce
+_REDUCE_SHARE = 0.25  # fraction of the total time that is reserved for the all-reduce
 
 
 class Meeting:
-    """The nodes around a key-value store on the first one."""
+    """Communication between the nodes through a key-value store on the first node."""
 
     def __init__(self, environment: RankEnvironment, seconds: float) -> None:
         self.environment = environment
@@ -55,31 +55,35 @@ class Meeting:
         )
 
     def tell(self, what: str, text: str) -> None:
-        """Say `text` about oneself."""
+        """Publish `text` under this node's rank."""
         self._store.set(f"{what}/{self.environment.rank}", text)
 
     def gather(self, what: str) -> dict[int, str]:
-        """What each node said, by rank, without those that said nothing in time. For rank 0."""
+        """Collect what the nodes published, by rank, leaving out nodes that were late. Called by rank 0."""
         ranks = range(self.environment.world_size)
         missing = set(ranks)
-        reserved = self._reduce_seconds if what == "findings" else 0.0  # the all-reduce wants its time, too
+        reserved = self._reduce_seconds if what == "findings" else 0.0  # time for the all-reduce that follows
         while missing and time.monotonic() < self._deadline - reserved:
             missing = {rank for rank in missing if not self._store.check([f"{what}/{rank}"])}
             time.sleep(_POLL_SECONDS if missing else 0.0)
         return {rank: self._store.get(f"{what}/{rank}").decode() for rank in ranks if rank not in missing}
 
     def announce(self, what: str, text: str) -> None:
-        """Rank 0's word to all."""
+        """Broadcast `text` from rank 0."""
         self._store.set(what, text)
 
     def hear(self, what: str) -> str:
-        """Wait for rank 0's word."""
+        """Wait for the text that rank 0 broadcasts."""
         left = max(1.0, self._deadline - time.monotonic() + 2 * self._reduce_seconds)
         self._store.wait([what], timedelta(seconds=left))
         return self._store.get(what).decode()
 
     def reduce(self) -> tuple[str, float]:
-        """A small all-reduce: the error here or "", and by how many seconds this clock is ahead of rank 0's."""
+        """Perform a small all-reduce.
+
+        Returns:
+            The error on this node, or "" if it worked; and by how many seconds its clock is ahead of rank 0's.
+        """
         limit = timedelta(seconds=self._reduce_seconds)
         try:
             store = dist.PrefixStore("reduce", self._store)
@@ -106,7 +110,16 @@ class Meeting:
 def check_nodes(
     environment: RankEnvironment, nodes: Sequence[str], mine: Findings, seconds: float
 ) -> dict[str, list[str]]:
-    """Bad nodes of the job and what is wrong with each. Collective over all nodes.
+    """Find the bad nodes of the job; collective over all nodes.
+
+    Args:
+        environment: rank and address of this process.
+        nodes: names of all nodes, by rank.
+        mine: what this node reports about itself.
+        seconds: time for the whole check.
+
+    Returns:
+        For each bad node, a list of its problems.
 
     Raises:
         dist.DistError: the first node can't be reached.
@@ -131,12 +144,12 @@ def check_nodes(
     verdict: dict[str, list[str]] = json.loads(meeting.hear("verdict"))
     meeting.tell("left", "")
     if environment.rank == 0:
-        meeting.gather("left")  # the store ends with this process
+        meeting.gather("left")  # the store ends with this process, so rank 0 leaves last
     return verdict
 
 
 def preflight(run_dir: Path, config_path: Path) -> int:
-    """Check this node and the others; the exit status."""
+    """Check this node and the others, write the verdict and return the exit status."""
     config = load_config(config_path)
     environment = find_rank_environment()
     attempt = given_attempt() or fencing_token_of(run_dir)
@@ -153,7 +166,7 @@ def preflight(run_dir: Path, config_path: Path) -> int:
     try:
         bad = check_nodes(environment, nodes, mine, config.slurm.preflight_timeout_seconds)
     except dist.DistError as error:
-        # If the first node has got as far as to write its file, it is its part to name who is missing.
+        # If the first node has written its file, it is alive and reports the missing nodes itself.
         if not (folder / f"{nodes[0]}.json").exists():
             _write(
                 folder,
@@ -166,7 +179,7 @@ def preflight(run_dir: Path, config_path: Path) -> int:
         )
         return EXIT_FAILURE
     for node, problems in bad.items():
-        # A bad node may be unable to write: every node that can writes the same.
+        # A bad node may be unable to write, so every node writes the same files.
         _write(folder, node, problems)
         if environment.rank == 0 or node == nodes[environment.rank]:
             print(f"preflight: node {node}: {'; '.join(problems)}", file=sys.stderr)
@@ -174,7 +187,7 @@ def preflight(run_dir: Path, config_path: Path) -> int:
 
 
 def _write(folder: Path, node: str, problems: Sequence[str]) -> None:
-    # Not made anew: on a node that does not see the shared folder, that would be another one.
+    # The parent is not created: on a node that does not see the shared folder, it would be a different folder.
     with contextlib.suppress(OSError):
         if folder.parent.is_dir():
             folder.mkdir(exist_ok=True)
@@ -190,7 +203,7 @@ def main() -> None:
         print(f"error: {text}", file=sys.stderr)
         status = EXIT_USAGE_ERROR
     sys.stderr.flush()
-    os._exit(status)  # without gloo's teardown, which may wait for a node that is bad
+    os._exit(status)  # skips gloo's teardown, which may wait for a bad node
 
 
 if __name__ == "__main__":

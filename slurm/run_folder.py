@@ -1,4 +1,4 @@
-"""A run as its folder shows it, and how a user names one: folder, configuration, or job. No torch."""
+"""What a run's folder shows about the run, and how a user names a run: folder, configuration or job. No torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from biroute.launcher.track.metrics_log import Point, scan
 from biroute.slurm import client
 
 _TAIL_BYTES = 65_536
-_RUNS = Path("runs")  # where runs are looked for when nobody says which
+_RUNS = Path("runs")  # where runs are searched if none is named
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder. Everything is read anew at each call."""
+    """A run's folder. Every call reads the files again."""
 
     path: Path
 
@@ -39,14 +39,14 @@ class RunFolder:
         return self.path / SUBMISSION / CANCELLED
 
     def config(self) -> RunConfig | None:
-        """The resolved configuration; None if it can't be read (yet, or by this version)."""
+        """Load the resolved configuration; None if it is not there yet or this version can't read it."""
         for path in (self.path / SUBMISSION / CONFIG, self.path / CONFIG):
             with contextlib.suppress(UsageError):
                 return load_config(path)
         return None
 
     def job_ids(self) -> list[str]:
-        """All jobs that this run was submitted as, by us or by hand, oldest first."""
+        """Return the ids of all jobs of this run, oldest first, including those that were submitted by hand."""
         found: dict[str, None] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (self.path / SUBMISSION / JOBS).read_text(encoding="utf-8").splitlines():
@@ -58,12 +58,12 @@ class RunFolder:
         return list(found)
 
     def jobs_in(self, queue: list[client.Job]) -> list[client.Job]:
-        """Those of the queued and running jobs that are this run's."""
+        """Return the jobs in `queue` that belong to this run."""
         ids = set(self.job_ids())
         return [job for job in queue if job.script == self.script or job.job_id in ids]
 
     def last_point(self) -> Point | None:
-        """The newest metrics of a training step."""
+        """Return the metrics of the newest logged training step; None if there are none."""
         path = self.path / METRICS_LOG
         try:
             start = max(0, path.stat().st_size - _TAIL_BYTES)
@@ -74,15 +74,15 @@ class RunFolder:
 
 
 def is_run(path: Path) -> bool:
-    """Was anything ever submitted or trained in this folder?"""
+    """Return whether anything was ever submitted or trained in this folder."""
     return any((path / name).exists() for name in (SUBMISSION, JOURNAL, METRICS_LOG))
 
 
 def find_run(target: str) -> RunFolder:
-    """The run that a user means by a run folder, a configuration file or a job id.
+    """Find the run that a user names by a run folder, a configuration file or a job id.
 
     Raises:
-        UsageError: there is none, or the job is not one of ours.
+        UsageError: there is no such run, or the job is not a BiRoute job.
     """
     path = Path(target)
     if path.is_dir():
@@ -102,7 +102,7 @@ def find_run(target: str) -> RunFolder:
 
 
 def known_runs() -> list[RunFolder]:
-    """Runs of this user's jobs, and those in ./runs. Slurm need not be there."""
+    """Return the runs of this user's jobs and those in ./runs; without Slurm, only the latter."""
     found = {folder.resolve() for folder in _RUNS.glob("*/") if is_run(folder)}
     with contextlib.suppress(UsageError):
         found |= {run for job in client.queue() if (run := _run_of_script(job.script)) is not None}

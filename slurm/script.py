@@ -1,7 +1,7 @@
-"""The batch script of a run: a pure function from a request to text. No torch.
+"""The batch script of a run, as a pure function from a request to text. No torch.
 
-Values get into the script only through filters that quote them: an expression without one is an error. So no value
-can end a line, a directive or a word of the shell.
+Values enter the script only through filters that quote them, and an expression without such a filter is an error. So
+no value can end a line, a directive or a shell word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEMPLATE = "train.sbatch.j2"
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What to ask Slurm for, and where the run is. Paths are absolute; `python` are the words that start it."""
+    """What a job requests from Slurm. Paths are absolute; `python` is the command that starts the interpreter."""
 
     run_dir: Path
     working_dir: Path
@@ -47,7 +47,7 @@ class JobRequest:
 
 
 def render_job(request: JobRequest) -> str:
-    """The batch script. The same request gives the same text."""
+    """Render the batch script; equal requests give equal text."""
     profile = request.profile
     return _template().render(
         run_name=request.job_name,
@@ -66,7 +66,7 @@ def render_job(request: JobRequest) -> str:
 
 
 def _options(request: JobRequest) -> Iterator[str]:
-    """sbatch's options, `--name=value`, in the order of the script."""
+    """Yield sbatch's options, `--name=value`, in the order of the script."""
     profile = request.profile
     gpus = f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
     values: list[tuple[str, Any]] = [
@@ -84,7 +84,7 @@ def _options(request: JobRequest) -> Iterator[str]:
         ("time", request.time_limit),
         ("signal", f"B:USR1@{request.signal_seconds}"),
         ("chdir", request.working_dir),
-        # A restarted job appends. A percent sign in a path is none of Slurm's patterns.
+        # A restarted job appends. A percent sign in the path is escaped, because Slurm expands patterns such as %j.
         ("output", str(request.run_dir / LOGS).replace("%", "%%") + "/slurm-%j.out"),
         ("open-mode", "append"),
     ]
@@ -96,7 +96,7 @@ def _options(request: JobRequest) -> Iterator[str]:
 
 
 class _Quoted(str):
-    """Text that is safe where the template puts it."""
+    """Text that a filter has quoted for its place in the template."""
 
 
 def _sh(value: str) -> _Quoted:
@@ -104,7 +104,7 @@ def _sh(value: str) -> _Quoted:
 
 
 def _directive(option: str) -> _Quoted:
-    """One option on an #SBATCH line: sbatch knows double quotes and backslashes there, and no line's end."""
+    """Quote one option for an #SBATCH line, where sbatch accepts double quotes and backslashes but no line break."""
     if re.fullmatch(r"[\w./:,=@%+&|*\[\]()-]+", option, re.ASCII):
         return _Quoted(option)
     return _Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
@@ -132,9 +132,9 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         finalize=_refuse_unquoted,
-        autoescape=False,  # it is for HTML
+        autoescape=False,  # that is for HTML
     )
-    # verbatim: the profile's own lines of shell.
+    # verbatim is for the profile's own lines of shell.
     environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": _Quoted}
     text = resources.files("biroute.slurm").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(text)

@@ -1,4 +1,4 @@
-"""An exact copy of the code that a run was submitted with, so that no later edit changes a run half-way. No torch."""
+"""A copy of the code that a run was submitted with, so that later edits do not change a running run. No torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def snapshot_code(folder: Path) -> None:
-    """Copy every file of the installed packages to `folder`/biroute; with `folder` on PYTHONPATH it is imported.
+    """Copy every file of the installed packages to `folder`/biroute, from where a run imports it through PYTHONPATH.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the copy cannot be written.
     """
     for part in PARTS:
         source = Path(str(import_module(f"biroute.{part}").__file__)).parent

@@ -1,4 +1,4 @@
-"""`biroute status`: where a run stands, from its folder and from Slurm as far as that answers. No torch."""
+"""`biroute status`: the state of a run, from its folder and from Slurm if Slurm answers. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from biroute.slurm.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Answer of `biroute status` on one run; None where nothing is known."""
+    """What `biroute status` shows about one run; a field is None if its value is not known."""
 
     run: str
     run_dir: str
@@ -26,11 +26,11 @@ class RunStatus:
     steps: int | None
     tokens_per_second: float | None
     seconds_left: float | None
-    jobs: tuple[Job, ...]  # queued and running, or how the last one ended where Slurm remembers it
+    jobs: tuple[Job, ...]  # the queued and running ones; if there are none, the last one if Slurm still knows it
     attempts: tuple[Attempt, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the status as plain values."""
         tree = asdict(self)
         for job in tree["jobs"]:
             job["script"] = str(job["script"]) if job["script"] else None
@@ -38,7 +38,12 @@ class RunStatus:
 
 
 def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
-    """Where `run` stands. `queue`: this user's jobs; None if Slurm does not answer or is not there."""
+    """Determine the status of a run.
+
+    Args:
+        run: the run.
+        queue: this user's jobs; None if Slurm is not available or does not answer.
+    """
     attempts = read_attempts(run.path)
     live = run.jobs_in(queue) if queue is not None else []
     state, reason = run_state(live if queue is not None else None, attempts, cancelled=run.cancelled_mark.exists())
@@ -63,7 +68,16 @@ def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
 
 
 def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancelled: bool) -> tuple[str, str]:
-    """One word and a reason. `live`: the run's queued and running jobs; None if Slurm can't be asked."""
+    """Determine the state of a run.
+
+    Args:
+        live: the run's queued and running jobs; None if Slurm does not answer.
+        attempts: the run's attempts, oldest first.
+        cancelled: whether the run was cancelled.
+
+    Returns:
+        The state in one word, as in `RunStatus.state`, and the reason for it, which may be empty.
+    """
     last = attempts[-1] if attempts else None
     if live:
         job = live[0]
@@ -79,18 +93,18 @@ def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancel
     if live is None and (last is None or last.ended is None or last.decision == "requeue"):
         return "unknown", "Slurm does not answer here"
     if last is None:
-        return "lost", "no job of it is queued, and none has begun; see its slurm-*.out in logs"
+        return "lost", "none of its jobs is queued, and none has begun; see slurm-*.out in its logs folder"
     if last.ended is None:
         if last.job is None:
-            return "running", "started without Slurm, so whether it still runs is not known"
+            return "running", "started without Slurm, so it is not known whether it still runs"
         return "lost", "its job disappeared without recording an end; `biroute resume` continues it"
     if last.decision == "requeue":
-        return "lost", "it was to be queued again and is not; `biroute resume` continues it"
+        return "lost", "it should have been queued again but was not; `biroute resume` continues it"
     return "stopped", last.cause
 
 
 def tell_status(status: RunStatus) -> str:
-    """The status in lines for people."""
+    """Format the status as lines for the terminal."""
     facts = [status.state + (f" ({status.reason})" if status.reason else "")]
     if status.step is not None:
         facts.append(f"step {status.step}" + (f" of {status.steps}" if status.steps else ""))

@@ -1,4 +1,4 @@
-"""`biroute submit`: check a run against what it asks of a cluster, freeze it into its folder, submit it. No torch."""
+"""`biroute submit`: check a run, freeze its configuration and code into its folder, and submit it. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from biroute.slurm.snapshot import snapshot_code
 
 @dataclass(frozen=True)
 class Submission:
-    """All that a submission writes: decided before anything is touched."""
+    """Everything that a submission writes, decided before any file is touched."""
 
     config: RunConfig  # resolved, with absolute paths
     profile: ClusterProfile
@@ -36,10 +36,10 @@ class Submission:
 
 
 def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> Submission:
-    """Check configuration, dataset, layout and request, and render the script. Writes nothing.
+    """Check the configuration, dataset, layout and request, and render the script, without writing anything.
 
     Raises:
-        UsageError: any of them is not usable.
+        UsageError: one of them is not usable.
     """
     config = load_config(config_path, overrides)
     profile = load_profile(config.slurm.profile)
@@ -51,7 +51,7 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
     config = _on_gpus(_with_absolute_paths(config, working_dir), profile)
     if any(sign in str(config.train.run_dir) for sign in "\\\n\r"):
         raise UsageError(
-            f"train.run_dir={str(config.train.run_dir)!r}: Slurm takes no backslash or line break in a path"
+            f"train.run_dir={str(config.train.run_dir)!r}: Slurm accepts no backslash or line break in a path"
         )
     request = JobRequest(
         run_dir=config.train.run_dir,
@@ -68,17 +68,18 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
 
 
 def _on_gpus(config: RunConfig, profile: ClusterProfile) -> RunConfig:
-    """Where the cluster gives GPUs, a node without a working one is an error, and no reason to train on its CPU."""
+    """On a cluster with GPUs, require CUDA, so that a node without a working GPU does not train on its CPU."""
     if not profile.gpus_per_node or config.train.device != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"device": "cuda"})})
 
 
 def submit_run(submission: Submission) -> str:
-    """Freeze the run into its folder and submit it; the job's id.
+    """Freeze the run into its folder, submit it and return the job's id.
 
     Raises:
-        UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job; nothing is left.
+        UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job. The folder is
+            then left as it was.
     """
     run_dir = submission.request.run_dir
     check_run_dir(run_dir)
@@ -99,7 +100,11 @@ def submit_run(submission: Submission) -> str:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Refuse a run folder that holds something. Raises UsageError."""
+    """Check that the run folder is empty or does not exist.
+
+    Raises:
+        UsageError: the folder contains something or cannot be read.
+    """
     try:
         content = sorted(entry.name for entry in run_dir.iterdir())
     except FileNotFoundError:
@@ -108,7 +113,7 @@ def check_run_dir(run_dir: Path) -> None:
         raise UsageError(f"train.run_dir={run_dir}: {error.strerror}; use a folder that can be written") from None
     if SUBMISSION in content:
         raise UsageError(
-            f"train.run_dir={run_dir} holds a submitted run; go on with it by `biroute resume {run_dir}`, or set "
+            f"train.run_dir={run_dir} holds a submitted run; continue it with `biroute resume {run_dir}`, or set "
             "train.run_dir to a new folder"
         )
     if content:
@@ -119,7 +124,7 @@ def check_run_dir(run_dir: Path) -> None:
 
 
 def record_job(run_dir: Path, job_id: str, by: str) -> None:
-    """Append to the list of the run's jobs; `by` is submit or resume."""
+    """Append a job to the list of the run's jobs; `by` is "submit" or "resume"."""
     line = json.dumps({"job_id": job_id, "submitted": time.time(), "by": by})
     with open(run_dir / SUBMISSION / JOBS, "a", encoding="utf-8") as file:
         file.write(line + "\n")
@@ -127,7 +132,7 @@ def record_job(run_dir: Path, job_id: str, by: str) -> None:
 
 @contextlib.contextmanager
 def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into a UsageError."""
+    """Turn the error of a full disk or of a folder that is not writable into a UsageError."""
     try:
         yield
     except (OSError, shutil.Error) as error:
@@ -157,7 +162,7 @@ def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:
     if wanted is None:
         ranks = default_world_size(config)
         if config.parallel.data is None and ranks < nodes:
-            ranks = nodes  # one rank a node, data parallel
+            ranks = nodes  # one data-parallel rank per node
         if ranks % nodes:
             raise UsageError(
                 f"slurm.nodes={nodes} does not divide the layout's {ranks} ranks; set slurm.ranks_per_node, or other "
@@ -173,7 +178,7 @@ def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:
 
 
 def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> Layout:
-    """The layout on nodes x ranks. Raises UsageError if they don't fit."""
+    """Resolve the layout on nodes x ranks; raises UsageError if they don't fit."""
     parallel, nodes = config.parallel, config.slurm.nodes
     ranks = nodes * ranks_per_node
     needed = default_world_size(config)
@@ -189,11 +194,11 @@ def _layout(config: RunConfig, profile: ClusterProfile, ranks_per_node: int) -> 
 
 
 def _check_partition(request: JobRequest) -> None:
-    """Slurm would queue a job of too many nodes, for ever."""
+    """Reject a job with more nodes than its partition, which Slurm would leave in the queue forever."""
     largest = client.largest_partition(request.profile.partition)
     if largest is not None and request.nodes > largest[1]:
         raise UsageError(
-            f"slurm.nodes={request.nodes}, but partition {largest[0]} has {largest[1]} nodes; ask for fewer, or name "
+            f"slurm.nodes={request.nodes}, but partition {largest[0]} has {largest[1]} nodes; request fewer, or name "
             "another partition in the profile"
         )
 
@@ -218,7 +223,7 @@ def _python(profile: ClusterProfile) -> tuple[str, ...]:
 
 
 def _with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
-    """The configuration as any working folder would read it."""
+    """Make every path of the configuration absolute, so that it does not depend on the working folder."""
 
     def absolute(path: Path | str) -> str:
         return os.path.normpath(base / path)

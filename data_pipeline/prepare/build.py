@@ -1,14 +1,15 @@
-"""`biroute data build`: from the sources to a dataset.
+"""`biroute data build`: build a dataset from text sources.
 
-The build goes scan -> tokenizer -> for each source: parts (tokenised in parallel, one file each) -> shards. Each of
-these results is written whole or not at all and carries a key of all that it depends on, so an interrupted build
-continues with what is there, an unchanged one does nothing, and a changed one redoes what changed:
+The stages are: scan the sources; train the tokenizer; then, for each source, tokenize it into parts (in parallel, one
+file per part) and write the shards. Every result is written atomically and carries a hash of everything that it
+depends on. An interrupted build therefore continues from its last results, and after a change only the affected
+stages are repeated:
 
-- another file, size or time stamp in a source, or other document limits: the tokenizer (if trained here) and so
-  everything; with a given `data.tokenizer.model_path`, that source alone;
-- `tokens_per_sample`, `samples_per_shard`: the shards, with the tokenizer kept;
-- `weight`, `workers`, `seed`: nothing. They are no part of the dataset. (Weights do steer the sample that a new
-  tokenizer is trained on.)
+- A different file, size or time stamp in a source, or different document limits: with a trained tokenizer the whole
+  dataset, with a given one (`data.tokenizer.model_path`) only that source.
+- `tokens_per_sample`, `samples_per_shard`: the shards; the tokenizer is kept.
+- `weight`, `workers`, `seed`: nothing, since they are not part of the dataset. (Weights only affect the sample on
+  which a new tokenizer is trained.)
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ from biroute.data_pipeline.read.manifest import (
 )
 from biroute.data_pipeline.read.token_stream import open_shard
 
-PART_BYTES = 2_000_000  # text in one part: about half a second of tokenising
-_VERSION = 1  # of everything that keys stand for
+PART_BYTES = 2_000_000  # text in one part; it takes about half a second to tokenize
+_VERSION = 1  # changes all keys; to be raised when equal settings give different results
 _TOKENIZER_RECORD = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build did; `rebuilt` names the sources whose shards were made anew, none if nothing had changed."""
+    """The result of a build; `rebuilt` names the sources whose shards were written, and is empty if none changed."""
 
     manifest: Manifest
     rebuilt: tuple[str, ...]
@@ -62,10 +63,10 @@ class BuildResult:
 
 
 def build_dataset(data: DataConfig, progress: Progress | None = None) -> BuildResult:
-    """Build, continue or refresh the dataset in `data.dir`.
+    """Build the dataset in `data.dir`, or continue or update an earlier build.
 
     Raises:
-        UsageError: bad sources, settings or texts, a full disk, or another build at work in the folder.
+        UsageError: the sources, settings or texts are not usable, the disk is full, or another build uses the folder.
     """
     started = time.monotonic()
     if not data.sources:
@@ -78,7 +79,7 @@ def build_dataset(data: DataConfig, progress: Progress | None = None) -> BuildRe
 
 
 def dataset_settings(data: DataConfig) -> dict[str, str]:
-    """The settings that decide a dataset's content, apart from the sources' files: dotted name -> value."""
+    """Return the settings that determine a dataset's content (besides the source files), by dotted field name."""
     settings = {
         "data.sources": ", ".join(source.name for source in data.sources),
         "data.heldout_fraction": repr(data.heldout_fraction),
@@ -112,7 +113,7 @@ class _Build:
             return self._previous, ()
         self._work.mkdir(exist_ok=True)
         if (self._folder / MANIFEST_NAME).exists():
-            # From here on the folder is no dataset until the build is complete.
+            # Without a manifest, the folder does not count as a dataset until the build is complete.
             (self._folder / MANIFEST_NAME).replace(self._work / MANIFEST_NAME)
         tokenizer = self._tokenizer()
         keys = {source.name: self._source_key(source, tokenizer.fingerprint) for source in self._data.sources}
@@ -141,14 +142,14 @@ class _Build:
         shutil.rmtree(self._work)
         return manifest, tuple(rebuilt)
 
-    # What is there already
+    # Results of earlier builds
 
     def _load_previous(self) -> Manifest | None:
         for folder in (self._folder, self._work):
             if (folder / MANIFEST_NAME).exists():
                 try:
                     return load_manifest(folder)
-                except UsageError as error:  # nothing of it can be trusted: build all anew
+                except UsageError as error:  # none of it can be trusted, so everything is built again
                     self._progress.note(f"warning: {error}")
         return None
 
@@ -174,7 +175,7 @@ class _Build:
         return True
 
     def _kept_entry(self, name: str, key: str) -> SourceEntry | None:
-        """The source as an earlier build finished it, if nothing that it depends on changed."""
+        """Return the entry of a source that an earlier build finished, if nothing that it depends on has changed."""
         candidates = [entry for entry in self._previous.sources if entry.key == key] if self._previous else []
         record = self._work / f"{name}@{key}.json"
         if record.exists():
@@ -185,7 +186,7 @@ class _Build:
         return None
 
     def forget(self, name: str, key: str) -> None:
-        """Drop every record of other versions of a source, whose shards are about to be overwritten."""
+        """Delete all records of other versions of a source, since its shards are about to be overwritten."""
         for path in self._work.glob(f"{name}@*"):
             if path.name != f"{name}@{key}":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -195,7 +196,7 @@ class _Build:
             write_atomically(self._work / MANIFEST_NAME, to_json(self._previous))
 
     def _remove_stale_shards(self, manifest: Manifest) -> None:
-        """Delete what an earlier version of the dataset left: its listed shards, and ours of these sources."""
+        """Delete shards of an earlier version of the dataset, listed or not, that the new manifest does not list."""
         current = {shard.file for shard in manifest.shards()}
         stale = {shard.file for shard in self._previous.shards()} if self._previous else set()
         for source in manifest.sources:
@@ -223,7 +224,7 @@ class _Build:
         return (self._data.heldout_fraction, self._data.min_document_bytes, self._data.max_document_bytes)
 
     def _stored_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer in the dataset's folder, if it is the one that the configuration stands for."""
+        """Load the tokenizer from the dataset's folder; None if it is not the one that the configuration asks for."""
         try:
             record = json.loads((self._folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
             tokenizer = load_tokenizer(self._folder / TOKENIZER_NAME)
@@ -258,7 +259,7 @@ class _Build:
                 for document in read_documents(source, self._data, SourceCounts(), on_bytes):
                     documents["heldout" if document.heldout else "train"] += 1
                     samples[source.name].add(document)
-        for split in SPLITS:  # before the work, not after
+        for split in SPLITS:  # fails before the training of the tokenizer, not after it
             self._check_documents(split, documents[split])
         distinct = {id(sample): sample for sample in samples.values()}.values()
         size = sum(sample.size_bytes for sample in distinct)
@@ -267,7 +268,7 @@ class _Build:
         return train_tokenizer((text for sample in distinct for text in sample.texts()), config)
 
     def _samples(self, budget: int) -> dict[str, TrainingSample]:
-        """One sample for all sources, which then share by size; with weights one each."""
+        """Create the samples for training the tokenizer: one for all sources together, or one each with weights."""
         weights = [source.weight for source in self._data.sources if source.weight is not None]
         if not weights:
             return dict.fromkeys((source.name for source in self._data.sources), TrainingSample(budget))
@@ -293,7 +294,7 @@ class _Build:
 
 
 class _SourceBuild:
-    """Tokenise one source into parts, then write its shards."""
+    """Tokenizes one source into parts and then writes its shards."""
 
     def __init__(self, build: _Build, source: SourceConfig, key: str, tokenizer: Tokenizer) -> None:
         self._build = build
@@ -318,7 +319,7 @@ class _SourceBuild:
         return entry
 
     def _part(self, number: int) -> Path:
-        # The grouping is in the name: parts of another one, left by another version, would mix in.
+        # The name contains the grouping, so that parts that another version left with another one are not used.
         return self._parts / f"part-{PART_BYTES}-{number:06d}.npz"
 
     def _tokenise(self) -> tuple[int, SourceCounts]:
@@ -333,7 +334,7 @@ class _SourceBuild:
         total = self._build._total_bytes([self._source])
         model = self._build._folder / TOKENIZER_NAME
         dtype = token_dtype(self._tokenizer.vocab_size)
-        workers = 1 if total <= PART_BYTES else self._data.workers  # starting processes takes longer
+        workers = 1 if total <= PART_BYTES else self._data.workers  # for little text, starting processes takes longer
         with (
             self._build._progress.stage(title, total) as update,
             PartEncoder(model, dtype, workers, update) as encoder,
@@ -372,7 +373,7 @@ class _SourceBuild:
 
 
 def group_documents(documents: Iterable[Any]) -> Iterator[Texts]:
-    """Documents in groups of at least PART_BYTES of text; the grouping leaves no trace in the shards."""
+    """Group documents into at least PART_BYTES of text each; the shards do not depend on the grouping."""
     group, size = Texts([], []), 0
     for document in documents:
         group.texts.append(document.text)
@@ -386,7 +387,7 @@ def group_documents(documents: Iterable[Any]) -> Iterator[Texts]:
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The smallest type that holds every token id."""
+    """Return the smallest data type that can represent every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -397,10 +398,10 @@ def _key(*parts: Sequence[Any] | str | SourceFile) -> str:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder."""
+    """Allow only one build at a time in a folder."""
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(folder / ".lock", 0, required=True))
         except TimeoutError:
-            raise UsageError(f"data.dir={folder}: another build is at work there; wait for it or stop it") from None
+            raise UsageError(f"data.dir={folder}: another build is running there; wait for it or stop it") from None
         yield

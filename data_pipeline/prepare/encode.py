@@ -1,4 +1,4 @@
-"""Tokenising in parallel: groups of documents in, one file of tokens for each group out."""
+"""Parallel tokenization of groups of documents, each into a file of tokens."""
 
 from __future__ import annotations
 
@@ -26,17 +26,24 @@ from biroute.data_pipeline.read.manifest import SPLITS
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of one part and, for each, whether it is held out."""
+    """The documents of one part and, for each, whether it is held out."""
 
     texts: list[str]
     heldout: list[bool]
 
 
 class PartEncoder:
-    """Encodes parts in `workers` processes (0: one per core), or in this one if that makes one."""
+    """Encodes parts in `workers` processes (0: one per core); with a single worker, in this process."""
 
     def __init__(self, model: Path, dtype: str, workers: int, on_finished: Callable[[int], None]) -> None:
-        """`on_finished` is called with the mark of each part, in order, when it and all before it are written."""
+        """Configure the workers; no process starts before the `with` block.
+
+        Args:
+            model: file of the tokenizer.
+            dtype: data type of the tokens.
+            workers: number of processes; 0 for one per core.
+            on_finished: called with the mark of each part, in order, when it and all earlier parts are written.
+        """
         self._workers = workers or len(os.sched_getaffinity(0))
         self._arguments = (str(model), dtype)
         self._pool: ProcessPoolExecutor | None = None
@@ -47,7 +54,7 @@ class PartEncoder:
         if self._workers == 1:
             _set_up(*self._arguments)
         else:
-            # spawn: this process may have threads, which a fork does not survive.
+            # spawn, because this process may have threads, and forking is not safe then.
             self._pool = ProcessPoolExecutor(
                 self._workers, get_context("spawn"), initializer=_start_worker, initargs=self._arguments
             )
@@ -58,7 +65,12 @@ class PartEncoder:
             self._pool.shutdown(cancel_futures=True)
 
     def submit(self, path: Path, texts: Texts, mark: int) -> None:
-        """Have `texts` encoded into the file `path`; waits while too many parts are under way.
+        """Queue `texts` for encoding into the file `path`; blocks while too many parts are queued.
+
+        Args:
+            path: file to write.
+            texts: the documents of the part.
+            mark: number to pass to `on_finished`.
 
         Raises:
             OSError: a part could not be written.
@@ -74,7 +86,7 @@ class PartEncoder:
             self._take()
 
     def drain(self) -> None:
-        """Wait until all is written."""
+        """Wait until all parts are written."""
         while self._waiting:
             self._take()
 
@@ -91,12 +103,12 @@ class PartEncoder:
         except BrokenProcessPool:
             raise UsageError(
                 f"data.workers={self._workers}: a tokenising process was killed, perhaps for lack of memory; "
-                "lower data.workers and run the same command again, it continues"
+                "lower data.workers and run the same command again to continue"
             ) from None
 
 
 def read_part(path: Path, split: str) -> np.ndarray:
-    """The tokens of one split in a part, whole documents."""
+    """Read the tokens of one split from a part; they are whole documents."""
     with np.load(path, allow_pickle=False) as arrays:
         tokens: np.ndarray = arrays[split]
     return tokens
@@ -115,13 +127,13 @@ def _set_up(model: str, dtype: str) -> None:
 
 
 def _start_worker(model: str, dtype: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
     _set_up(model, dtype)
 
 
 def _die_with_parent() -> None:
-    """A worker waits for work on a pipe that it holds open itself: a killed parent would leave it there for ever."""
+    """Exit when the parent is killed: a worker holds its own work pipe open and would otherwise wait forever."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -134,7 +146,7 @@ def _encode_part(path: Path, texts: Texts) -> None:
     for text, heldout, ids in zip(texts.texts, texts.heldout, _tokenizer.encode_batch(texts.texts), strict=True):
         tokens = np.array(ids, dtype=_dtype)
         if int(_token_bytes[tokens].sum()) != len(text.encode("utf-8")):
-            raise RuntimeError(f"the tokens of {text[:60]!r} do not carry its bytes")  # bits per byte rest on this
+            raise RuntimeError(f"the tokens of {text[:60]!r} do not carry its bytes")  # bits per byte would be wrong
         streams["heldout" if heldout else "train"] += [tokens, eos]
     arrays = {split: np.concatenate(parts) if parts else np.empty(0, _dtype) for split, parts in streams.items()}
     content = io.BytesIO()

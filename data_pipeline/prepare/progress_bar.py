@@ -1,4 +1,4 @@
-"""Progress of long jobs on stderr: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long jobs on stderr: a bar with rate and time left on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _PLAIN_LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows stages, one after the other; `quiet` shows nothing."""
+    """Shows the progress of successive stages, or nothing if `quiet`."""
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
         self._quiet = quiet
 
     def note(self, line: str) -> None:
-        """One line that stays."""
+        """Print a line."""
         if not self._quiet:
             print(line, file=self._stream, flush=True)
 
     @contextmanager
     def stage(self, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        """Yields a function to call with the number of bytes done so far."""
+        """Yield a function to call with the number of bytes done so far."""
         if self._quiet:
             yield lambda done: None
         elif self._stream.isatty():

@@ -1,7 +1,7 @@
-"""Write WebDataset shards: plain tar files that `webdataset` reads and that training reads at random offsets.
+"""Write WebDataset shards: plain tar files that `webdataset` can read and that training reads at random offsets.
 
-A source's split is one long stream of tokens. A sample is `tokens_per_sample` tokens of it (the last one fewer),
-stored as two members of the tar: `<source>-<split>-<index>.json` and `.npy`.
+Each split of a source is one long stream of tokens. A sample is `tokens_per_sample` consecutive tokens of it (the
+last one may be shorter), stored as two members of the tar file: `<source>-<split>-<index>.json` and `.npy`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from biroute.data_pipeline.read.token_stream import sample_key
 
 
 def shard_name(source: str, split: str, index: int) -> str:
-    """File of a shard, relative to the dataset's folder."""
+    """Return the file name of a shard, relative to the dataset's folder."""
     return f"{source}/{split}-{index:06d}.tar"
 
 
 def npy_header(dtype: str, tokens: int) -> bytes:
-    """What precedes the tokens in a `.npy` member."""
+    """Return the header that precedes the tokens in a `.npy` member."""
     stream = io.BytesIO()
     description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(stream, description)
@@ -34,7 +34,7 @@ def npy_header(dtype: str, tokens: int) -> bytes:
 
 
 def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_bytes: np.ndarray) -> ShardEntry:
-    """Write one shard through webdataset's writer, atomically; the same samples give the same bytes.
+    """Write one shard atomically with webdataset's writer; equal samples give equal bytes.
 
     Args:
         folder: the dataset's folder.
@@ -43,7 +43,7 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_by
         token_bytes: [vocab] UTF-8 bytes of each token.
 
     Raises:
-        OSError: the disk is full, say; the shard is then not there.
+        OSError: the shard could not be written, for example because the disk is full; it then does not exist.
     """
     from webdataset.writer import TarWriter
 
@@ -52,7 +52,7 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_by
     with atomic_draft(path) as draft:
         with draft.open("wb") as raw:
             stream = HashingWriter(raw)
-            # mtime=0: otherwise the clock is a part of the file.
+            # mtime=0, since the file would otherwise contain the current time.
             with TarWriter(stream, encoder=False, mtime=0) as writer:
                 for sample in samples:
                     tokens = sample["tokens"]
@@ -88,13 +88,18 @@ def write_stream(
     done: Callable[[int], ShardEntry | None],
     on_shard: Callable[[int, ShardEntry], None],
 ) -> SplitEntry:
-    """Write the stream that `parts` make up as shards.
+    """Write a stream of tokens as shards.
 
     Args:
-        parts: arrays of tokens of the final dtype, in order; whole documents, each ended by `eos_id`.
-        layout: tokens per sample, samples per shard.
-        done: entry of shard i if it was finished before, else None.
-        on_shard: called with each shard as it is finished, also with those that were before.
+        folder: the dataset's folder.
+        name: name of the source.
+        split: "train" or "heldout".
+        parts: consecutive arrays of tokens of the final dtype: whole documents, each ended by `eos_id`.
+        layout: tokens per sample and samples per shard.
+        eos_id: the token that ends each document.
+        token_bytes: [vocab] UTF-8 bytes of each token.
+        done: returns the entry of shard i if an earlier build finished it, else None.
+        on_shard: called with each finished shard, including those of an earlier build.
     """
     tokens_per_sample, samples_per_shard = layout
     entries: list[ShardEntry] = []
@@ -122,7 +127,7 @@ def write_stream(
 
 
 def _cut(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The concatenation of `parts` in pieces of `size`, the last one shorter."""
+    """Yield the concatenation of `parts` in pieces of `size`; the last one may be shorter."""
     waiting: list[np.ndarray] = []
     length = 0
     for part in parts:
@@ -144,14 +149,14 @@ def _raw(tokens: np.ndarray) -> bytes:
 
 
 def _index_of(path: Path) -> tuple[int, int]:
-    """Offset of the first sample's tokens and the distance between samples, from the tar's headers."""
+    """Return the offset of the first sample's tokens and the distance between samples, from the tar headers."""
     with tarfile.open(path) as tar:
         members = [member for member in tar if member.name.endswith(".npy")]
     with path.open("rb") as file:
         offsets = [member.offset_data + _header_bytes(file, member.offset_data) for member in members]
     stride = offsets[1] - offsets[0] if len(offsets) > 1 else path.stat().st_size
     if offsets != [offsets[0] + i * stride for i in range(len(offsets))]:
-        raise RuntimeError(f"{path}: samples are not evenly spaced")  # a member of unequal size slipped in
+        raise RuntimeError(f"{path}: samples are not evenly spaced")  # some members differ in size
     return offsets[0], stride
 
 

@@ -1,8 +1,8 @@
-"""Documents from text files: `.txt` (one document a file) and `.jsonl`, plain, gzip or zstd.
+"""Read documents from text files: `.txt` (one document per file) and `.jsonl`, uncompressed or gzip or zstd.
 
-Real text is never clean, so nothing in a document's content is an error by itself: bad bytes, bad lines, empty and
-over-long documents are counted and reported. What cannot be read at all (a missing or truncated file) is the user's
-to repair, and is named.
+Real text is never clean, so the content of a document never causes an error: invalid bytes, malformed lines, empty
+and over-long documents are counted and reported. A file that cannot be read (missing or truncated) is an error that
+names the file.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SUFFIXES = (".txt", ".jsonl")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Fixed, not the user's seed: a document that was held out once stays held out, whatever the order of training.
+# A fixed key instead of the user's seed, so that a document stays held out when the training order changes.
 _SPLIT_KEY = b"biroute held-out split 1"
 
 
 class SourceFile(NamedTuple):
-    """A file of a source; `path` as the configuration spells it, so that a moved tree keeps its identity."""
+    """A file of a source. `path` is as in the configuration, so that moving the data does not cause a rebuild."""
 
     path: str
     size_bytes: int
@@ -41,17 +41,17 @@ class SourceFile(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text to tokenise."""
+    """A text to tokenize."""
 
     text: str
-    size_bytes: int  # of the text as UTF-8
+    size_bytes: int  # size of the text in UTF-8
     heldout: bool
-    sample_rank: int  # 64 bits, a hash of the text: the tokenizer trains on the lowest
+    sample_rank: int  # a 64-bit hash of the text; the tokenizer is trained on the documents with the lowest ranks
 
 
 @dataclass
 class SourceCounts:
-    """What was met while reading a source. Documents count after cutting, everything else as it lay in the files."""
+    """Counts from reading a source. `documents` counts parts after cutting; the others count what is in the files."""
 
     documents: int = 0
     empty_documents: int = 0
@@ -65,10 +65,10 @@ class SourceCounts:
 
 
 def resolve_files(source: SourceConfig) -> list[SourceFile]:
-    """The files of a source: patterns in their given order, matches of a pattern sorted, each file once.
+    """Find the files of a source, in the order of its patterns, with the matches of a pattern sorted; each file once.
 
     Raises:
-        UsageError: a pattern that matches nothing, a folder, a file of an unknown kind.
+        UsageError: a pattern matches no file, a path is a folder, or a file is of an unknown kind.
     """
     field = f"data.sources[{source.name}].paths"
     found: dict[str, SourceFile] = {}
@@ -94,14 +94,19 @@ def read_documents(
     counts: SourceCounts,
     on_bytes: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
-    """Documents of `source` in the order of its files; `counts` grows along.
+    """Yield the documents of a source in the order of its files.
 
-    A document longer than `data.max_document_bytes` comes in parts, cut after a newline where there is one in the
-    second half of a part, between characters otherwise. `on_bytes(n)` is called as `n` more bytes of the files
-    are done.
+    A document longer than `data.max_document_bytes` is yielded in parts. It is cut after a newline if there is one in
+    the second half of a part, otherwise between characters.
+
+    Args:
+        source: the source.
+        data: limits of document sizes, and the held-out fraction.
+        counts: updated as documents are read.
+        on_bytes: called with the number of bytes of the files that were read since its last call.
 
     Raises:
-        UsageError: a file missing, unreadable or truncated; no document at all in the source.
+        UsageError: a file is missing, unreadable or truncated, or the source contains no document.
     """
     for file in resolve_files(source):
         kind = _kind_of(file.path)
@@ -140,7 +145,7 @@ def _accept(text: str, data: DataConfig, counts: SourceCounts) -> Document | Non
         return None
     counts.documents += 1
     digest = hashlib.blake2b(encoded, digest_size=16, key=_SPLIT_KEY).digest()
-    # By content, not by place: two copies of a text can never lie on both sides.
+    # The split depends on the content alone, so two copies of a text are always in the same split.
     heldout = int.from_bytes(digest[:8], "little") < data.heldout_fraction * 2.0**64
     return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
 
@@ -161,14 +166,14 @@ def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCou
         if not isinstance(value, str):
             counts.malformed_lines += 1
             continue
-        if _SURROGATE.search(value):  # "\ud800" is legal JSON and no Unicode text
+        if _SURROGATE.search(value):  # "\ud800" is valid JSON but not valid Unicode text
             counts.invalid_utf8_documents += 1
             value = _SURROGATE.sub("\ufffd", value)
         yield from _cut(value, limit, counts)
 
 
 def _cut(text: str, limit: int, counts: SourceCounts) -> Iterator[str]:
-    if len(text) * 4 <= limit:  # cannot be longer, whatever the characters
+    if len(text) * 4 <= limit:  # a character has at most 4 bytes
         yield text
         return
     encoded = text.encode("utf-8")
@@ -181,25 +186,26 @@ def _cut(text: str, limit: int, counts: SourceCounts) -> Iterator[str]:
 
 
 def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterator[str]:
-    """The file in parts of at most `limit` bytes, with little more than that in memory."""
+    """Yield the file in parts of at most `limit` bytes, with little more than that in memory."""
     rest = stream.read(max(_BLOCK_BYTES, 2 * limit)).removeprefix(codecs.BOM_UTF8)
     if not rest:
         yield ""
     counts.cut_documents += len(rest) > limit
-    file_counts = SourceCounts()  # a file is one document here, however many parts of it are at fault
+    file_counts = SourceCounts()  # a file is one document, and counts once even if several parts are invalid
     while rest:
         start = 0
         block = stream.read(max(_BLOCK_BYTES, 2 * limit))
         while len(rest) - start > limit or (not block and start < len(rest)):
             end = _cut_position(rest, start, limit)
-            yield from _cut(_decode(rest[start:end], file_counts), limit, SourceCounts())  # U+FFFD is longer
+            # Decoding may lengthen a part, since U+FFFD takes 3 bytes, so it is cut again.
+            yield from _cut(_decode(rest[start:end], file_counts), limit, SourceCounts())
             start = end
         rest = rest[start:] + block
     counts.invalid_utf8_documents += file_counts.invalid_utf8_documents > 0
 
 
 def _cut_position(data: bytes, start: int, limit: int) -> int:
-    """End of a part of at most `limit` bytes that begins at `start`: after a newline, or between characters."""
+    """Return where a part of at most `limit` bytes from `start` ends: after a newline, or between characters."""
     end = start + limit
     if end >= len(data):
         return len(data)
@@ -209,7 +215,7 @@ def _cut_position(data: bytes, start: int, limit: int) -> int:
     for character in range(end, end - 4, -1):
         if data[character] & 0xC0 != 0x80:  # not a continuation byte
             return character
-    return end  # no UTF-8 here
+    return end  # this is not UTF-8
 
 
 def _decode(data: bytes, counts: SourceCounts) -> str:
@@ -231,7 +237,7 @@ def _kind_of(path: str) -> str:
 
 
 class _CountingFile(io.RawIOBase):
-    """Passes reads through and reports how many bytes of the file they took."""
+    """A readable file that reports how many bytes are read from it."""
 
     def __init__(self, raw: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
         self._raw = raw
@@ -249,7 +255,7 @@ class _CountingFile(io.RawIOBase):
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompresses frame after frame. The library's own stream reader takes a truncated frame for a whole one."""
+    """Decompresses all frames and detects a truncated one, which the library's own stream reader accepts silently."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
@@ -285,7 +291,7 @@ class _ZstdFile(io.RawIOBase):
 
 @contextmanager
 def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file; what goes wrong while they are read becomes a UsageError that names it."""
+    """Open a file to read its decompressed bytes; errors while reading become a UsageError that names the file."""
     import zstandard
 
     try:
@@ -300,7 +306,7 @@ def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[B
         raise UsageError(f"{path}: the compressed file is truncated; fetch or write it again") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UsageError(
-            f"{path}: not a sound compressed file ({' '.join(str(error).split())}); write it again"
+            f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -1,8 +1,8 @@
-"""The tokenizer: a SentencePiece model, trained here or given, that loses nothing.
+"""The tokenizer: a lossless SentencePiece model, trained on the sources or given.
 
-`decode(encode(text)) == text` for every Unicode text, and the tokens of a text carry exactly its UTF-8 bytes, which
-is what makes bits per byte exact for any span of tokens. SentencePiece writes a space as U+2581 and so cannot tell
-the two apart; that one character is therefore always spelled by its three byte pieces.
+`decode(encode(text)) == text` for every Unicode text, and the tokens of a text carry exactly its UTF-8 bytes, so bits
+per byte are exact for any span of tokens. SentencePiece represents a space as U+2581 and so cannot distinguish the
+two; the character U+2581 itself is therefore always encoded as its three byte pieces.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from biroute.configs.schema import TokenizerConfig
 if TYPE_CHECKING:
     from biroute.data_pipeline.prepare.sources import Document
 
-SPACE_MARK = "\u2581"  # how SentencePiece spells a space
+SPACE_MARK = "\u2581"  # SentencePiece's representation of a space
 UNK, EOS, PAD, MASK = "<unk>", "</s>", "<pad>", "<mask>"
 _MASK_SPELLINGS = (MASK, "[MASK]")
-# Pieces of white space, each one token: indentation is frequent, and no piece may reach across a line.
+# Pieces of white space, each one token: indentation is frequent, and other pieces never span a line break.
 _USER_PIECES = ("\n", "\n\n", "\r\n", "\t", *(SPACE_MARK * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16)))
-# The trainer takes tab and U+2585 for its own marks and drops sentences that hold them (or NUL); it splits
-# nothing else. None of them would be learnt, so cutting there loses nothing.
+# The trainer reserves tab and U+2585 and drops sentences that contain them (or NUL). It would learn none of these
+# characters, so cutting the text there loses nothing.
 _TRAINING_BREAKS = re.compile("[\n\r\t\0\u2581\u2585]+")
-_MAX_SENTENCE_BYTES = 4192  # the trainer drops longer ones with no more than a warning
-# Unigram sums per thread in floating point: the number of threads is a part of the result.
+_MAX_SENTENCE_BYTES = 4192  # the trainer drops longer sentences with only a warning
+# Fixed, since unigram training sums per thread in floating point and its result depends on the number of threads.
 _TRAINING_THREADS = 4
 _PROBES = (
     "two  spaces,   three \n\n new\tlines\r\n ",
@@ -43,21 +43,26 @@ _PROBES = (
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
-        vocab_size: pieces, special ones included.
-        eos_id: end of a document; never comes out of `encode`.
-        unk_id, pad_id, mask_id: the other special ids; None where a given model lacks one.
-        fingerprint: SHA-256 over pieces, scores, kinds and normalisation: equal for equal tokenizations,
-            whatever file they come from.
+        vocab_size: number of pieces, including the special ones.
+        eos_id: end of a document; `encode` never returns it.
+        unk_id, pad_id, mask_id: the other special ids; None if the model lacks one.
+        fingerprint: SHA-256 of pieces, scores, kinds and normalization; equal for models that tokenize alike, even
+            if their files differ.
     """
 
     def __init__(self, model: bytes, origin: str) -> None:
-        """`model` is a serialised SentencePiece model, `origin` what messages call it.
+        """Load a model and check that it is lossless.
+
+        Args:
+            model: a serialized SentencePiece model.
+            origin: how error messages name the model.
 
         Raises:
-            UsageError: not a SentencePiece model; no byte fallback, no end-of-document piece, or texts change.
+            UsageError: this is not a SentencePiece model, it lacks byte fallback or an end-of-sentence piece, or it
+                changes texts.
         """
         import sentencepiece
 
@@ -95,11 +100,11 @@ class Tokenizer:
                 )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a valid Unicode text, without any special id."""
+        """Encode a valid Unicode text as token ids, without special ids."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts, faster; in this thread only."""
+        """Encode many texts, faster than one by one, in the calling thread."""
         if not any(SPACE_MARK in text for text in texts):
             return self._processor.encode(list(texts), out_type=int, num_threads=1)
         pieces = [text.split(SPACE_MARK) for text in texts]
@@ -113,15 +118,15 @@ class Tokenizer:
         return encoded
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that the tokens stand for; special tokens stand for none."""
+        """Return the UTF-8 bytes of the tokens; special tokens have none."""
         return b"".join([self._bytes_of_id[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; U+FFFD where a span of tokens begins or ends inside a character."""
+        """Return the text of the tokens, with U+FFFD where the tokens begin or end inside a character."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each token, [vocab_size] int64; 0 for special ones."""
+        """Return the number of UTF-8 bytes of each token, [vocab_size] int64; 0 for special tokens."""
         return np.array([len(data) for data in self._bytes_of_id], dtype=np.int64)
 
     def _piece_bytes(self, index: int) -> bytes:
@@ -151,10 +156,14 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in the file `path`; `vocab_size` is what the configuration says, None: anything.
+    """Load the tokenizer from a file.
+
+    Args:
+        path: the SentencePiece model.
+        vocab_size: the vocabulary size that the model must have; None for any.
 
     Raises:
-        UsageError: file missing or no usable model, or another vocabulary size.
+        UsageError: the file cannot be read, the model is not usable, or its vocabulary size is another.
     """
     try:
         model = path.read_bytes()
@@ -172,10 +181,10 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """Train on `texts`; the same texts in the same order give the same pieces on any machine.
+    """Train a tokenizer on `texts`; the same texts in the same order give the same pieces on any machine.
 
     Raises:
-        UsageError: too little text for the vocabulary, or too small a vocabulary for the characters of the text.
+        UsageError: there is too little text for the vocabulary, or the vocabulary is too small for the characters.
     """
     import sentencepiece
 
@@ -197,7 +206,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         "eos_piece": EOS,
         "pad_piece": PAD,
         "max_sentence_length": _MAX_SENTENCE_BYTES,
-        "shuffle_input_sentence": False,  # nothing else is random
+        "shuffle_input_sentence": False,  # the only source of randomness
         "num_threads": _TRAINING_THREADS,
         "minloglevel": 2,
     }
@@ -212,7 +221,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def training_sentences(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of `texts`, the long ones in pieces that the trainer takes, cut at a space where there is one."""
+    """Yield the lines of `texts`, cutting those that are too long for the trainer, if possible at a space."""
     for text in texts:
         for line in _TRAINING_BREAKS.split(text):
             while len(line) * 4 > _MAX_SENTENCE_BYTES and len(line.encode("utf-8")) > _MAX_SENTENCE_BYTES:
@@ -226,18 +235,18 @@ def training_sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 class TrainingSample:
-    """A sample of the training documents, of about a given size: those with the lowest hashes.
+    """A sample of the training documents of about a given size: those with the lowest hashes.
 
-    It depends on the texts alone, neither on the order of files nor on how they are read, and takes one pass.
+    It depends only on the texts and not on the order in which they are read, and takes a single pass.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self._budget = size_bytes
-        self._heap: list[tuple[int, str, int]] = []  # the highest hash on top
+        self._heap: list[tuple[int, str, int]] = []  # the highest hash is at the top
         self.size_bytes = 0
 
     def add(self, document: Document) -> None:
-        """Offer a document; held-out ones are refused."""
+        """Offer a document to the sample; held-out ones are ignored."""
         if document.heldout:
             return
         heapq.heappush(self._heap, (-document.sample_rank, document.text, document.size_bytes))
@@ -246,7 +255,7 @@ class TrainingSample:
             self.size_bytes -= heapq.heappop(self._heap)[2]
 
     def texts(self) -> list[str]:
-        """The sample, in an order of its own."""
+        """Return the sample in increasing order of the hashes."""
         return [text for _, text, _ in sorted(self._heap, reverse=True)]
 
 
@@ -271,10 +280,10 @@ def _id_or_none(index: int) -> int | None:
 
 
 def _model_settings(model: bytes) -> bytes:
-    """What of a model, besides its pieces, decides a tokenization: kind, byte fallback, normalisation.
+    """Serialize the settings that affect tokenization besides the pieces: kind, byte fallback, normalization.
 
     Raises:
-        ValueError: not a SentencePiece model.
+        ValueError: this is not a SentencePiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
@@ -291,14 +300,14 @@ def _model_settings(model: bytes) -> bytes:
         ).encode()
     for number, spec in ((3, "normalizer_spec"), (5, "denormalizer_spec")):
         if proto.HasField(spec):
-            # All but the name: models that normalise alike are alike.
+            # The name is left out: models with equal rules are equal even if the rules have different names.
             settings = [(place, value) for name, place, value in _fields(getattr(proto, spec)) if name != "name"]
             kept += repr((number, settings)).encode()
     return kept
 
 
 def _fields(message: Any) -> Iterator[tuple[str, int, int | bytes]]:
-    """Name, number and value of each single field that is set; text as bytes. No float or list decides anything."""
+    """Yield name, number and value of each scalar field that is set, text as bytes; no float or list matters here."""
     for field, value in message.ListFields():
         if isinstance(value, bool | int):
             yield field.name, field.number, int(value)

@@ -1,6 +1,6 @@
-"""`biroute data verify`: is the dataset what its manifest says?
+"""`biroute data verify`: check that a dataset matches its manifest.
 
-webdataset reads a damaged tar without complaint and gives fewer samples, so damage has to be looked for.
+webdataset reads a damaged tar file without an error and yields fewer samples, so damage must be searched explicitly.
 """
 
 from __future__ import annotations
@@ -31,12 +31,17 @@ _REMEDY = "remove it and run `biroute data build` to make it again"
 def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None = None) -> Manifest:
     """Check the dataset in `folder` and return its manifest.
 
-    Cheap: the manifest is intact, the tokenizer is the one of the shards, every shard is there, of the right size and
-    begins with the right sample, and no other tar lies among them. Deep, reading every byte: SHA-256, then each
-    sample through webdataset itself, counting tokens, documents and bytes.
+    The quick check requires that the manifest is intact, the tokenizer is the one that made the shards, every shard
+    has the right size and first sample, and there are no other tar files. The deep check reads every byte: it
+    compares the SHA-256 of each shard, then reads each sample with webdataset and counts tokens, documents and bytes.
+
+    Args:
+        folder: the dataset's folder.
+        deep: perform the deep check as well.
+        progress: shows the progress of the deep check; None for no output.
 
     Raises:
-        UsageError: on the first fault, naming the file.
+        UsageError: a check failed; the message names the file.
     """
     manifest, tokenizer = check_dataset(folder)
     if deep:
@@ -45,10 +50,10 @@ def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None =
 
 
 def check_dataset(folder: Path) -> tuple[Manifest, Tokenizer]:
-    """Check the dataset in `folder` cheaply; returns its manifest and its tokenizer, each read once.
+    """Perform the quick check of `verify_dataset`, and return the manifest and the tokenizer.
 
     Raises:
-        UsageError: on the first fault, naming the file.
+        UsageError: a check failed; the message names the file.
     """
     manifest = load_manifest(folder)
     tokenizer = check_tokenizer(folder, manifest)
@@ -63,10 +68,10 @@ def check_dataset(folder: Path) -> tuple[Manifest, Tokenizer]:
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The dataset's tokenizer, which is the one that made the shards.
+    """Load the dataset's tokenizer and check that it is the one that made the shards.
 
     Raises:
-        UsageError: missing, damaged or another one.
+        UsageError: the tokenizer is missing, damaged or another one.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
@@ -113,13 +118,16 @@ def _check_digest(folder: Path, shard: ShardEntry) -> None:
 def _check_samples(
     folder: Path, shard: ShardEntry, first_key: str, manifest: Manifest, token_bytes: np.ndarray, begins: bool
 ) -> bool:
-    """Count what webdataset reads; `begins`: does the shard start with a document? Returns that of the next one."""
+    """Check what webdataset reads from a shard.
+
+    `begins` tells whether the shard starts with a new document, and the result tells whether the next one does.
+    """
     import webdataset
 
     path = folder / shard.file
     prefix, _, digits = first_key.rpartition("-")
     samples = tokens = documents = text_bytes = 0
-    # Undecoded: decoding would unpickle what an unknown shard may hold.
+    # Samples are not decoded by webdataset, since that would unpickle content of an untrusted shard.
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
         expected = f"{prefix}-{int(digits) + samples:09d}"
         if sample["__key__"] != expected:
@@ -130,7 +138,7 @@ def _check_samples(
         ends = array == manifest.eos_id
         in_sample = int(begins) + int(ends[:-1].sum())
         if json.loads(sample["json"])["documents"] != in_sample:
-            raise UsageError(f"{path}: sample {expected!r} does not hold the documents that it says; {_REMEDY}")
+            raise UsageError(f"{path}: sample {expected!r} does not hold as many documents as it claims; {_REMEDY}")
         begins = bool(ends[-1])
         samples += 1
         tokens += len(array)

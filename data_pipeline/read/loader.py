@@ -1,7 +1,7 @@
-"""From the sequences of a dataset to the microbatches of a training step.
+"""Read the sequences of a dataset and assemble them into the microbatches of each training step.
 
-The state of a loader is one integer, the number of sequences that finished steps consumed, over all ranks: a run may
-stop and go on with another number of data ranks, and every sequence is still seen exactly once per epoch.
+The state of a loader is one integer: the number of sequences that all ranks consumed in the finished steps. A run can
+therefore stop and resume with a different number of data ranks, and still uses every sequence exactly once per epoch.
 
 Shapes: B sequences in a microbatch, S tokens in a sequence.
 """
@@ -23,19 +23,19 @@ from biroute.data_pipeline.read.manifest import Manifest, Split
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
-_CLOSE_SECONDS = 5.0  # for the thread to notice that it is to stop
-_LOOK_SECONDS = 0.2  # between two looks, while data are awaited, at whether they are still wanted
+_CLOSE_SECONDS = 5.0  # how long `close` waits for the thread
+_LOOK_SECONDS = 0.2  # interval of calls to `give_up` while waiting for data
 
 
 class SequenceReader:
-    """The sequences of one split, in the order of training.
+    """The sequences of one split, in training order.
 
-    A source's sequences are the windows [i * S, i * S + S + 1) of its token stream: neighbours share one token, which
-    is a target in one and only an input in the other.
+    Sequence i of a source is the window [i * S, i * S + S + 1) of its token stream. Consecutive sequences overlap by
+    one token, which is a target in the first and only an input in the second.
 
     Attributes:
-        num_sequences: in all sources together; without weights one epoch.
-        shares: source name -> its share of the sequences.
+        num_sequences: sequences of all sources together; without weights, the length of an epoch.
+        shares: for each source name, its fraction of the sequences.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class SequenceReader:
         """Open the shards of one split.
 
         Args:
-            folder: of the dataset.
-            manifest: of the same dataset, as `load_manifest` or `verify_dataset` gives it.
-            split: train or heldout.
-            sequence_length: S, tokens of a sequence.
-            seed: of the order.
-            weights: relative fractions by name of source; None: every sequence once per epoch.
+            folder: the dataset's folder.
+            manifest: the manifest of the same dataset, from `load_manifest` or `verify_dataset`.
+            split: "train" or "heldout".
+            sequence_length: tokens of a sequence (S).
+            seed: seed of the order.
+            weights: relative weight of each source by name; None to use every sequence once per epoch.
 
         Raises:
-            UsageError: too few tokens for one sequence; weights for other sources than the dataset has.
+            UsageError: there are too few tokens for one sequence, or the weights name other sources than the dataset.
         """
         layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
         self.folder = folder
@@ -96,11 +96,11 @@ class SequenceReader:
         )
 
     def sequence(self, n: int) -> np.ndarray:
-        """The sequence at global position `n` >= 0, epochs following each other; [S + 1] int64."""
+        """Return the sequence at global position `n` >= 0, counted on across epochs: [S + 1] int64."""
         return self.sequences(np.array([n]))[0]
 
     def sequences(self, positions: np.ndarray) -> np.ndarray:
-        """The sequences at `positions` [n]; [n, S + 1] int64."""
+        """Return the sequences at `positions` [n]: [n, S + 1] int64."""
         sources, numbers = self._order.locate(positions)
         out = np.empty((len(positions), self.sequence_length + 1), dtype=np.int64)
         for row, source, number in zip(out, sources.tolist(), numbers.tolist(), strict=True):
@@ -113,9 +113,12 @@ class SequenceReader:
 class Objective:
     """What a model learns from a sequence.
 
-    kind: 'causal' predicts each next token; 'masked' predicts `masked_tokens` tokens that `mask_id` hides.
-    token_bytes: [vocab] UTF-8 bytes of each token.
-    seed: of the masking.
+    Attributes:
+        kind: "causal" predicts each next token, "mlm" predicts `masked_tokens` tokens that `mask_id` replaces.
+        token_bytes: [vocab] UTF-8 bytes of each token.
+        mask_id: id of the mask token; only for "mlm".
+        masked_tokens: number of masked tokens in each sequence; only for "mlm".
+        seed: seed of the masking.
     """
 
     kind: Literal["causal", "mlm"]
@@ -136,17 +139,17 @@ class Batch:
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """What a model takes: inputs, labels, loss mask."""
+        """The arguments of a model and its loss: inputs, labels, loss mask."""
         return self.inputs, self.labels, self.loss_mask
 
     @property
     def target_tokens(self) -> int:
-        """Labels that count."""
+        """Number of labels that the loss counts."""
         return int(self.labels.size if self.loss_mask is None else self.loss_mask.sum())
 
 
 def make_batch(reader: SequenceReader, positions: np.ndarray, objective: Objective) -> Batch:
-    """The sequences at `positions` [B] as one microbatch; a pure function of its arguments."""
+    """Assemble the sequences at `positions` [B] into one microbatch; a pure function of its arguments."""
     tokens = reader.sequences(positions)
     if objective.kind == "causal":
         labels = np.ascontiguousarray(tokens[:, 1:])
@@ -163,7 +166,10 @@ def make_batch(reader: SequenceReader, positions: np.ndarray, objective: Objecti
 
 @dataclass(frozen=True)
 class StepShape:
-    """How a step's sequences are shared out; `global_batch_size` is a multiple of microbatch_size x data_size."""
+    """How a step's sequences are split among data ranks and microbatches.
+
+    `global_batch_size` must be a multiple of microbatch_size x data_size.
+    """
 
     global_batch_size: int
     microbatch_size: int
@@ -177,21 +183,21 @@ class StepShape:
 
     @property
     def num_microbatches(self) -> int:
-        """Of one rank in one step."""
+        """Number of microbatches of one rank in one step."""
         return self.global_batch_size // (self.microbatch_size * self.data_size)
 
     def positions(self, step_begin: int, microbatch: int) -> np.ndarray:
-        """Global positions of one microbatch of this rank, [microbatch_size] int64."""
+        """Return the global positions of one microbatch of this rank: [microbatch_size] int64."""
         begin = step_begin + (microbatch * self.data_size + self.data_rank) * self.microbatch_size
         return np.arange(begin, begin + self.microbatch_size, dtype=np.int64)
 
 
 class MicrobatchLoader:
-    """The microbatches of step after step for one data rank, prepared by a thread some steps ahead.
+    """The microbatches of one data rank, step by step; a thread prepares them some steps ahead.
 
     Attributes:
-        position: sequences consumed by the steps taken, over all ranks: the whole state.
-        wait_seconds: time waited for the thread, so far.
+        position: sequences that all ranks consumed in the steps taken so far; this is the whole state.
+        wait_seconds: total time spent waiting for the thread.
     """
 
     def __init__(
@@ -212,7 +218,7 @@ class MicrobatchLoader:
         self.position = position
         self.wait_seconds = 0.0
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(max(1, prefetch_steps))
-        self._ready: list[Batch] | BaseException | None = None  # taken from the queue, not yet asked for
+        self._ready: list[Batch] | BaseException | None = None  # taken from the queue, not yet returned by `step`
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._prepare, args=(position,), name="microbatches", daemon=True)
@@ -220,11 +226,11 @@ class MicrobatchLoader:
 
     @property
     def microbatches_per_step(self) -> int:
-        """Length of what `step` returns."""
+        """Length of the list that `step` returns."""
         return self._shape.num_microbatches
 
     def wait(self, give_up: Callable[[], object]) -> bool:
-        """Wait until `step` need not; False if `give_up()` becomes true before that."""
+        """Wait until `step` can return without waiting; returns False if `give_up()` becomes true before that."""
         while self._ready is None and self._failure is None and not self._stop.is_set():
             started = time.perf_counter()
             try:
@@ -237,10 +243,10 @@ class MicrobatchLoader:
         return True
 
     def step(self) -> list[Batch]:
-        """The microbatches of the next optimizer step; `position` moves on by the global batch.
+        """Return the microbatches of the next optimizer step and advance `position` by the global batch size.
 
         Raises:
-            UsageError: a shard has gone since the dataset was opened, say: whatever the thread met.
+            UsageError: the data could not be read; for example, a shard was removed after the dataset was opened.
             RuntimeError: the loader is closed.
         """
         if self._failure is not None:
@@ -257,12 +263,12 @@ class MicrobatchLoader:
         return item
 
     def close(self) -> None:
-        """Stop the thread; may be called again. A thread whose disk does not answer is left behind."""
+        """Stop the thread; can be called repeatedly. A thread that waits for a hanging disk is abandoned."""
         self._stop.set()
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
             try:
-                self._queue.get_nowait()  # makes room for a thread that waits to put
+                self._queue.get_nowait()  # unblocks a thread that waits for room in the queue
             except queue.Empty:
                 self._thread.join(0.01)
 
@@ -288,10 +294,10 @@ class MicrobatchLoader:
 
 
 def check_evaluate_sequences(reader: SequenceReader, wanted: int) -> None:
-    """Does the held-out split have `wanted` different sequences?
+    """Check that the held-out split has at least `wanted` sequences.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it has fewer.
     """
     if wanted > reader.num_sequences:
         raise UsageError(
@@ -302,10 +308,10 @@ def check_evaluate_sequences(reader: SequenceReader, wanted: int) -> None:
 
 
 class HeldoutBatches:
-    """A fixed set of held-out sequences, the first `num_sequences`, shared out to the data ranks; iterate at will."""
+    """The first sequences of the held-out split, divided among the data ranks; can be iterated repeatedly."""
 
     def __init__(self, reader: SequenceReader, objective: Objective, shape: StepShape) -> None:
-        """`shape.global_batch_size` is the number of sequences over all ranks.
+        """Select `shape.global_batch_size` sequences over all ranks.
 
         Raises:
             UsageError: the held-out split has fewer.

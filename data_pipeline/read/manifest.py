@@ -1,6 +1,6 @@
-"""`manifest.json`: what a dataset holds, so that nothing can be missing without being missed.
+"""`manifest.json`: the content of a dataset, from which every missing or changed file is noticed.
 
-A shard's index is two numbers: samples lie at equal distances in the tar, so the data of sample i begins at
+Two numbers are the index of a shard: samples are equally spaced in the tar file, so the data of sample i begins at
 `first_data_offset + i * sample_stride`.
 """
 
@@ -31,20 +31,20 @@ class _Entry(BaseModel):
 class ShardEntry(_Entry):
     """One tar file."""
 
-    # Relative to the dataset's folder, and never outside of it: builds delete listed files that are stale.
+    # Relative to the dataset's folder. The pattern keeps it inside, since builds delete listed files that are stale.
     file: str = Field(pattern=r"^[A-Za-z0-9_-]+/(train|heldout)-[0-9]+\.tar$")
     size_bytes: PositiveInt
     sha256: str
     samples: PositiveInt
     tokens: PositiveInt
-    documents: NonNegativeInt  # that begin in this shard
+    documents: NonNegativeInt  # documents that begin in this shard
     text_bytes: NonNegativeInt  # UTF-8 bytes of its tokens
     first_data_offset: PositiveInt  # bytes from the start of the file to the first token
-    sample_stride: PositiveInt  # bytes from one sample's first token to the next one's
+    sample_stride: PositiveInt  # bytes from the first token of one sample to that of the next
 
 
 class SplitEntry(_Entry):
-    """The training or held-out part of one source: a stream of tokens, documents ended by eos, cut into samples."""
+    """The training or held-out part of a source: a stream of documents, each ended by eos, cut into samples."""
 
     documents: NonNegativeInt
     tokens: NonNegativeInt
@@ -60,16 +60,16 @@ class SplitEntry(_Entry):
 
 
 class SourceEntry(_Entry):
-    """One source. `key` changes when anything changes that its shards depend on."""
+    """One source. `key` is a hash of everything that its shards depend on."""
 
     name: str
     key: str
-    counts: dict[str, int]  # sources.SourceCounts
+    counts: dict[str, int]  # fields of sources.SourceCounts
     splits: dict[Split, SplitEntry]
 
 
 class Manifest(_Entry):
-    """A whole dataset. `settings` is what of the configuration decided its content."""
+    """A whole dataset. `settings` are the values of the configuration that determined its content."""
 
     format: Literal["biroute-dataset-1"] = "biroute-dataset-1"
     tokenizer_fingerprint: str
@@ -83,21 +83,21 @@ class Manifest(_Entry):
     sources: tuple[SourceEntry, ...]
 
     def tokens(self, split: Split) -> int:
-        """Tokens of a split over all sources."""
+        """Return the number of tokens of a split over all sources."""
         return sum(source.splits[split].tokens for source in self.sources)
 
     def shards(self) -> Iterator[ShardEntry]:
-        """Every shard, training before held-out, source by source."""
+        """Yield every shard, source by source, training before held-out."""
         for source in self.sources:
             for split in SPLITS:
                 yield from source.splits[split].shards
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of the dataset in `folder`.
+    """Read the manifest of the dataset in `folder`.
 
     Raises:
-        UsageError: no dataset, an unfinished one, or a damaged manifest.
+        UsageError: there is no dataset, it is unfinished, or its manifest is damaged.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -116,20 +116,20 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def to_json(entry: BaseModel) -> bytes:
-    """A model as indented JSON, the same bytes for the same content."""
+    """Format an entry as indented JSON; equal entries give equal bytes."""
     return (json.dumps(entry.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into a UsageError that names `folder`."""
+    """Turn the error of a full disk or of a folder that is not writable into a UsageError that names `folder`."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
             raise UsageError(
                 f"data.dir={folder}: the disk is full ({error.strerror}); free some space and run the same command "
-                "again, it continues, or set data.dir to another disk"
+                "again to continue, or set data.dir to another disk"
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise UsageError(

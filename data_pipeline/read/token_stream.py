@@ -1,4 +1,4 @@
-"""Random access to the tokens of a dataset: memory maps of its WebDataset shards, read by offset."""
+"""Random access to the tokens of a dataset through memory maps of its WebDataset shards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,29 @@ from biroute.configs.errors import UsageError
 from biroute.data_pipeline.read.manifest import ShardEntry, SplitEntry
 
 _TAR_BLOCK = 512
-# Maps kept open by one reader; the kernel allows 65,530 in a process.
+# Maps that one reader keeps open; Linux allows a process 65,530.
 _MAX_OPEN_SHARDS = 512
 
 
 def sample_key(source: str, split: str, index: int) -> str:
-    """WebDataset key of a sample. No dot: webdataset takes what follows the first one for the kind of member."""
+    """Return the WebDataset key of a sample. It has no dot, since webdataset reads what follows a dot as the type."""
     return f"{source}-{split}-{index:09d}"
 
 
 class TokenStream:
-    """Random access to the tokens of one source's split, through memory maps of its shards."""
+    """Random access to the tokens of one split of a source, through memory maps of its shards."""
 
     def __init__(self, folder: Path, name: str, split: str, entry: SplitEntry, dtype: str, layout: tuple[int, int]):
-        """`layout`: tokens per sample, samples per shard, as in the manifest."""
+        """Open a split.
+
+        Args:
+            folder: the dataset's folder.
+            name: name of the source.
+            split: "train" or "heldout".
+            entry: the split's entry in the manifest.
+            dtype: data type of the stored tokens.
+            layout: tokens per sample and samples per shard, as in the manifest.
+        """
         self._folder = folder
         self._name = name
         self._split = split
@@ -39,11 +48,11 @@ class TokenStream:
         self.num_tokens = entry.tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start ... stop - 1 of the stream, [stop - start] int64.
+        """Return the tokens start ... stop - 1 of the stream: [stop - start] int64.
 
         Raises:
-            IndexError: out of the stream.
-            UsageError: a shard is gone or was replaced.
+            IndexError: the range is not inside the stream.
+            UsageError: a shard was removed or replaced.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} ... {stop} of a stream of {self.num_tokens}")
@@ -72,15 +81,15 @@ class TokenStream:
             check_header(file, self._folder / shard.file, first)
             self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._maps) > _MAX_OPEN_SHARDS:
-            self._maps.popitem(last=False)  # unmapped once the last array on it is gone
+            self._maps.popitem(last=False)  # unmapped when the last array that uses it is freed
         return self._maps[number]
 
 
 def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
-    """The shard's file, of the right size.
+    """Open a shard's file after checking its size.
 
     Raises:
-        UsageError: missing, empty, truncated or of another size.
+        UsageError: the file is missing, empty, truncated or of another size.
     """
     path = folder / shard.file
     remedy = "run `biroute data build` to make it again"
@@ -98,10 +107,10 @@ def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
 
 
 def check_header(file: BinaryIO, path: Path, first_key: str) -> None:
-    """Does the shard begin with the sample that it should?
+    """Check that a shard begins with the right sample.
 
     Raises:
-        UsageError: it does not: an unknown shard.
+        UsageError: it begins with another one.
     """
     expected = first_key + ".json"
     file.seek(0)

@@ -1,4 +1,4 @@
-"""`biroute bench ...`: benchmarks. Each prints a table (or JSON) and may write a page and a picture."""
+"""`biroute bench ...`: benchmarks. Each prints a table or JSON, and can write a page with a picture."""
 
 from __future__ import annotations
 
@@ -6,25 +6,35 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 from biroute.launcher.start.library_warnings import ignore_library_warnings
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure what BiRoute claims, on this machine.")
+if TYPE_CHECKING:
+    from biroute.launcher.bench.report import Page
+
+bench_app = typer.Typer(no_args_is_help=True)
 
 Out = Annotated[Path | None, typer.Option("--out", help="folder for a Markdown page and a PNG")]
 Variants = Annotated[
     list[str] | None,
-    typer.Option("--variants", help="names of variants, repeatable, * allowed; left out: all usual ones"),
+    typer.Option("--variants", help="name of a variant, repeatable, with * as a wildcard; left out: the usual ones"),
 ]
 
 
 Rows = Annotated[
-    Path | None, typer.Option("--rows", help="file that keeps finished rows, so that a stopped run can go on")
+    Path | None, typer.Option("--rows", help="file that keeps finished rows, so that a stopped benchmark can resume")
 ]
+
+
+@bench_app.callback()
+def prepare_libraries() -> None:
+    """Measure what BiRoute claims, on this machine."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+    ignore_library_warnings()
 
 
 @bench_app.command()
@@ -32,33 +42,31 @@ def attention(
     lengths: Annotated[
         list[int] | None, typer.Option("--length", min=512, help="tokens, repeatable; left out: 512 to 32768")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="runs of each setting; the median counts")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each setting, of which the median is reported")] = 3,
     tokens_first: Annotated[
-        bool, typer.Option("--tokens-first", help="tensors as a projection leaves them, not head by head")
+        bool, typer.Option("--tokens-first", help="use the layout [B, S, H, D] of a projection, not [B, H, S, D]")
     ] = False,
     train_step: Annotated[
-        bool, typer.Option("--train-step/--no-train-step", help="whole training steps of a model as well")
+        bool, typer.Option("--train-step/--no-train-step", help="also measure whole training steps of a model")
     ] = True,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Time and memory of routed attention compared with dense attention, forward and backward; whole training steps.
+    """Measure time and memory of routed attention compared with dense attention, and whole training steps.
 
     Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
     """
     from biroute.launcher.bench.attention.measure import LENGTHS, run_bench
-    from biroute.launcher.bench.attention.page import print_attention, write_attention
+    from biroute.launcher.bench.attention.page import attention_page
 
     measure: Callable[..., list[dict[str, Any]]] | None = None
     if train_step:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
-        ignore_library_warnings()
         from biroute.launcher.bench.attention.train_step import measure_train_steps
 
         measure = measure_train_steps
     layout = "tokens_first" if tokens_first else "heads_first"
     answer = run_bench(lengths or LENGTHS, repeats, layout=layout, train_steps=measure)
-    _report(answer, as_json, out, print_attention, write_attention)
+    _report(answer, attention_page(answer), as_json, out)
 
 
 @bench_app.command()
@@ -67,22 +75,22 @@ def recall(
     seeds: Annotated[int, typer.Option(help="number of seeds")] = 1,
     variants: Variants = None,
     evaluation_sequences: Annotated[
-        int, typer.Option(min=1, help="sequences to score on, with a question for every 8 of their 256 tokens")
+        int, typer.Option(min=1, help="sequences to score on; each has 256 tokens and 32 questions")
     ] = 256,
     rows: Rows = None,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Associative recall by distance: what each kind of route finds, compared with dense and a random route.
+    """Measure associative recall by distance for several kinds of routes, compared with dense and with random routes.
 
     Example: biroute bench recall --seeds 2 --out docs/benchmarks
     """
     from biroute.launcher.bench.recall.measure import RecallSettings, run_bench
-    from biroute.launcher.bench.recall.page import print_recall, write_recall
+    from biroute.launcher.bench.recall.page import recall_page
 
     settings = RecallSettings(steps=steps, evaluation_sequences=evaluation_sequences)
     answer = run_bench(settings, seeds, variants or [], rows)
-    _report(answer, as_json, out, print_recall, write_recall)
+    _report(answer, recall_page(answer), as_json, out)
 
 
 @bench_app.command()
@@ -96,20 +104,18 @@ def quality(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Held-out bits per byte of a configuration's model on its dataset under each kind of attention.
+    """Measure held-out bits per byte of a configuration's model on its dataset with each kind of attention.
 
     Example: biroute bench quality configs/demo.yaml model.num_layers=2 --steps 300 --out docs/benchmarks
     """
     from biroute.configs.load import load_config
 
     loaded = load_config(config, overrides or [])
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported
-    ignore_library_warnings()
     from biroute.launcher.bench.quality.measure import run_bench
-    from biroute.launcher.bench.quality.page import print_quality, write_quality
+    from biroute.launcher.bench.quality.page import quality_page
 
     answer = run_bench(loaded, steps, seeds, variants or [], rows)
-    _report(answer, as_json, out, print_quality, write_quality)
+    _report(answer, quality_page(answer), as_json, out)
 
 
 @bench_app.command()
@@ -120,29 +126,27 @@ def exchange(
         list[Path] | None, typer.Option("--compare", help="configuration of another trained run, repeatable")
     ] = None,
     lengths: Annotated[
-        list[int] | None, typer.Option("--length", min=1, help="tokens, repeatable; left out: as trained")
+        list[int] | None, typer.Option("--length", min=1, help="tokens, repeatable; left out: the trained length")
     ] = None,
     ranks: Annotated[
         list[int] | None, typer.Option("--ranks", min=2, help="ranks to plan for, repeatable; left out: 2 to 256")
     ] = None,
     measured: Annotated[
-        list[int] | None, typer.Option("--measured", min=2, help="ranks to run, repeatable; left out: 2, 4, 8")
+        list[int] | None, typer.Option("--measured", min=2, help="ranks to start, repeatable; left out: 2, 4, 8")
     ] = None,
-    plan_only: Annotated[bool, typer.Option("--plan-only", help="start no ranks")] = False,
-    sequences: Annotated[int, typer.Option(min=1, help="held-out sequences whose routes count")] = 2,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="only plan, without starting ranks")] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="number of held-out sequences to take routes from")] = 2,
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Bytes between ranks that share a sequence, over the routes of trained runs: planned, and measured.
+    """Plan and measure the bytes between ranks that share a sequence, with the routes of trained runs.
 
     Example: biroute bench exchange configs/demo.yaml --compare per_region.yaml --length 4096 --out docs/benchmarks
 
-    The newest checkpoint of each run gives the weights; overrides count for all of them.
+    The weights are those of each run's newest checkpoint; overrides apply to all configurations.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    ignore_library_warnings()
     from biroute.launcher.bench.exchange import measure as bench
-    from biroute.launcher.bench.exchange.page import print_exchange, write_exchange
+    from biroute.launcher.bench.exchange.page import exchange_page
 
     runs = [bench.open_run(path, overrides or []) for path in (config, *(compare or []))]
     answer = bench.run_bench(
@@ -152,7 +156,7 @@ def exchange(
         sequences=sequences,
         measured_ranks=() if plan_only else measured or bench.MEASURED_RANKS,
     )
-    _report(answer, as_json, out, print_exchange, write_exchange)
+    _report(answer, exchange_page(answer), as_json, out)
 
 
 @bench_app.command()
@@ -166,14 +170,14 @@ def memory(
     as_json: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Peak memory of training by the number of ranks that share each sequence, one run after the other.
+    """Measure the peak memory of training for several numbers of ranks that share each sequence.
 
     Example: biroute bench memory configs/long.yaml train.evaluate_sequences=1 --out docs/benchmarks
     """
-    from biroute.launcher.bench.memory import RANKS, print_memory, run_bench, write_memory
+    from biroute.launcher.bench.memory import RANKS, memory_page, run_bench
 
     answer = run_bench(config, overrides or [], ranks or RANKS, steps)
-    _report(answer, as_json, out, print_memory, write_memory)
+    _report(answer, memory_page(answer), as_json, out)
 
 
 @bench_app.command()
@@ -182,7 +186,7 @@ def pictures(
     as_json: AsJson = False,
     out: Annotated[Path, typer.Option("--out", help="folder for the PNGs")] = Path("docs/images"),
 ) -> None:
-    """Draw what routing does: a route map, the leak of a mean query, and the cost of region sizes.
+    """Draw figures on routing: a map of routes, the leak of mean queries, and the cost of region sizes.
 
     Example: biroute bench pictures --out docs/images
     """
@@ -192,18 +196,12 @@ def pictures(
     typer.echo(json.dumps(answer) if as_json else "\n".join(f"{name}: {value}" for name, value in answer.items()))
 
 
-def _report(
-    answer: Mapping[str, Any],
-    as_json: bool,
-    out: Path | None,
-    show: Callable[[Mapping[str, Any]], None],
-    write: Callable[[Mapping[str, Any], Path], list[Path]],
-) -> None:
-    """Print the answer, and write its page and picture if asked."""
-    written = write(answer, out) if out is not None else []
+def _report(answer: Mapping[str, Any], page: Page, as_json: bool, out: Path | None) -> None:
+    """Print the answer, and write its page and picture if a folder is given."""
+    written = page.write(out) if out is not None else []
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    show(answer)
+    page.show()
     for path in written:
         typer.echo(f"wrote {path}")

@@ -1,7 +1,7 @@
 """`biroute bench memory`: peak memory of training by the number of ranks that share each sequence.
 
-Each row is `biroute train` itself, a fresh run of a few steps in processes of its own, one number of ranks after the
-other; the numbers are those of the run's own metrics.
+Each row is a new run of `biroute train` for a few steps in separate processes, and its numbers are the run's metrics.
+The runs follow one another.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,17 @@ from biroute.configs.load import load_config
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.bench.report import (
     COLOURS,
+    Page,
+    Part,
+    Picture,
+    Table,
     environment_info,
-    facts_list,
-    make_folder,
-    markdown_table,
     new_figure,
-    print_table,
     save_figure,
     say,
 )
 
 RANKS = (1, 2, 4)
-PAGE_NAME, PICTURE_NAME = "memory.md", "memory.png"
 _HEADER = [
     "region ranks", "tokens of a rank", "peak of the worst rank", "at most in all", "over one rank",
     "loss of step 1", "received by a rank and step",
@@ -39,14 +39,20 @@ _HEADER = [
 
 
 def run_bench(path: Path, overrides: Sequence[str], ranks: Sequence[int], steps: int) -> dict[str, Any]:
-    """Train `steps` steps with each number of ranks; the answer as plain values.
+    """Train for a few steps with each number of ranks, and return the measurements as plain values.
+
+    Args:
+        path: the configuration.
+        overrides: overrides of the configuration, `section.field=value`.
+        ranks: the numbers of region ranks.
+        steps: optimizer steps of each run.
 
     Raises:
-        UsageError: a number of ranks does not divide the regions, or the run fails for another fault of the user.
+        UsageError: a number of ranks does not divide the regions, or a run fails.
     """
     config = load_config(path, list(overrides))
     settings = {size: [*overrides, *_settings(size, steps)] for size in ranks}
-    for size, wanted in settings.items():  # complains before anything is trained
+    for size, wanted in settings.items():  # reports errors before anything is trained
         resolve_layout(load_config(path, wanted), size)
     open_dataset(config)
     about_run = environment_info()
@@ -67,7 +73,7 @@ def run_bench(path: Path, overrides: Sequence[str], ranks: Sequence[int], steps:
 
 
 def _settings(ranks: int, steps: int) -> list[str]:
-    """What this benchmark sets in every configuration."""
+    """Return the overrides that this benchmark applies to every configuration."""
     return [
         f"parallel.region={ranks}", "parallel.tensor=1", "parallel.pipeline=1", "parallel.data=1",
         f"train.steps={steps}", "train.log_every=1", "train.evaluate_every=0", "checkpoint.every_steps=0",
@@ -96,34 +102,24 @@ def _row(path: Path, wanted: Sequence[str], ranks: int, sequence_length: int) ->
     }
 
 
-def print_memory(answer: Mapping[str, Any]) -> None:
-    """The table in the terminal."""
-    print_table("peak memory of training", _HEADER, _rows(answer))
-
-
-def write_memory(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
-    make_folder(folder)
-    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
-    _draw(answer, picture)
+def memory_page(answer: Mapping[str, Any]) -> Page:
+    """Build the page of `biroute bench memory` from its answer."""
     settings, model = answer["settings"], answer["settings"]["model"]
     introduction = (
         "# Memory: one sequence shared by several ranks\n\n"
         "Made by `biroute bench memory`; do not edit.\n\n"
-        f"`biroute train` itself: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
+        f"Measured with `biroute train`: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
         f"{model['num_heads']} query heads in {model['num_kv_heads']} key/value heads, a vocabulary of "
         f"{settings['vocab_size']:,}; sequences of {model['sequence_length']:,} tokens, "
         f"{settings['microbatch_size']} at a time, {settings['precision']}, ZeRO {settings['zero_stage']}. The peak "
         "is the largest resident set of any rank, Python and libraries (which ranks share) included."
     )
-    parts = [
-        introduction,
-        facts_list({**answer["environment_info"], "training": f"{settings['steps']} step(s) and one evaluation"}),
-        markdown_table(_HEADER, _rows(answer)),
-        f"![Peak memory]({PICTURE_NAME})",
+    facts = {**answer["environment_info"], "training": f"{settings['steps']} step(s) and one evaluation"}
+    parts: list[Part] = [
+        Table("Peak memory of training", _HEADER, _rows(answer)),
+        Picture("Peak memory", partial(_draw, answer)),
     ]
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return [page, picture]
+    return Page("memory", introduction, facts, parts)
 
 
 def _rows(answer: Mapping[str, Any]) -> list[list[str]]:

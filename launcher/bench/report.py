@@ -1,4 +1,4 @@
-"""What the benchmarks write: machine and command, tables for the terminal and for docs/benchmarks, pictures."""
+"""Output of the benchmarks: environment, tables for the terminal and for docs/benchmarks, and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from biroute.launcher.track.run_metadata import git_tags
 
 Rows = Sequence[Sequence[str]]
 
-# Dark enough to tell apart on white, in this order; routed variants first, baselines are grey.
+# Colours of routed variants, in this order, dark enough to be distinguished on white; baselines are grey.
 COLOURS = ("#3b6fb6", "#d1603d", "#3f8f5b", "#8a5aa8", "#b8892b", "#2b9aa8", "#a83b62", "#6b7a2f", "#7c6a5c")
 BASELINE_COLOUR = "#5f6368"
 
 
 def environment_info() -> dict[str, str]:
-    """Machine, software, date and command of this run, for reports."""
+    """Return machine, software, date and command of this run for reports."""
     import torch
 
     commit = git_tags(Path(__file__))
@@ -50,7 +51,12 @@ def _processor() -> str:
 
 
 def select(names: Sequence[str], patterns: Sequence[str], default: Sequence[str]) -> list[str]:
-    """The names that match any of the patterns (`*` as in file names), in their own order.
+    """Select the names that match any of the patterns, in the order of `names`.
+
+    Args:
+        names: all names.
+        patterns: patterns with `*` as in file names; empty for the default.
+        default: the selection without patterns.
 
     Raises:
         UsageError: a pattern matches nothing.
@@ -66,43 +72,121 @@ def select(names: Sequence[str], patterns: Sequence[str], default: Sequence[str]
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder of a report. Raises UsageError if it cannot be."""
+    """Create the folder of a report.
+
+    Raises:
+        UsageError: the folder cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path}: {error.strerror}; use a folder that can be written") from None
 
 
-def markdown_table(header: Sequence[str], rows: Rows) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *["--:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column is text and whose other columns are numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Rows
+
+    def markdown(self) -> str:
+        """Format the table in Markdown, under its title."""
+        rule = ["---", *["--:"] * (len(self.header) - 1)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in [self.header, rule, *self.rows]]
+        return f"## {self.title}\n\n" + "\n".join(lines)
+
+    def show(self) -> None:
+        """Print the table to the terminal."""
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left")
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console()
+        # A terminal limits the width; a file gets at least 160 columns, so that no column is cut off.
+        Console(width=console.width if console.is_terminal else max(console.width, 160)).print(table)
 
 
-def print_table(title: str, header: Sequence[str], rows: Rows) -> None:
-    """The same table in the terminal."""
-    from rich.console import Console
-    from rich.table import Table
+@dataclass(frozen=True)
+class Findings:
+    """Conclusions from the tables, one sentence each, shown in the terminal and on the page."""
 
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    # In a file a cut-off table is of no use; in a terminal it is at least seen whole.
-    Console(width=console.width if console.is_terminal else max(console.width, 160)).print(table)
+    lines: Sequence[str]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- {line}" for line in self.lines)
+
+    def show(self) -> None:
+        for line in self.lines:
+            print(line)
 
 
-def facts_list(facts: dict[str, Any]) -> str:
-    """Facts as a Markdown list."""
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file next to the page, which `draw(path)` writes."""
+
+    caption: str
+    draw: Callable[[Path], None]
+
+
+Part = str | Table | Findings | Picture
+
+
+@dataclass(frozen=True)
+class Page:
+    """The results of a benchmark: tables for the terminal, a Markdown page and a picture for docs/benchmarks.
+
+    Args:
+        name: name of the files, without extension.
+        introduction: Markdown text that begins with the heading of the page.
+        facts: machine, settings and so on, by name.
+        parts: the content in the order of the page; text is Markdown and is not shown in the terminal.
+    """
+
+    name: str
+    introduction: str
+    facts: Mapping[str, Any]
+    parts: Sequence[Part]
+
+    def show(self) -> None:
+        """Print the tables and findings in the terminal."""
+        for part in self.parts:
+            if isinstance(part, Table | Findings):
+                part.show()
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the page and the picture into `folder`, which is created, and return their paths.
+
+        Raises:
+            UsageError: the folder cannot be created.
+        """
+        make_folder(folder)
+        page, picture = folder / f"{self.name}.md", folder / f"{self.name}.png"
+        texts = [self.introduction, facts_list(self.facts)]
+        for part in self.parts:
+            if isinstance(part, Picture):
+                part.draw(picture)
+                texts.append(f"![{part.caption}]({picture.name})")
+            else:
+                texts.append(part if isinstance(part, str) else part.markdown())
+        page.write_text("\n\n".join(text.strip("\n") for text in texts if text) + "\n", encoding="utf-8")
+        return [page, picture]
+
+
+def facts_list(facts: Mapping[str, Any]) -> str:
+    """Format facts as a Markdown list."""
     quoted = {name: f"`{value}`" if name == "command" else value for name, value in facts.items()}
     return "\n".join(f"- {name}: {value}" for name, value in quoted.items())
 
 
 def new_figure(columns: int, *, width: float = 5.2, height: float = 3.8) -> tuple[Any, list[Any]]:
-    """A figure with `columns` axes side by side, sizes of each in inches."""
-    # The object interface, not pyplot: no global state.
+    """Create a figure with `columns` axes side by side; width and height of each are in inches."""
+    # Uses the object interface instead of pyplot, which has global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -119,21 +203,21 @@ def new_figure(columns: int, *, width: float = 5.2, height: float = 3.8) -> tupl
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG; a reader never sees half of it."""
+    """Write a PNG atomically."""
     with atomic_draft(path, durable=False) as draft:
         figure.savefig(draft, format="png")
 
 
 def say(text: str) -> None:
-    """Progress, beside the answer on stdout."""
+    """Print progress to stderr, since stdout is for the answer."""
     print(text, file=sys.stderr, flush=True)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """Return the mean of at least one value."""
     return sum(values) / len(values)
 
 
 def each(values: Sequence[float], digits: int = 3) -> str:
-    """The values of all seeds, such as `0.981 0.975`."""
+    """Format the values of all seeds, such as `0.981 0.975`."""
     return " ".join(f"{value:.{digits}f}" for value in values)

@@ -1,4 +1,4 @@
-"""Pictures of docs/routing.md: a route map, the leak of a mean query, and what region sizes cost.
+"""The figures of docs/routing.md: a map of routes, the leak of mean queries, and the cost of region sizes.
 
 Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, N query blocks.
 """
@@ -28,7 +28,11 @@ MAP_SEED, LEAK_SEED = 77, 0
 
 
 def draw_pictures(folder: Path, steps: int) -> dict[str, Any]:
-    """Draw all three into `folder`; the numbers that they show. Raises UsageError if it cannot be created."""
+    """Draw all three figures into `folder` and return the numbers that they show.
+
+    Raises:
+        UsageError: the folder cannot be created.
+    """
     make_folder(folder)
     return {
         "route map": draw_route_map(folder / "route_map.png", steps),
@@ -41,9 +45,11 @@ def draw_pictures(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def draw_route_map(path: Path, steps: int) -> dict[str, float]:
-    """Draw the routes of both layers of a model trained on recall for one sequence; shares of questions answered.
+    """Draw the routes that both layers of a model trained on recall choose for one sequence.
 
-    The shares: how many questions had the region with the answer in their route, by layer, in either key/value head.
+    Returns:
+        For each layer, the fraction of questions whose route (of any key/value head) contains the region with the
+        answer; and the fraction that the model answers correctly.
     """
     variant, settings = VARIANTS["token-4x8-parts4"], RecallSettings(steps=steps)
     model = train_variant(variant, 0, settings)
@@ -63,7 +69,7 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _route_of(attention: RecallCore, model: RecallModel, batch: RecallBatch) -> Tensor:
-    """The index [G, N, T] that this layer chooses for the one sequence of the batch."""
+    """Return the route [G, N, T] that this layer chooses for the only sequence of the batch."""
     seen: list[Tensor] = []
     attention.on_route = lambda _, route: seen.append(route)
     try:
@@ -74,7 +80,11 @@ def _route_of(attention: RecallCore, model: RecallModel, batch: RecallBatch) -> 
 
 
 def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant) -> float:
-    """Tokens down, regions across; each answer's place a ring. The share of questions whose answer is routed."""
+    """Draw routes by token (down) and region (across), with a ring at each answer.
+
+    Returns:
+        The fraction of questions whose route contains the answer.
+    """
     num_tokens, size = batch.tokens.shape[1], variant.region_size
     mask_GSS = route_mask(
         index_GNT[None], num_tokens=num_tokens, region_size=size, query_block_size=variant.query_block_size
@@ -85,7 +95,7 @@ def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant
     shade_SR = routed_SR.float() * torch.where(near_SR, 0.25, 1.0)
     axes.imshow(shade_SR.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest")
     asked_Q = batch.position[0]
-    # The value stands one token after the key.
+    # The value is one token after the key.
     answer_Q = (asked_Q - batch.distance[0] + 1) // size
     hit_Q = routed_SR[asked_Q, answer_Q]
     for hit, colour in ((True, COLOURS[2]), (False, COLOURS[1])):
@@ -95,7 +105,7 @@ def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant
             label="answer, in the route" if hit else "answer, missed",
         )  # fmt: skip
     axes.set_xlabel(f"region of {size} tokens")
-    axes.set_ylabel("token that asks")
+    axes.set_ylabel("query token")
     axes.grid(False)
     axes.legend(frameon=True, fontsize=7, loc="upper right")
     return float(hit_Q.float().mean())
@@ -105,9 +115,10 @@ def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant
 
 
 def causal_outputs(q: Tensor, k: Tensor, v: Tensor, rule: RouteRule, mean_query: bool) -> Tensor:
-    """Causal routed attention [B, H, S, D] whose query blocks ask with their first token, or with their mean.
+    """Causal routed attention [B, H, S, D] that routes each query block by its mean query or by its first query.
 
-    The mean is how BiFormer (CVPR 2023) asks; in a causal model it makes a block's first token depend on its last.
+    The mean query is that of BiFormer (CVPR 2023); in a causal model it makes a block's first token depend on its
+    last.
     """
     size, lq = rule.region_size, rule.query_block_size
     if mean_query:
@@ -121,9 +132,10 @@ def causal_outputs(q: Tensor, k: Tensor, v: Tensor, rule: RouteRule, mean_query:
 
 
 def leak(num_tokens: int, rule: RouteRule, mean_query: bool) -> tuple[Tensor, list[float]]:
-    """Draw all tokens from t on anew, for every t from 1.
+    """Replace all tokens from t on by new random ones, for every t from 1, and compare the outputs before t.
 
-    Returns the largest change of each output before t, [S - 1, S] (0 from t on), and the largest of those for each t.
+    Returns:
+        The largest change of each output before t, [S - 1, S] (0 from t on), and the largest of those for each t.
     """
     generator = torch.Generator().manual_seed(LEAK_SEED)
     q, k, v = torch.randn(3, 1, 1, num_tokens, 16, generator=generator)
@@ -141,7 +153,7 @@ def leak(num_tokens: int, rule: RouteRule, mean_query: bool) -> tuple[Tensor, li
 
 
 def draw_leak(path: Path, num_tokens: int = 64) -> dict[str, dict[str, float]]:
-    """Draw how outputs before token t change with the tokens from t on; how often, and by how much at most."""
+    """Draw how outputs before token t change with the tokens from t on; returns how often, and the largest change."""
     rule = RouteRule(region_size=8, query_block_size=8, topk=3, causal=True)
     figure, axes = new_figure(2, width=4.8, height=4.2)
     found, panels = {}, ((True, "mean query of the block"), (False, "query of the block's first token"))
@@ -175,7 +187,7 @@ def draw_leak(path: Path, num_tokens: int = 64) -> dict[str, dict[str, float]]:
 
 
 def draw_cost(path: Path, num_tokens: int = 16_384, seen_tokens: int = 512) -> dict[str, dict[int, float]]:
-    """Draw forward + backward operations of one layer, dense = 1, over region size at equal tokens seen."""
+    """Draw a layer's operations (forward and backward, dense = 1) over the region size, at equal tokens seen."""
     sizes = [2**power for power in range(2, 9)]
     figure, (axes,) = new_figure(1, width=5.6)
     dense = _layer_flops(num_tokens, {"kind": "dense"})[0]
@@ -209,7 +221,7 @@ def draw_cost(path: Path, num_tokens: int = 16_384, seen_tokens: int = 512) -> d
 
 
 def _layer_flops(num_tokens: int, attention: dict[str, Any]) -> Sequence[float]:
-    """Operations of attention (forward and backward) and of routing (forward only) of one layer, H 8, G 2, D 64."""
+    """Count operations of one layer with H=8, G=2, D=64: attention (forward and backward), routing (forward only)."""
     model = {
         "hidden_size": 512, "num_heads": 8, "num_kv_heads": 2, "num_layers": 1, "sequence_length": num_tokens,
         "attention": attention,

@@ -1,4 +1,4 @@
-"""Finished rows of a long benchmark in a file, so that a run that was stopped can go on."""
+"""A file of the finished rows of a long benchmark, so that a benchmark that was stopped can resume."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ Row = dict[str, Any]
 
 
 class KeptRows:
-    """Rows by name, of one setting of one benchmark."""
+    """The finished rows of a benchmark with certain settings, by name."""
 
     def __init__(self, path: Path | None, about: Any) -> None:
-        """`path`: the file, which need not exist; None keeps nothing. `about`: what the rows depend on, as JSON.
+        """Read the rows that the file has for these settings.
+
+        Args:
+            path: the file, which need not exist; None to keep no rows.
+            about: the settings that the rows depend on, as plain values.
 
         Raises:
-            UsageError: a file of something else.
+            UsageError: the file is not a file of rows.
         """
         self._path, self._about = path, json.dumps(about)
         self._known: dict[str, Row] = {}
@@ -32,7 +36,7 @@ class KeptRows:
             raise UsageError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None
 
     def row(self, name: str, measure: Callable[[], Row]) -> Row:
-        """The kept row of that name, or the one that `measure` gives, which is kept from now on."""
+        """Return the row of that name; if there is none yet, call `measure` for it and keep it."""
         if name not in self._known:
             self._known[name] = measure()
             if self._path is not None:

@@ -1,4 +1,4 @@
-"""`biroute data ...`: build, verify and look at datasets. What it computes is in biroute.data_pipeline."""
+"""`biroute data ...`: build, verify and inspect datasets. The work is done in biroute.data_pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at dat
 
 @data_app.command()
 def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Turn raw text into shards. Continues after an interruption; does nothing if nothing changed.
+    """Turn raw text into shards. It continues after an interruption and does nothing if nothing has changed.
 
     Example: biroute data build configs/demo.yaml data.workers=2
     """
@@ -44,11 +44,11 @@ def verify(
     config: ConfigPath,
     overrides: Overrides = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="check names, sizes and fingerprints only, as training does")
+        bool, typer.Option("--quick", help="check only names, sizes and fingerprints, as training does")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every shard and compare it with the manifest: checksums, then samples through webdataset.
+    """Read every shard and compare it with the manifest: first its checksum, then its samples, read with webdataset.
 
     Example: biroute data verify configs/demo.yaml
     """
@@ -61,15 +61,15 @@ def verify(
     if as_json:
         _print_json({"dir": str(data.dir), "ok": True, "deep": not quick, "shards": num_shards})
     else:
-        typer.echo(f"{data.dir}: {num_shards} shards {'have the right names and sizes' if quick else 'are sound'}")
+        typer.echo(f"{data.dir}: {num_shards} shards {'have the right names and sizes' if quick else 'are intact'}")
 
 
 @data_app.command()
 def inspect(
     config: ConfigPath,
     overrides: Overrides = None,
-    sequences: Annotated[int, typer.Option(min=0, help="training sequences to show as text")] = 3,
-    characters: Annotated[int, typer.Option(min=1, help="characters of each to show")] = 300,
+    sequences: Annotated[int, typer.Option(min=0, help="number of training sequences to show as text")] = 3,
+    characters: Annotated[int, typer.Option(min=1, help="characters to show of each sequence")] = 300,
     as_json: AsJson = False,
 ) -> None:
     """Show counts by source and split, bytes per token, and the text of the first training sequences.
@@ -95,7 +95,7 @@ def inspect(
 
 @data_app.command()
 def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Score a bigram model of the training tokens on the held-out sequences: the baseline of a trained model.
+    """Score a bigram model of the training tokens on the held-out sequences, as a baseline for trained models.
 
     Example: biroute data bigram configs/demo.yaml
     """
@@ -116,7 +116,7 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
-    """What a dataset holds, as plain values."""
+    """Summarize a dataset as plain values."""
     sources: dict[str, Any] = {}
     for source in manifest.sources:
         splits = {
@@ -152,7 +152,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ]
         met = [text for text in odd if not text.startswith("0 ")]
         if met:
-            typer.echo(f"{name:<20} met {', '.join(met)}")
+            typer.echo(f"{name:<20} has {', '.join(met)}")
 
 
 def _print_json(answer: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Commands mounted by name: their modules are imported when they run, not when another command or `--help` does.
+"""Commands mounted by name: the module of a command is imported only when that command runs.
 
-So the command line may mount what stands on floors above it (`biroute.slurm`, `biroute.launcher.bench`) without
-importing it, and `biroute --help` stays fast.
+The command line can thus mount packages of higher layers (`biroute.slurm`, `biroute.launcher.bench`) without
+importing them, and `biroute --help` stays fast.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class Mount(NamedTuple):
-    """Where a command is, and the line that `biroute --help` shows for it (a test compares it with the command's)."""
+    """Where a command is defined, and its line in `biroute --help` (a test compares it with the command's own)."""
 
-    app: str  # "module:typer app"; an app with a command of the mounted name mounts that command, else itself
+    app: str  # "module:typer app"; mounts the app's command of the mounted name if it has one, else the whole app
     help: str
 
 
@@ -45,7 +45,7 @@ MOUNTED = {
 
 
 def load_command(name: str) -> Any:
-    """Import the mounted command `name`."""
+    """Import and return the mounted command `name`."""
     module, app = MOUNTED[name].app.split(":")
     group = typer.main.get_group(getattr(import_module(module), app))
     command = group.commands.get(name, group)
@@ -54,7 +54,7 @@ def load_command(name: str) -> Any:
 
 
 class LazyCommand(TyperCommand):
-    """Stands for a mounted command in lists; gives way to it as soon as it is to parse its arguments."""
+    """A placeholder for a mounted command in lists; it imports the command when there are arguments to parse."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, help=MOUNTED[name].help)

@@ -1,4 +1,4 @@
-"""The command line. Imports no torch, so that help, plans and checks answer at once."""
+"""The command line. It does not import torch, so that help and checks respond immediately."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def train(
     overrides: Overrides = None,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="ranks on this machine; left out: what the layout needs, or one per GPU"),
+        typer.Option(min=1, help="ranks on this machine; left out: as many as the layout needs, or one per GPU"),
     ] = None,
 ) -> None:
-    """Train, or resume a run that was stopped. Starts the local ranks automatically.
+    """Train, or resume a run that was stopped. It starts the local ranks automatically.
 
     Example: biroute train configs/debug.yaml parallel.tensor=2 train.steps=50
 
-    Under torchrun or srun it joins the ranks that they started instead.
+    Under torchrun or srun, it uses the ranks that they started instead.
     """
     from biroute.launcher.start.train import train_here
 
@@ -79,7 +79,7 @@ def ui(
 
 
 def main() -> None:
-    """Entry point: a usage error is one line and exit status 2."""
+    """Run the command line; a usage error is reported in one line with exit status 2."""
     try:
         app()
     except UsageError as error:

@@ -1,7 +1,8 @@
 """`biroute bench attention`: time and memory of routed attention compared with dense attention, forward and backward.
 
-Dense and routed runs alternate, so that both see the same machine; each figure is the median of its repeats. Routing
-is part of the routed time. With one thread the clock is this process's CPU time: other processes stretch it little.
+Dense and routed runs alternate, so that both run under the same conditions; every number is the median of the
+repeats. The time of routed attention includes routing. With one thread, the clock is the CPU time of this process,
+which other processes affect little.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from biroute.model.attention.grid import AttentionPath
 from biroute.model.attention.routing import route_regions
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-# Beyond this a path that does not suit the setting takes longer than dense attention.
+# Beyond this length, a path that is not suited to a setting takes longer than dense attention.
 LONGEST_FOR_EVERY_PATH = 4096
 EVERY_PATH: tuple[AttentionPath, ...] = ("auto", "query_major", "region_major")
-# The profiler that counts memory records every operation, gigabytes of records beyond this length.
+# The memory profiler records every operation; beyond this length, its records take gigabytes.
 LONGEST_FOR_MEMORY = 16_384
 SLOPE_FROM = 2048
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape of attention; `region_size` 0 is chosen from the length."""
+    """The sizes of one attention layer."""
 
     name: str
     num_tokens: int
@@ -50,7 +51,7 @@ class Setting:
 
     @property
     def ideal(self) -> float:
-        """Dense causal attention's operations over the routed ones."""
+        """The ratio of the operations of dense causal attention to those of routed attention."""
         return self.num_tokens / (2 * min(self.topk * self.region_size, self.num_tokens))
 
 
@@ -67,12 +68,12 @@ TARGETS = (
 
 
 def automatic_region_size(num_tokens: int) -> int:
-    """The power of two next to 2.5 S^(1/3): with Lq = L and a fixed topk, routing and attention grow as S^(4/3)."""
+    """Return the power of two nearest to 2.5 S^(1/3); with Lq = L and fixed topk, the total cost grows as S^(4/3)."""
     return 2 ** round(math.log2(2.5 * num_tokens ** (1 / 3)))
 
 
 def sweep_settings(num_tokens: int) -> list[Setting]:
-    """What is measured at every length."""
+    """Return the settings that are measured at every length."""
     automatic = automatic_region_size(num_tokens)
     return [
         Setting("per region, automatic L", num_tokens, automatic, 8, automatic),
@@ -83,7 +84,7 @@ def sweep_settings(num_tokens: int) -> list[Setting]:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A setting to measure, by which paths, and the table that it belongs to."""
+    """A setting to measure, the paths to measure it with, and the table that it belongs to."""
 
     setting: Setting
     paths: tuple[AttentionPath, ...]
@@ -91,7 +92,7 @@ class _Wanted:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Settings of one shape are measured beside the same dense attention."""
+        """The key of settings that are compared with the same run of dense attention."""
         one = self.setting
         return one.num_tokens, one.num_kv_heads, one.num_heads, one.head_size
 
@@ -103,13 +104,18 @@ def run_bench(
     layout: str = "heads_first",
     train_steps: Callable[[Callable[[], float], int], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Measure the settings with a target and the sweep over lengths; the answer as plain values.
+    """Measure the settings with a target and a sweep over lengths, and return the results as plain values.
 
-    `layout`: "heads_first" gives contiguous [B, H, S, D], "tokens_first" the [B, S, H, D] that a projection leaves.
-    `train_steps`: `bench_train_step.measure_train_steps`, or left out.
+    Args:
+        lengths: sequence lengths of the sweep, in tokens.
+        repeats: runs of each setting.
+        targets: settings with a target.
+        layout: memory layout of the inputs: "heads_first" for contiguous [B, H, S, D], "tokens_first" for the
+            [B, S, H, D] of a projection.
+        train_steps: `train_step.measure_train_steps` to measure whole training steps as well; None not to.
     """
     clock_name, now = _clock()
-    about_run = environment_info()  # now: the code may change while this runs
+    about_run = environment_info()  # recorded first, since the code may change during the run
     wanted = [_Wanted(setting, ("auto",), "targets") for setting in targets]
     for num_tokens in lengths:
         paths = EVERY_PATH if num_tokens <= LONGEST_FOR_EVERY_PATH else EVERY_PATH[:1]
@@ -130,7 +136,7 @@ def run_bench(
 
 
 def slope(rows: Sequence[dict[str, Any]], name: str) -> float | None:
-    """Least-squares slope of log time in log length from SLOPE_FROM tokens on."""
+    """Return the least-squares slope of log time over log length from SLOPE_FROM tokens on; None for one point."""
     points = [
         (math.log(row["num_tokens"]), math.log(row["seconds"]))
         for row in rows
@@ -142,7 +148,7 @@ def slope(rows: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def break_even(rows: Sequence[dict[str, Any]], name: str) -> int | None:
-    """The shortest measured length from which on routed attention is always at least as fast as dense."""
+    """Return the shortest measured length from which on routed attention is never slower than dense."""
     mine = sorted(
         (row for row in rows if row["name"] == name and row["path"] == "auto"), key=lambda row: row["num_tokens"]
     )
@@ -155,7 +161,7 @@ def break_even(rows: Sequence[dict[str, Any]], name: str) -> int | None:
 
 
 def _measure(wanted: Sequence[_Wanted], repeats: int, layout: str) -> dict[str, list[dict[str, Any]]]:
-    """Rows by table of settings that share one length and head shape, dense attention among them once."""
+    """Measure settings of one length and head shape, and dense attention once; returns the rows of each table."""
     first = wanted[0].setting
     inputs = _inputs(first, layout)
     calls: dict[tuple[int, str], Callable[[], list[float]]] = {(-1, "dense"): partial(_dense, inputs)}
@@ -163,7 +169,7 @@ def _measure(wanted: Sequence[_Wanted], repeats: int, layout: str) -> dict[str, 
         for path in one.paths:
             calls[number, path] = partial(_routed, inputs, one.setting, path)
     peaks: dict[tuple[int, str], int | None] = {}
-    for key, call in calls.items():  # the warm-up as well
+    for key, call in calls.items():  # this is also the warm-up
         if first.num_tokens <= LONGEST_FOR_MEMORY:
             peaks[key] = peak_bytes(call)
         else:
@@ -239,7 +245,7 @@ def _routed(x: _Inputs, setting: Setting, path: AttentionPath) -> list[float]:
 
 
 def _timed(route: Callable[[], Any], forward: Callable[[Any], Tensor], x: _Inputs) -> list[float]:
-    """Seconds of routing, forward and backward."""
+    """Return the seconds of routing, forward and backward."""
     now = _clock()[1]
     marks = [now()]
     index = route()
@@ -252,10 +258,10 @@ def _timed(route: Callable[[], Any], forward: Callable[[Any], Tensor], x: _Input
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that a call holds at once beside what was there before, as PyTorch's allocator counts it."""
+    """Return the peak memory of a call in bytes, without earlier allocations, as PyTorch's allocator counts it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-    # Reading single allocations has no public form; the public tables sum them up per operator.
+    # There is no public interface to single allocations; the public tables only have sums per operator.
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from biroute.launcher.bench.report import (
     BASELINE_COLOUR,
     COLOURS,
-    facts_list,
-    make_folder,
-    markdown_table,
+    Findings,
+    Page,
+    Picture,
+    Table,
     new_figure,
-    print_table,
     save_figure,
 )
 
-PAGE_NAME, PICTURE_NAME = "attention.md", "attention.png"
 _HEADER = [
     "setting", "S", "L", "k", "Lq", "n", "G", "path", "route ms", "forward ms", "backward ms", "ratio", "of ideal",
     "peak MiB", "target",
@@ -29,39 +29,27 @@ _INTRODUCTION = """\
 Made by `biroute bench attention`; do not edit.
 
 Forward and backward of one causal attention layer in fp32, {heads} query heads of size {head}, one sequence. *Ratio*:
-time of dense `scaled_dot_product_attention`, run alternately with it, over routing + forward + backward. *Of ideal*:
-that ratio over the ratio of operations S / (2 k L). *Peak*: the most memory held beside the inputs (not counted
-beyond 16,384 tokens). *Path* auto is what users get; the others are forced, up to 4,096 tokens.
+time of dense `scaled_dot_product_attention`, run alternately, divided by that of routing + forward + backward. *Of
+ideal*: that ratio divided by the ratio of operations S / (2 k L). *Peak*: the peak memory in addition to the inputs
+(not measured beyond 16,384 tokens). *Path*: auto is the default; the others are forced, up to 4,096 tokens.
 """
 
 
-def print_attention(answer: Mapping[str, Any]) -> None:
-    """The tables in the terminal."""
-    print_table("settings with a target", _HEADER, _rows(answer["targets"]))
-    print_table("over the length", _HEADER, _rows(answer["sweep"]))
-    if answer["train_steps"]:
-        print_table(_step_title(answer["train_steps"]), _STEP_HEADER, _step_rows(answer["train_steps"]))
-    for line in _findings(answer):
-        print(line)
-
-
-def write_attention(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
-    make_folder(folder)
-    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
-    _draw(answer["sweep"], picture)
+def attention_page(answer: Mapping[str, Any]) -> Page:
+    """Build the page of `biroute bench attention` from its answer."""
     one = (answer["targets"] or answer["sweep"])[0]
-    parts = [
+    return Page(
+        "attention",
         _INTRODUCTION.format(heads=one["num_heads"], head=one["head_size"]),
-        facts_list({**answer["environment_info"], **answer["settings"]}),
-        f"## Settings with a target\n\n{markdown_table(_HEADER, _rows(answer['targets']))}",
-        f"## Over the length\n\n{markdown_table(_HEADER, _rows(answer['sweep']))}",
-        "\n".join(f"- {line}" for line in _findings(answer)),
-        *_step_parts(answer["train_steps"]),
-        f"![Time and memory over the length]({PICTURE_NAME})\n",
-    ]
-    page.write_text("\n\n".join(parts), encoding="utf-8")
-    return [page, picture]
+        {**answer["environment_info"], **answer["settings"]},
+        [
+            Table("Settings with a target", _HEADER, _rows(answer["targets"])),
+            Table("Over the length", _HEADER, _rows(answer["sweep"])),
+            Findings(_findings(answer)),
+            *_step_tables(answer["train_steps"]),
+            Picture("Time and memory over the length", partial(_draw, answer["sweep"])),
+        ],
+    )
 
 
 def _findings(answer: Mapping[str, Any]) -> list[str]:
@@ -75,13 +63,12 @@ def _findings(answer: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _step_parts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"## {_step_title(rows)}", markdown_table(_STEP_HEADER, _step_rows(rows))] if rows else []
-
-
-def _step_title(rows: Sequence[Mapping[str, Any]]) -> str:
+def _step_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    if not rows:
+        return []
     one = rows[0]
-    return f"A whole training step: {one['num_layers']} layers, hidden {one['hidden_size']}, S {one['num_tokens']:,}"
+    size = f"{one['num_layers']} layers, hidden {one['hidden_size']}, S {one['num_tokens']:,}"
+    return [Table(f"A whole training step: {size}", _STEP_HEADER, _step_rows(rows))]
 
 
 def _step_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -123,7 +110,7 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Left: time over the length; right: peak memory over the length."""
+    """Draw time (left) and peak memory (right) over the length."""
     figure, (time_axis, memory_axis) = new_figure(2)
     names = list(dict.fromkeys(row["name"] for row in rows))
     colours = iter(COLOURS)
@@ -134,7 +121,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         time_axis.loglog(lengths, [row["seconds"] for row in mine], label=name, **style)
         peaks = [float("nan") if row["peak_mib"] is None else row["peak_mib"] for row in mine]
         memory_axis.loglog(lengths, peaks, label=name, **style)
-    for axis, label in ((time_axis, "forward + backward, s"), (memory_axis, "peak memory beside the inputs, MiB")):
+    for axis, label in ((time_axis, "forward + backward, s"), (memory_axis, "peak memory without inputs, MiB")):
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens of a sequence", fontsize=9)
         axis.set_ylabel(label, fontsize=9)

@@ -1,6 +1,6 @@
-"""Part of `biroute bench attention`: tokens per second of a whole training step, dense beside routed.
+"""Part of `biroute bench attention`: tokens per second of whole training steps, routed compared with dense.
 
-The real model and engine: embedding, blocks, head, loss, backward, clipping, AdamW. The variants take turns.
+It uses the real model and engine: embedding, blocks, head, loss, backward, clipping, AdamW. The variants alternate.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import AttentionConfig, DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
-from biroute.launcher.bench.quality.measure import CPU, join_alone
 from biroute.launcher.bench.report import say
+from biroute.launcher.bench.single_process import CPU, join_alone
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import build_mesh
 
 
 @dataclass(frozen=True)
 class StepVariant:
-    """Attention of the layers of a model; `target`: the ratio to reach."""
+    """A kind of attention for the layers of a model; `target` is the speed-up over dense to reach."""
 
     name: str
     attention: AttentionConfig
@@ -51,7 +51,17 @@ def measure_train_steps(
     model: ModelConfig = STEP_MODEL,
     variants: Sequence[StepVariant] = STEP_VARIANTS,
 ) -> list[dict[str, Any]]:
-    """Steps over one sequence: a row for each variant, the first one the baseline. `now`: the clock in seconds."""
+    """Measure training steps over one sequence.
+
+    Args:
+        now: a clock in seconds.
+        repeats: steps of each variant, after one for warm-up.
+        model: the model, whose attention the variants change.
+        variants: the variants; the first one is the baseline.
+
+    Returns:
+        A row for each variant.
+    """
     configs = [_config(model, variant) for variant in variants]
     join_alone(configs[0])
     engines = [build_engine(config, build_mesh(resolve_layout(config, 1)), CPU) for config in configs]

@@ -1,8 +1,9 @@
-"""`biroute bench exchange`: bytes between the ranks that share a sequence, over real routes of trained models.
+"""`biroute bench exchange`: bytes between the ranks that share a sequence, for real routes of trained models.
 
-Routes are those of held-out text in one process; from them pure plans give the bytes of every number of ranks and of
-every way, compared with what other means would move. For a few small numbers of ranks the same model runs on gloo
-ranks, forward and backward, and what they measured stands beside the plan.
+One process computes routes of held-out text. From these routes, plans (pure functions) give the bytes for every
+number of ranks and every way of exchange, which are compared with the bytes of other methods. For a few small numbers
+of ranks, the same model also runs on gloo ranks, forward and backward, and the bytes that they count are compared
+with the plan.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
-from biroute.launcher.bench.quality.measure import CPU, join_alone, set_router
 from biroute.launcher.bench.report import environment_info, say
+from biroute.launcher.bench.single_process import CPU, join_alone, set_router
 from biroute.launcher.train.identity import model_identity
 from biroute.model.attention.core import CoreAttention
 from biroute.model.language_model import loss_function, plan_layers
@@ -41,14 +42,18 @@ MEASURED_RANKS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run whose newest checkpoint gives the routes."""
+    """A trained run; its newest checkpoint is used to compute routes."""
 
     name: str
-    config: RunConfig  # one process
+    config: RunConfig  # with the layout of one process
 
 
 def open_run(path: Path, overrides: Sequence[str]) -> TrainedRun:
-    """The run of a configuration. Raises UsageError: it has no checkpoint, or no layer that routes."""
+    """Open the run of a configuration.
+
+    Raises:
+        UsageError: the run has no checkpoint, or its model has no layer that routes.
+    """
     config = load_config(path, list(overrides))
     if not list_checkpoints(config.train.run_dir / CHECKPOINTS):
         raise UsageError(f"train.run_dir={config.train.run_dir}: no checkpoint there; run biroute train {path} first")
@@ -58,7 +63,11 @@ def open_run(path: Path, overrides: Sequence[str]) -> TrainedRun:
 
 
 def at_length(config: RunConfig, length: int) -> RunConfig:
-    """The same with another sequence length. Raises UsageError: not a whole number of regions."""
+    """Change the sequence length of a configuration.
+
+    Raises:
+        UsageError: the length is not a multiple of the region size.
+    """
     size = config.model.attention.region_size
     if length % size:
         raise UsageError(f"--length {length} is not a multiple of model.attention.region_size={size}")
@@ -67,7 +76,7 @@ def at_length(config: RunConfig, length: int) -> RunConfig:
 
 @contextmanager
 def recorded_routes(module: nn.Module) -> Iterator[Routes]:
-    """Routes of the forward passes inside; those of several passes along B."""
+    """Yield a dictionary that collects the routes of forward passes, with several passes concatenated along B."""
     routes: Routes = {}
     cores = [core for core in module.modules() if isinstance(core, CoreAttention) and core.kind == "bi_level"]
 
@@ -84,20 +93,20 @@ def recorded_routes(module: nn.Module) -> Iterator[Routes]:
 
 
 class Trained(NamedTuple):
-    """A trained model over held-out text: what it routed, what it has learned from, and the same work for ranks."""
+    """What a trained model gives on held-out text."""
 
     routes: Routes
     random_routes: Routes  # the same weights under a random router
     nats_per_token: tuple[float, float]  # with the routes, with the random ones
-    steps: int
-    job: RankJob
+    steps: int  # optimizer steps of its training
+    job: RankJob  # one of the sequences, for real ranks
 
 
 def trained_routes(config: RunConfig, sequences: int) -> Trained:
-    """The newest checkpoint over the first held-out sequences, in one process.
+    """Run the newest checkpoint on the first held-out sequences in one process.
 
     Raises:
-        UsageError: too little held-out text, or a checkpoint of another model.
+        UsageError: there is too little held-out text, or the checkpoint is of another model.
     """
     train = config.train.model_copy(
         update={"microbatch_size": 1, "global_batch_size": 1, "evaluate_sequences": sequences}
@@ -123,7 +132,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
 
 @torch.no_grad()
 def mean_loss(module: nn.Module, microbatches: Sequence[Microbatch], config: RunConfig) -> float:
-    """Mean loss in nats per target token."""
+    """Return the mean loss in nats per target token."""
     loss_of = loss_function(config.model)
     losses = [loss_of(module(microbatch.inputs), *microbatch.targets) for microbatch in microbatches]
     return float(sum(losses) / len(losses))
@@ -137,10 +146,18 @@ def run_bench(
     sequences: int = 2,
     measured_ranks: Sequence[int] = MEASURED_RANKS,
 ) -> dict[str, Any]:
-    """Plans of every run at every length (none: its own), measured at the first length; the answer as plain values.
+    """Plan the exchange of every run at every length, measure it at the first one, and return plain values.
+
+    Args:
+        runs: the trained runs.
+        lengths: sequence lengths in tokens; empty for the trained length of each run.
+        ranks: numbers of ranks to plan for.
+        sequences: number of held-out sequences to take routes from.
+        measured_ranks: numbers of ranks to start for measurements; empty for none.
 
     Raises:
-        UsageError: bad input.
+        UsageError: a length does not fit a model, there is too little held-out text, or a checkpoint is of another
+            model.
     """
     about_run = environment_info()
     join_alone(runs[0].config)
@@ -183,7 +200,7 @@ def run_bench(
 
 
 def _measured_row(name: str, job: RankJob, routes: dict[int, Tensor], ranks: int) -> dict[str, Any]:
-    """What real ranks counted in one forward and backward pass of one sequence, beside the plans."""
+    """Measure a forward and backward pass of one sequence on real ranks, and compare it with the plans."""
     reports = run_on_ranks(job, ranks)
     row = {
         "run": name,

@@ -1,23 +1,23 @@
-"""Tables, page and picture of `biroute bench exchange`."""
+"""The answer of `biroute bench exchange` as tables, a page for docs/benchmarks and a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from biroute.launcher.bench.report import (
     BASELINE_COLOUR,
     COLOURS,
-    facts_list,
-    make_folder,
-    markdown_table,
+    Page,
+    Part,
+    Picture,
+    Table,
     new_figure,
-    print_table,
     save_figure,
 )
 
-PAGE_NAME, PICTURE_NAME = "exchange.md", "exchange.png"
 _BYTES = ("causal_fetch", "ring", "descriptors", "bound", "fetch", "ship", "auto")
 _HEADER = [
     "ranks", "regions of a rank", "causal-only fetch", "ring", "descriptors", "bound", "fetch", "ship", "auto",
@@ -39,55 +39,41 @@ Routes of held-out text in trained models of {layers} layers, {heads} query head
 size {head}. Bytes that a rank receives in forward of one layer and one sequence in {precision}, mean over ranks,
 layers and sequences ({sequences}); backward moves the gradients of the same rows.
 
-- *causal-only fetch*: keys and values of all earlier ranks; *ring*: of all other ranks, as a ring or an all-gather
-  moves them; *bound*: the most that any route of this form could make the chosen plan move.
-- *descriptors*: gathered whatever is routed, to choose the routes; in addition to what the other columns hold.
+- *causal-only fetch*: keys and values of all earlier ranks; *ring*: those of all other ranks, as with ring attention
+  or an all-gather; *bound*: the most that the chosen plan could move for any route of this form.
+- *descriptors*: gathered in any case to choose the routes; not included in the other columns.
 - *fetch*, *ship*, *auto*: all routed regions fetched, all queries shipped, or the cheaper of the two for each pair of
-  ranks, sequence and key/value head. *Shipped*: the share of those that ship.
-- *auto / causal-only*: what the chosen plan moves of the causal-only fetch; *with random routes*: the same for
-  these weights under a random router. What lies between comes of routes that concentrate on a few regions. Where the
-  loss under a random router is hardly higher, the router has not learned much yet, and a sharper one may spread more:
-  take the random routes as the careful estimate.
-- *worst rank*: who receives most under auto, and how much more than the mean; *hottest sender*: who sends most.
+  ranks, sequence and key/value head. *Shipped*: the fraction of pairs that ship.
+- *auto / causal-only*: the bytes of the chosen plan relative to the causal-only fetch; *with random routes*: the same
+  for these weights under a random router. Learned routes move fewer bytes if they concentrate on a few regions. Where
+  the loss under a random router is hardly higher, the router has not learned much yet, and a better one may spread
+  more; the random routes are then the conservative estimate.
+- *worst rank*: the rank that receives most under auto, relative to the mean; *hottest sender*: the rank that sends
+  most.
 """
 
 
-def print_exchange(answer: Mapping[str, Any]) -> None:
-    """The tables in the terminal."""
-    for table in answer["tables"]:
-        print_table(_title(table), _HEADER, _rows(table))
-    if answer["measured"]:
-        print_table("measured on real ranks", _MEASURED_HEADER, _measured_rows(answer))
-
-
-def write_exchange(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
-    make_folder(folder)
-    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
-    _draw(answer, picture)
+def exchange_page(answer: Mapping[str, Any]) -> Page:
+    """Build the page of `biroute bench exchange` from its answer."""
     settings, model = answer["settings"], answer["settings"]["model"]
-    parts = [
-        _INTRODUCTION.format(
-            layers=model["num_layers"], heads=model["num_heads"], groups=model["num_kv_heads"],
-            head=model["head_size"], precision=settings["precision"], sequences=settings["sequences"],
-        ),
-        facts_list({**answer["environment_info"], **_training(answer)}),
-        f"![Bytes relative to the causal-only fetch]({PICTURE_NAME})",
-    ]  # fmt: skip
+    introduction = _INTRODUCTION.format(
+        layers=model["num_layers"], heads=model["num_heads"], groups=model["num_kv_heads"],
+        head=model["head_size"], precision=settings["precision"], sequences=settings["sequences"],
+    )  # fmt: skip
+    parts: list[Part] = [Picture("Bytes relative to the causal-only fetch", partial(_draw, answer))]
     for table in answer["tables"]:
-        parts += [f"## {_title(table)}", markdown_table(_HEADER, _rows(table)), _verdict(table)]
+        parts += [Table(_title(table), _HEADER, _rows(table)), _verdict(table)]
     if answer["measured"]:
-        parts += [_MEASURED_TEXT, markdown_table(_MEASURED_HEADER, _measured_rows(answer))]
-    page.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", encoding="utf-8")
-    return [page, picture]
+        parts += [Table("Measured on real ranks", _MEASURED_HEADER, _measured_rows(answer)), _MEASURED_TEXT]
+    return Page("exchange", introduction, {**answer["environment_info"], **_training(answer)}, parts)
 
 
 def _training(answer: Mapping[str, Any]) -> dict[str, str]:
-    """How long each run has trained, and how it does on the text that was routed."""
+    """Describe how long each run was trained, and its loss on the text that was routed."""
     facts: dict[str, str] = {}
     for table in answer["tables"]:
         loss, random_loss = table["nats_per_token"]
-        facts.setdefault(  # of several lengths the first one counts
+        facts.setdefault(  # if there are several lengths, the first one is reported
             f"run {table['run']}",
             f"{table['trained_steps']:,} steps of {table['tokens_per_step']:,} tokens, sequences of "
             f"{table['trained_length']:,}; {loss:.3f} nats per token here, {random_loss:.3f} under a random router",
@@ -96,13 +82,12 @@ def _training(answer: Mapping[str, Any]) -> dict[str, str]:
 
 
 _MEASURED_TEXT = """\
-## Measured on real ranks
-
-Forward and backward of one sequence on gloo processes of this machine. *Payload*: what forward moved in routed
-layers, all ranks together, as counted at the collectives and as the ranks' plans foresaw. *Plan of one process*:
-from the route of a single process; it may differ in the few choices whose affinities are equal within rounding.
-*Received in all*: everything, backward, requests and descriptors included. *Waiting*: the share of the pass that the
-slowest rank stood waiting for others; processes that share cores wait for each other's arithmetic as well.
+Forward and backward of one sequence on gloo processes of this machine. *Payload*: bytes that the forward pass
+moved in routed layers, over all ranks, as counted at the collectives and as planned by the ranks. *Plan of one
+process*: planned from the route of a single process, which may differ in the few choices whose affinities are equal
+up to rounding. *Received in all*: all bytes, including the backward pass, requests and descriptors. *Waiting*: the
+fraction of the pass that the rank with the longest waits spent waiting for others; processes that share cores also
+wait for each other's computation.
 """
 
 
@@ -137,7 +122,7 @@ def _rows(table: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _verdict(table: Mapping[str, Any]) -> str:
-    """What the chosen plan comes to at 64 ranks, measured; and if it is more than a quarter, what keeps it there."""
+    """Summarize the chosen plan at 64 ranks; if it moves more than a quarter of the baseline, explain why."""
     row = next((row for row in table["rows"] if row["ranks"] == 64), None)
     if row is None:
         return ""
@@ -176,7 +161,7 @@ def _measured_rows(answer: Mapping[str, Any]) -> list[list[str]]:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes with a binary prefix."""
     units = ["B", "KiB", "MiB", "GiB"]
     while count >= 1000 and len(units) > 1:
         count, _ = count / 1024, units.pop(0)
@@ -184,7 +169,7 @@ def size(count: float) -> str:
 
 
 def _draw(answer: Mapping[str, Any], path: Path) -> None:
-    """Bytes relative to the causal-only fetch over the number of ranks, one part for each table."""
+    """Draw bytes relative to the causal-only fetch over the number of ranks, with axes for each table."""
     tables = answer["tables"]
     figure, parts = new_figure(len(tables), width=4.2, height=3.9)
     for axes, table in zip(parts, tables, strict=True):

@@ -1,4 +1,4 @@
-"""From routes of whole sequences to the bytes that region ranks would move, by each way and by other means.
+"""Compute from routes of whole sequences the bytes that region ranks would move, by each way and by other methods.
 
 Legend: B sequences, G key/value heads, N query blocks, T slots of a route, P region ranks.
 """
@@ -31,8 +31,18 @@ Routes = dict[int, Tensor]  # layer -> int64 [B, G, N, T] of whole sequences
 def planned_rows(
     config: RunConfig, routes: Routes, random_routes: Routes, ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """One row for each number of ranks that divides the regions: bytes of a rank in forward of one layer and
-    sequence, by each way and by other means, and by the chosen plan of the random routes."""
+    """Plan the exchange for each number of ranks that divides the regions.
+
+    Args:
+        config: the configuration of the model.
+        routes: its routes.
+        random_routes: routes of the same sequences under a random router.
+        ranks: numbers of ranks.
+
+    Returns:
+        A row for each number of ranks: the bytes of a rank in the forward pass of one layer and sequence, by each
+        way, by other methods, and by the chosen plan for the random routes.
+    """
     rows = []
     for size in ranks:
         if config.model.num_regions % size == 0:
@@ -43,17 +53,17 @@ def planned_rows(
 
 
 def _passes(routes: Routes) -> int:
-    """Layers times sequences."""
+    """Return the number of layers times sequences."""
     return sum(route.shape[0] for route in routes.values())
 
 
 def single_process_plan(config: RunConfig, routes: Routes, ranks: int) -> int:
-    """Forward payload of all layers, sequences and ranks together."""
+    """Return the planned payload of the forward pass, in bytes, of all layers, sequences and ranks together."""
     return int(traffic(_plans(config, routes, ranks, "auto")).sum())
 
 
 def _plans(config: RunConfig, routes: Routes, ranks: int, way: Way) -> list[ExchangePlan]:
-    """The plans of all ranks for all layers."""
+    """Return the plans of all ranks for all layers."""
     model = config.model
     layout = RegionLayout(model.num_regions, model.attention.region_size, ranks)
     costs = _costs(config)
@@ -65,7 +75,7 @@ def _plans(config: RunConfig, routes: Routes, ranks: int, way: Way) -> list[Exch
 
 
 def _costs(config: RunConfig) -> ExchangeCosts:
-    """Bytes of a region, of a query block and of its results in the precision of the run."""
+    """Return the bytes of a region, of a query block and of its results in the precision of the run."""
     model = config.model
     return ExchangeCosts.of(
         region_size=model.attention.region_size,
@@ -94,13 +104,13 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
 
 
 def descriptor_bytes(config: RunConfig) -> int:
-    """Of all key descriptors of one layer and sequence, which every rank gathers: fp32."""
+    """Return the bytes of all key descriptors (fp32) of one layer and sequence, which every rank gathers."""
     model = config.model
     return model.num_regions * model.attention.descriptors_per_region * model.num_kv_heads * model.head_size * 4
 
 
 def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:
-    """Of one layer and sequence, by rank."""
+    """Return the baselines of each rank for one layer and sequence."""
     model = config.model
     layout = RegionLayout(model.num_regions, model.attention.region_size, ranks)
     return [
@@ -118,7 +128,7 @@ def _baselines(config: RunConfig, ranks: int) -> list[Baselines]:
 
 
 def spread(sent: Tensor) -> dict[str, float]:
-    """What matters of bytes from rank to rank [P, P]: the mean, and who receives and who sends most."""
+    """Summarize the bytes from rank to rank [P, P]: the mean per rank, and which ranks receive and send most."""
     received_P, sent_P = sent.sum(0), sent.sum(1)
     return {
         "mean": float(received_P.double().mean()),

@@ -1,4 +1,4 @@
-"""One forward and backward pass of a trained model on real ranks that share a sequence, and what they counted."""
+"""Measure one forward and backward pass of a trained model on real ranks that share a sequence."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock
 
-# The kinds of a plan's forward payload: what an requester receives, and what it sends.
+# The kinds of payload in the forward pass that a plan counts: what a requester receives, and what it sends.
 RECEIVED_PAYLOAD, SENT_PAYLOAD = ("keys", "results"), ("queries",)
 
 
 @dataclass(frozen=True)
 class RankJob:
-    """What the ranks do: the model of `config` with the weights of a checkpoint, over one microbatch."""
+    """The work of the ranks: the model of `config`, with the weights of a checkpoint, on one microbatch."""
 
     config: RunConfig
     checkpoint: Path | None
@@ -39,17 +39,17 @@ class RankJob:
 
 
 def routed_layers(config: RunConfig) -> list[int]:
-    """Layers that choose their regions."""
+    """Return the layers that route."""
     return [layer for layer in range(config.model.num_layers) if config.model.attention_kind(layer) == "bi_level"]
 
 
 def run_on_ranks(job: RankJob, ranks: int) -> list[dict[str, Any]]:
-    """Reports of `ranks` processes, started for it: each shares the sequences of the microbatch with the others."""
+    """Run a job on `ranks` new processes that share its sequences, and return the report of each."""
     parallel = job.config.parallel.model_copy(update={"region": ranks, "data": 1})
     job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.checkpoint, job.microbatch)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # libraries warn while the ranks import them
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when the ranks import them
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
-        # Ends the others and raises if one fails.
+        # If one process fails, this ends the others and raises.
         torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
             _rank, args=(ranks, job, folder), nprocs=ranks, join=True, start_method="spawn"
         )
@@ -74,7 +74,12 @@ def _rank(rank: int, ranks: int, job: RankJob, folder: str) -> None:
 
 
 def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
-    """Run this rank's part; bytes by kind, payload as planned and as measured, seconds. Collective."""
+    """Run this rank's part of a job; collective over all ranks.
+
+    Returns:
+        The payload of the forward pass as planned and as measured and the received bytes of each kind, both in bytes;
+        seconds; and the loss.
+    """
     config = job.config
     prepare_megatron(device)
     mesh = build_mesh(resolve_layout(config, dist.get_world_size()))
@@ -92,7 +97,7 @@ def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:
     loss = loss_of(module(inputs), *targets)
     log = shard.transport.log
     routed = routed_layers(config)
-    # Before backward, where a recomputed layer would plan and move once more.
+    # Counted before the backward pass, in which a recomputed layer would plan and move its data again.
     payload = sum(
         int(count.sum())
         for counts, kinds in ((log.received, RECEIVED_PAYLOAD), (log.sent, SENT_PAYLOAD))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from biroute.launcher.bench.report import (
     BASELINE_COLOUR,
     COLOURS,
+    Page,
+    Part,
+    Picture,
+    Table,
     each,
-    facts_list,
-    make_folder,
-    markdown_table,
     mean,
     new_figure,
-    print_table,
     save_figure,
 )
 
-PAGE_NAME, PICTURE_NAME = "quality.md", "quality.png"
 _HEADER = ["variant", "L", "Lq", "topk", "bits per byte", "by seed", "over dense", "random route", "nats per token"]
 
 _INTRODUCTION = """\
@@ -31,27 +31,14 @@ The real model, engine and loader on one process: {layers} layers, hidden size {
 {groups} key/value heads of head size {head}, sequences of {length} tokens, a vocabulary of {vocabulary}. All but
 `dense` see at most {seen} tokens, {share:.3g} of a sequence. Every variant starts from the same weights and trains
 on the same sequences; seeds differ in both. `token` has one descriptor for each region, `token-parts` four,
-`token-fine` regions a quarter of the size. Keys are smeared but in `no-smear`; `dense0`: the first layer is dense.
+`token-fine` regions a quarter of the size. Keys are smeared except in `no-smear`; `dense0`: a dense first layer.
 *Random route*: the same trained weights under a random route. *Over dense*: mean over the seeds of the difference to
 dense with the same seed.
 """
 
 
-def print_quality(answer: Mapping[str, Any]) -> None:
-    """The table in the terminal."""
-    settings = answer["settings"]
-    print_table(
-        f"held-out bits per byte after {settings['steps']} steps, {len(answer['seeds'])} seed(s)",
-        _HEADER,
-        _rows(answer),
-    )
-
-
-def write_quality(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
-    make_folder(folder)
-    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
-    _draw(answer, picture)
+def quality_page(answer: Mapping[str, Any]) -> Page:
+    """Build the page of `biroute bench quality` from its answer."""
     settings, model = answer["settings"], answer["settings"]["model"]
     introduction = _INTRODUCTION.format(
         layers=model["num_layers"], hidden=model["hidden_size"], heads=model["num_heads"],
@@ -67,12 +54,9 @@ def write_quality(answer: Mapping[str, Any], folder: Path) -> list[Path]:
         "seeds": ", ".join(map(str, answer["seeds"])),
         "scored on": f"{settings['heldout_sequences']} held-out sequences, the same for every variant",
     }
-    page.write_text(
-        f"{introduction}\n{facts_list(facts)}\n\n{markdown_table(_HEADER, _rows(answer))}\n\n"
-        f"![Bits per byte]({PICTURE_NAME})\n",
-        encoding="utf-8",
-    )
-    return [page, picture]
+    title = f"Held-out bits per byte after {settings['steps']} steps, {len(answer['seeds'])} seed(s)"
+    parts: list[Part] = [Table(title, _HEADER, _rows(answer)), Picture("Bits per byte", partial(_draw, answer))]
+    return Page("quality", introduction, facts, parts)
 
 
 def _rows(answer: Mapping[str, Any]) -> list[list[str]]:
@@ -100,7 +84,7 @@ def _rows(answer: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _draw(answer: Mapping[str, Any], path: Path) -> None:
-    """Each seed a dot, the random route a cross."""
+    """Draw the score of each seed as a dot, and that of the random route as a cross."""
     rows = answer["rows"]
     figure, (axes,) = new_figure(1, width=6.4, height=1.2 + 0.26 * max(6, len(rows)))
     for place, row in zip(range(len(rows))[::-1], rows, strict=True):

@@ -1,4 +1,4 @@
-"""The variants of `biroute bench quality`, as changes of a configuration. No torch here."""
+"""The variants of `biroute bench quality`, as changes of a configuration. No torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ VARIANTS = (
 
 
 def variant_config(config: RunConfig, name: str, seed: int, steps: int) -> RunConfig:
-    """`config` as one plain CPU process would train it under a variant, with the seed for weights and data.
+    """Change a configuration to a variant that is trained in a single CPU process.
 
     token: a route for each token, with the configuration's regions and one descriptor for each; token-fine: regions a
-    quarter of that size, four times as many of them; token-parts: four descriptors for each region; block: a route
-    for every four tokens; region: one for each region; local, dense as they say. `-dense0`: the first layer is dense.
-    All have smeared keys, but `-no-smear`. All but dense see the same number of tokens.
+    quarter of that size, and four times as many of them; token-parts: four descriptors for each region; block: a
+    route for every four tokens; region: a route for each region; local: a sliding window; dense: dense attention.
+    With `-dense0`, the first layer is dense. All variants smear keys, except with `-no-smear`. All variants except
+    dense see the same number of tokens.
+
+    Args:
+        config: the configuration.
+        name: name of the variant.
+        seed: seed of the weights and of the data.
+        steps: optimizer steps.
 
     Raises:
-        UsageError: the configuration's regions are no multiple of 8 tokens.
+        UsageError: the configuration's region size is not a multiple of 8 tokens.
     """
     region_size, topk = config.model.attention.region_size, config.model.attention.topk
     if region_size % 8:
@@ -49,6 +56,6 @@ def variant_config(config: RunConfig, name: str, seed: int, steps: int) -> RunCo
     tree["parallel"] = {"data": 1, "zero_stage": 0}
     tree["train"] |= {"seed": seed, "steps": steps, "precision": "fp32", "device": "cpu"}
     tree["data"]["seed"] = seed
-    # A short run would end inside a long run's warm-up.
+    # The warm-up of a long run could be longer than this short run.
     tree["optim"]["warmup_steps"] = min(config.optim.warmup_steps, steps // 5)
     return config_from_tree(tree, f"variant {name}")

@@ -1,7 +1,7 @@
-"""`biroute bench recall`: does the route find what matters? Multi-query associative recall by variant and distance.
+"""`biroute bench recall`: multi-query associative recall by variant and distance, a test of what routes find.
 
-Every variant starts from the same weights and sees the same sequences. It is scored twice on sequences of its own:
-as trained, and with the same weights under a random route, which a live router must beat.
+Every variant starts from the same weights and is trained on the same sequences. It is scored twice on other
+sequences: as trained, and with the same weights under a random route, which a working router must beat.
 
 Legend: S tokens, Q questions of a sequence.
 """
@@ -25,16 +25,16 @@ from biroute.launcher.bench.report import environment_info, mean, say, select
 from biroute.launcher.bench.rows import KeptRows
 from biroute.model.attention.rule import Router
 
-# Sequences grow during training: the association is learned in a fraction of the time on short ones, and what is
-# left to learn on long ones is to find the pair far away.
-CURRICULUM = ((8, 0.3), (4, 0.3), (1, 0.4))  # (divisor of S, share of the steps)
-DISTANCE_UNIT = 8  # tokens: distances are told in regions of this size, whatever a variant's own
-FIRST_EVALUATION_SEED = 1 << 40  # far from every training sequence
+# Sequences grow during training: short ones teach the association in a fraction of the time, and long ones then teach
+# to find distant pairs.
+CURRICULUM = ((8, 0.3), (4, 0.3), (1, 0.4))  # (divisor of S, fraction of the steps)
+DISTANCE_UNIT = 8  # tokens; distances are reported in regions of this size for every variant
+FIRST_EVALUATION_SEED = 1 << 40  # distinct from the seeds of all training sequences
 
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """What a run of the benchmark depends on, beside variants and seeds."""
+    """The settings of a run of the benchmark, except variants and seeds."""
 
     steps: int = 400
     sequence_length: int = 256
@@ -54,7 +54,7 @@ class RecallSettings:
         return RecallTask(self.sequence_length, self.sequence_length // 8)
 
     def tasks(self) -> Iterator[RecallTask]:
-        """The task of each step."""
+        """Yield the task of each step."""
         left = self.steps
         for number, (divisor, share) in enumerate(CURRICULUM):
             last = number == len(CURRICULUM) - 1
@@ -64,7 +64,7 @@ class RecallSettings:
             yield from [RecallTask(length, length // 8)] * steps
 
     def rate(self, step: int) -> float:
-        """Learning rate of `step`, from 0: warm-up, constant, linear decay over the last 40%."""
+        """Return the learning rate of `step`, counted from 0: warm-up, constant, linear decay over the last 40%."""
         warm, cool = (step + 1) / self.warmup_steps, (self.steps - step) / (0.4 * self.steps)
         return self.learning_rate * min(1.0, warm, cool)
 
@@ -99,7 +99,7 @@ VARIANTS = {
         _bi_level("region-8x4-dense0", "8x4", query_block_size=8, dense_layers=(0,)),
         Variant("dense-no-smear", kind="dense", key_smear=False),
         _bi_level("token-4x8-parts4-no-smear", "4x8", descriptors_per_region=4, key_smear=False),
-        # Not in the usual run.
+        # The variants below are only measured when they are named.
         _bi_level("token-8x4-parts2", "8x4", descriptors_per_region=2),
         _bi_level("token-2x8-parts2", "2x8", descriptors_per_region=2),
         _bi_level("block4-4x8-dense0", "4x8", query_block_size=4, dense_layers=(0,)),
@@ -114,14 +114,14 @@ DEFAULT_VARIANTS = tuple(VARIANTS)[: list(VARIANTS).index("token-8x4-parts2")]
 
 @dataclass(frozen=True)
 class RecallScore:
-    """Shares of right answers: overall, and by bin of distance (None: no question there)."""
+    """Fractions of right answers, overall and in each bin of distance (None if it has no question)."""
 
     accuracy: float
     by_distance: list[float | None]
 
 
 def distance_bins(sequence_length: int) -> list[tuple[int, int]]:
-    """First and last distance of each bin, in regions of DISTANCE_UNIT tokens: 0-1, 2-3, 4-7, 8-15, ..."""
+    """Return first and last distance of each bin, in regions of DISTANCE_UNIT tokens: 0-1, 2-3, 4-7, 8-15, ..."""
     bins, first = [(0, 1)], 2
     while first * DISTANCE_UNIT < sequence_length:
         bins.append((first, 2 * first - 1))
@@ -130,7 +130,7 @@ def distance_bins(sequence_length: int) -> list[tuple[int, int]]:
 
 
 def train_variant(variant: Variant, seed: int, settings: RecallSettings) -> RecallModel:
-    """A model trained on the task; a pure function of its arguments."""
+    """Train a model on the task; a pure function of its arguments."""
     torch.manual_seed(seed)
     model = RecallModel(settings.task.vocab_size, settings.size, variant)
     adam = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
@@ -149,7 +149,7 @@ def train_variant(variant: Variant, seed: int, settings: RecallSettings) -> Reca
 
 @torch.no_grad()
 def score(model: RecallModel, settings: RecallSettings, router: Router) -> RecallScore:
-    """Answers on sequences never trained on, under `router`; the same sequences for every model."""
+    """Score a model with `router` on sequences that were not trained on, which are the same for every model."""
     model.set_router(router)
     right, distance = [], []
     size = 16
@@ -169,7 +169,7 @@ def score(model: RecallModel, settings: RecallSettings, router: Router) -> Recal
 
 @torch.no_grad()
 def path_difference(model: RecallModel, settings: RecallSettings) -> float:
-    """Largest difference of the logits between the benchmark's mask and the product's `bi_level_attention`."""
+    """Return the largest difference between the logits with the benchmark's mask and with `bi_level_attention`."""
     batch = settings.task.batch(2, FIRST_EVALUATION_SEED)
     masked_BQV = model.logits(batch.tokens, batch.position)
     model.set_path(through_mask=False)
@@ -181,18 +181,23 @@ def path_difference(model: RecallModel, settings: RecallSettings) -> float:
 def run_bench(
     settings: RecallSettings, seeds: int = 1, patterns: Sequence[str] = (), rows_path: Path | None = None
 ) -> dict[str, Any]:
-    """Train and score the chosen variants; the answer as plain values. `patterns`: names, `*` allowed.
+    """Train and score the chosen variants, and return the results as plain values.
 
-    Rows are kept in `rows_path` as they come, and those of the same settings and seeds are taken from there.
+    Args:
+        settings: the settings of the run.
+        seeds: number of seeds.
+        patterns: names of variants, with `*` as a wildcard; empty for the usual ones.
+        rows_path: file that keeps each row when it is finished. Rows of the same settings and seeds are read from it
+            instead of measured again. None to keep no rows.
 
     Raises:
-        UsageError: no such variant, no seed; a file that is not a rows file.
+        UsageError: there is no such variant or no seed, or the file is not a file of rows.
     """
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: use at least 1")
     names = select(list(VARIANTS), patterns, DEFAULT_VARIANTS)
     kept = KeptRows(rows_path, [asdict(settings), seeds])
-    about_run = environment_info()  # now: the code may change while this runs
+    about_run = environment_info()  # recorded first, since the code may change during the run
     rows = []
     for name in names:
         row = kept.row(name, partial(run_variant, VARIANTS[name], range(seeds), settings))
@@ -212,7 +217,7 @@ def run_bench(
 
 
 def run_variant(variant: Variant, seeds: Sequence[int], settings: RecallSettings) -> dict[str, Any]:
-    """One row: the variant with every seed, as trained and under a random route."""
+    """Measure one row: the variant with every seed, as trained and under a random route."""
     started = time.perf_counter()
     scores: dict[Router, list[RecallScore]] = {"affinity": [], "random": []}
     difference = 0.0
@@ -234,6 +239,6 @@ def run_variant(variant: Variant, seeds: Sequence[int], settings: RecallSettings
 
 
 def _mean_by_distance(scores: Sequence[RecallScore]) -> list[float | None]:
-    # Every model answers the same questions, so a bin is empty for all seeds or for none.
+    # All models get the same questions, so a bin is empty for all seeds or for none.
     columns = zip(*(one.by_distance for one in scores), strict=True)
     return [None if None in column else mean([x for x in column if x is not None]) for column in columns]

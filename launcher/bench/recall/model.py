@@ -1,6 +1,6 @@
-"""The small model of the recall benchmark: plain torch around the product's core attention, so that it starts fast.
+"""The small model of the recall benchmark: plain torch around BiRoute's core attention, so that it starts fast.
 
-Pre-norm blocks of attention with RoPE and an MLP.
+Its blocks are pre-norm, with attention (with RoPE) and an MLP.
 
 Legend: B batch, H query heads, G key/value heads, S tokens, D head size, C hidden size, N query blocks.
 """
@@ -21,7 +21,7 @@ from biroute.model.attention.rule import Router
 
 @dataclass(frozen=True)
 class Variant:
-    """What a row of the benchmark tries: how the layers that are not in `dense_layers` choose what they see."""
+    """A row of the benchmark: how the layers outside `dense_layers` choose the tokens that they attend to."""
 
     name: str
     kind: Literal["bi_level", "dense", "sliding_window"] = "bi_level"
@@ -35,7 +35,7 @@ class Variant:
     force_previous: bool = True
 
     def share_of_tokens(self, sequence_length: int) -> float:
-        """Tokens that a late query sees, as a share of the sequence; of layers that are not dense."""
+        """Return the fraction of the sequence that a late query attends to in the layers outside `dense_layers`."""
         return 1.0 if self.kind == "dense" else min(1.0, self.region_size * self.topk / sequence_length)
 
 
@@ -51,10 +51,10 @@ class ModelSize:
 
 
 class RecallCore(CoreAttention):
-    """The product's own attention; the product with the route may go through one mask for the whole batch.
+    """BiRoute's core attention, which can also compute routed attention with one mask for the whole batch.
 
     Attributes:
-        through_mask: compute by a mask, or as the product does; the same to rounding.
+        through_mask: whether to use the mask; the result is the same up to rounding.
     """
 
     through_mask = True
@@ -67,7 +67,7 @@ class RecallCore(CoreAttention):
 
 
 def model_config(size: ModelSize, variant: Variant) -> ModelConfig:
-    """The product's configuration of a variant."""
+    """Return BiRoute's model configuration of a variant."""
     attention = AttentionConfig(
         kind=variant.kind,
         region_size=variant.region_size,
@@ -83,7 +83,7 @@ def model_config(size: ModelSize, variant: Variant) -> ModelConfig:
         num_heads=size.num_heads,
         num_kv_heads=size.num_kv_heads,
         head_size=size.head_size,
-        sequence_length=variant.region_size,  # of no concern here: each batch has its own
+        sequence_length=variant.region_size,  # not used here: each batch has its own length
         key_smear=variant.key_smear,
         dense_layers=variant.dense_layers,
         attention=attention,
@@ -91,7 +91,7 @@ def model_config(size: ModelSize, variant: Variant) -> ModelConfig:
 
 
 class RecallAttention(nn.Module):
-    """Projections around the core attention of one layer, [B, S, C] -> [B, S, C]."""
+    """The attention of one layer with its projections: [B, S, C] -> [B, S, C]."""
 
     def __init__(self, size: ModelSize, variant: Variant, layer: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class RecallAttention(nn.Module):
 
 
 class RecallModel(nn.Module):
-    """Tokens [B, S] -> hidden states [B, S, C] after the last norm; `logits` gives those of chosen positions."""
+    """A transformer from tokens [B, S] to hidden states [B, S, C]; `logits` computes those of chosen positions."""
 
     def __init__(self, vocab_size: int, size: ModelSize, variant: Variant) -> None:
         super().__init__()
@@ -133,24 +133,24 @@ class RecallModel(nn.Module):
         return self.norms[-1](x_BSC)
 
     def logits(self, tokens_BS: Tensor, position_BQ: Tensor) -> Tensor:
-        """Logits [B, Q, V] at the positions of the questions."""
+        """Compute the logits [B, Q, V] at the positions [B, Q] of the questions."""
         hidden_BSC = self(tokens_BS)
         place_BQC = position_BQ[..., None].expand(-1, -1, hidden_BSC.shape[2])
         return self.head(hidden_BSC.gather(1, place_BQC))
 
     def cores(self) -> Iterator[RecallCore]:
-        """The core attention of each layer."""
+        """Yield the core attention of each layer."""
         for attention in self.attention:
             assert isinstance(attention, RecallAttention)
             yield attention.core
 
     def set_router(self, router: Router) -> None:
-        """How all layers choose from now on."""
+        """Set the router of all layers that route."""
         for core in self.cores():
             if core.rule is not None:
                 core.rule = replace(core.rule, router=router)
 
     def set_path(self, through_mask: bool) -> None:
-        """Compute routed attention by a mask, or by the product's `bi_level_attention`."""
+        """Select whether routed attention uses a mask or `bi_level_attention`."""
         for core in self.cores():
             core.through_mask = through_mask

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from biroute.launcher.bench.report import (
     BASELINE_COLOUR,
     COLOURS,
+    Page,
+    Part,
+    Picture,
+    Table,
     each,
-    facts_list,
-    make_folder,
-    markdown_table,
     mean,
     new_figure,
-    print_table,
     save_figure,
 )
-
-PAGE_NAME, PICTURE_NAME = "recall.md", "recall.png"
 
 _INTRODUCTION = """\
 # Recall: does the route find what matters?
@@ -27,33 +26,22 @@ _INTRODUCTION = """\
 Made by `biroute bench recall`; do not edit. What the variants are and what follows from this:
 [routing.md](../routing.md).
 
-Multi-query associative recall. A sequence of {length} tokens holds {pairs} key-value pairs, strewn among noise; each
-key comes up once more, at a uniformly distributed distance, and the model has to name the value. Guessing gives
+Multi-query associative recall. A sequence of {length} tokens holds {pairs} key-value pairs, scattered among noise.
+Each key occurs once more, at a uniformly distributed distance, and the model must predict its value. Chance level is
 {guess:.3f}. The model has {layers} layers, hidden size {hidden}, {heads} query heads in {groups} key/value heads of
 head size {head} and RoPE. Sequences grow during training from {short} over {middle} to {length} tokens.
 
-Names: `token-4x8` routes each token for itself to 8 regions of 4 tokens; `block4` and `region` share one route among
-4 tokens or a whole region, chosen by the first token; `local` sees the last regions; `parts2` gives a region 2
-descriptors (`descriptors_per_region`), of which the nearer one counts; `dense0` (`dense1`) has a dense first (second)
-layer. Keys are smeared (`key_smear`) but in `no-smear`; own and previous region are always routed, the latter not in
-`no-previous`. *Random route*: the same trained weights under a random route. Accuracies are means over the seeds; the
-seeds' own values stand beside them.
+Names: `token-4x8` routes each token separately to 8 regions of 4 tokens; in `block4` and `region`, 4 tokens or a
+whole region share one route, chosen by the first token; `local` attends to the last regions; `parts2` has 2
+descriptors per region (`descriptors_per_region`), of which the better match counts; `dense0` (`dense1`) has a dense
+first (second) layer. Keys are smeared (`key_smear`) except in `no-smear`. The own and the previous region are always
+routed to, except the previous one in `no-previous`. *Random route*: the same trained weights under a random route.
+Accuracies are means over the seeds, followed by the values of the seeds.
 """
 
 
-def print_recall(answer: Mapping[str, Any]) -> None:
-    """The table in the terminal."""
-    settings = answer["settings"]
-    print_table(
-        f"recall after {settings['steps']} steps, {len(answer['seeds'])} seed(s)", _header(answer), _rows(answer)
-    )
-
-
-def write_recall(answer: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write page and picture into `folder`; their paths. Raises UsageError if it cannot be created."""
-    make_folder(folder)
-    page, picture = folder / PAGE_NAME, folder / PICTURE_NAME
-    _draw(answer, picture)
+def recall_page(answer: Mapping[str, Any]) -> Page:
+    """Build the page of `biroute bench recall` from its answer."""
     settings, size = answer["settings"], answer["settings"]["size"]
     length = settings["sequence_length"]
     introduction = _INTRODUCTION.format(
@@ -63,13 +51,13 @@ def write_recall(answer: Mapping[str, Any], folder: Path) -> list[Path]:
     )  # fmt: skip
     facts = {**answer["environment_info"], **_training_facts(answer)}
     unit = answer["distance_unit_tokens"]
-    page.write_text(
-        f"{introduction}\n{facts_list(facts)}\n\n{markdown_table(_header(answer), _rows(answer))}\n\n"
-        f"Distances are in regions of {unit} tokens, whatever the variant's own region size.\n\n"
-        f"![Accuracy by distance]({PICTURE_NAME})\n",
-        encoding="utf-8",
-    )
-    return [page, picture]
+    title = f"Recall after {settings['steps']} steps, {len(answer['seeds'])} seed(s)"
+    parts: list[Part] = [
+        Table(title, _header(answer), _rows(answer)),
+        f"Distances are in regions of {unit} tokens, whatever the variant's own region size.",
+        Picture("Accuracy by distance", partial(_draw, answer)),
+    ]
+    return Page("recall", introduction, facts, parts)
 
 
 def _training_facts(answer: Mapping[str, Any]) -> dict[str, str]:
@@ -105,11 +93,11 @@ def _rows(answer: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _draw(answer: Mapping[str, Any], path: Path) -> None:
-    """Left: accuracy by distance; right: each variant beside its weights under a random route."""
+    """Draw accuracy by distance (left), and each variant compared with its weights under a random route (right)."""
     rows: Sequence[Mapping[str, Any]] = answer["rows"]
     figure, (by_distance, overall) = new_figure(2, width=5.6, height=1.6 + 0.21 * max(12, len(rows)))
     labels = [f"{first}–{last}" for first, last in answer["distance_bins"]]
-    left_out = ("parts2", "-no-", "post-rope")  # more lines than colours tell apart; the right side has them all
+    left_out = ("parts2", "-no-", "post-rope")  # too many for distinct colours; the right plot has all variants
     shown = [row for row in rows if not any(part in row["name"] for part in left_out)][: len(COLOURS) + 2]
     colours = iter(COLOURS)
     for row in shown:

@@ -1,8 +1,9 @@
-"""Multi-query associative recall: key-value pairs strewn over a sequence, and later questions for their values.
+"""Multi-query associative recall: key-value pairs scattered over a sequence, and later questions for their values.
 
-A question repeats a key; the value that followed its first occurrence is the answer. Every key is asked once. The
-distance between pair and question is uniform as far as free places allow, so a local window of 1/8 of the tokens
-holds about 1/8 of the answers. Noise in between keeps pairs from lining up with regions.
+A question repeats a key, and the answer is the value that followed the key's first occurrence. There is one question
+for each key. The distance between pair and question is uniformly distributed as far as free positions allow, so a
+local window of 1/8 of the tokens contains about 1/8 of the answers. Noise in between keeps pairs from being aligned
+with regions.
 
 Legend: B sequences, S tokens, Q questions of a sequence.
 """
@@ -20,7 +21,7 @@ from biroute.configs.errors import UsageError
 
 @dataclass(frozen=True)
 class RecallBatch:
-    """Sequences with their questions. At `position` stands a key; the next token is its `answer`."""
+    """Sequences with their questions. The token at `position` is a key, and the next token is its `answer`."""
 
     tokens: Tensor  # [B, S]
     position: Tensor  # [B, Q]
@@ -30,7 +31,7 @@ class RecallBatch:
 
 @dataclass(frozen=True)
 class RecallTask:
-    """Sizes of the task. Tokens: first the keys, then the values, then the noise."""
+    """Sizes of the task. Token ids are numbered in the order keys, values, noise."""
 
     sequence_length: int = 256
     num_pairs: int = 32
@@ -42,7 +43,7 @@ class RecallTask:
         if self.num_pairs > self.num_keys:
             raise UsageError(f"{self.num_pairs} pairs need as many different keys; there are {self.num_keys}")
         if self.num_pairs < 1 or 8 * self.num_pairs > self.sequence_length:
-            # Pairs and questions take 4 tokens each; in a fuller sequence they no longer find a place.
+            # A pair and its question take 4 tokens; in a fuller sequence, free positions are not found.
             raise UsageError(
                 f"{self.num_pairs} pairs in {self.sequence_length} tokens: use 1 to {self.sequence_length // 8}"
             )
@@ -52,7 +53,7 @@ class RecallTask:
         return self.num_keys + self.num_values + self.num_noise
 
     def batch(self, size: int, seed: int) -> RecallBatch:
-        """`size` sequences; a pure function of its arguments."""
+        """Generate `size` sequences; a pure function of its arguments."""
         random = np.random.default_rng(seed)
         tokens = random.integers(
             self.num_keys + self.num_values, self.vocab_size, size=(size, self.sequence_length), dtype=np.int64
@@ -69,7 +70,7 @@ class RecallTask:
         return RecallBatch(*(torch.from_numpy(x) for x in (tokens, position, answer, distance)))
 
     def _places(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Starts of the pairs and of their questions [Q]: two free tokens each, at a uniform distance."""
+        """Draw the starts of the pairs and of their questions, [Q] each: two free tokens, at a uniform distance."""
         while True:
             free = np.ones(self.sequence_length, dtype=bool)
             pairs: list[int] = []

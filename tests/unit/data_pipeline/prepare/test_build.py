@@ -302,7 +302,7 @@ def test_continuing_keeps_finished_parts_and_shards(
 
 def test_two_builds_at_once_are_refused(built: DataConfig, tmp_path: Path) -> None:
     data = copy_of(built, tmp_path / "d")
-    with build_module._lock(data.dir), pytest.raises(UsageError, match="another build is at work"):
+    with build_module._lock(data.dir), pytest.raises(UsageError, match="another build is running"):
         build_dataset(data, QUIET)
     build_dataset(data, QUIET)
 

@@ -68,7 +68,7 @@ def test_truncated_file_is_the_users_fault(tmp_path: Path, suffix: str, kept: fl
 def test_garbage_in_a_compressed_file_is_the_users_fault(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(b"this is not compressed at all")
-    with pytest.raises(UsageError, match=r"a\.jsonl.*not a sound compressed file"):
+    with pytest.raises(UsageError, match=r"a\.jsonl.*not an intact compressed file"):
         read(path)
 
 

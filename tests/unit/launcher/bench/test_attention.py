@@ -90,7 +90,7 @@ def test_report_holds_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["num_tokens"] for row in dense_rows] == [256, 128, 256]
     assert dense_rows[0] is dense_rows[2], "one length and shape is measured once"
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in answer["targets"] + answer["sweep"])
-    page, picture = bench_attention_report.write_attention(answer, tmp_path / "benchmarks")
+    page, picture = bench_attention_report.attention_page(answer).write(tmp_path / "benchmarks")
     text = page.read_text(encoding="utf-8")
     assert text.count("\n| ") == len(answer["targets"]) + len(answer["sweep"]) + len(answer["train_steps"]) + 6
     assert "2 layers, hidden 16, S 256" in text

@@ -10,7 +10,7 @@ import torch
 
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
-from biroute.launcher.bench.exchange.page import size, write_exchange
+from biroute.launcher.bench.exchange.page import exchange_page, size
 from biroute.launcher.bench.exchange.plan import planned_rows, single_process_plan, spread
 from biroute.model.attention.routing import route_regions
 from biroute.parallel.region.plan import ExchangeCosts, RegionLayout, plan_exchange, traffic
@@ -104,7 +104,7 @@ def test_page_and_picture(tmp_path: Path) -> None:
         "tables": [table],
         "measured": [measured],
     }
-    page, picture = write_exchange(answer, tmp_path)
+    page, picture = exchange_page(answer).write(tmp_path)
     text = page.read_text("utf-8")
     row = table["rows"][1]
     share = row["auto"]["mean"] / row["causal_fetch"]["mean"]

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
 from biroute.launcher.bench.commands import bench_app
-from biroute.launcher.bench.quality.page import write_quality
+from biroute.launcher.bench.quality.page import quality_page
 from biroute.launcher.bench.quality.variants import VARIANTS as VARIANTS_OF_QUALITY
 from biroute.launcher.bench.quality.variants import variant_config
 from biroute.launcher.bench.recall.masked_attention import masked_attention
 from biroute.launcher.bench.recall.measure import VARIANTS, RecallSettings, distance_bins, score, train_variant
 from biroute.launcher.bench.recall.model import ModelSize, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallTask
-from biroute.launcher.bench.report import markdown_table, select
+from biroute.launcher.bench.report import Table, select
 from biroute.launcher.bench.routing_figures import draw_cost, draw_leak
 from biroute.model.attention.bi_level import bi_level_attention
 from biroute.model.attention.routing import route_regions
@@ -210,7 +210,7 @@ def test_select_keeps_the_order_and_knows_patterns() -> None:
     assert select(["a1", "b1", "a2"], ["a2", "a1"], ["b1"]) == ["a1", "a2"]
     assert select(["a1", "b1", "a2"], ["*1"], []) == ["a1", "b1"]
     assert select(["a1", "b1"], [], ["b1"]) == ["b1"]
-    assert markdown_table(["x", "y"], [["1", "2"]]) == "| x | y |\n| --- | --: |\n| 1 | 2 |"
+    assert Table("t", ["x", "y"], [["1", "2"]]).markdown() == "## t\n\n| x | y |\n| --- | --: |\n| 1 | 2 |"
 
 
 # Quality
@@ -263,7 +263,7 @@ def test_the_quality_page(tmp_path: Path) -> None:
                 "heldout_sequences": 4, "tokens_seen": 32}  # fmt: skip
     answer = {"environment_info": {"date": "today"}, "settings": settings, "seeds": [0, 1],
               "rows": [{**row, **sizes} for row in rows]}  # fmt: skip
-    page, picture = write_quality(answer, tmp_path)
+    page, picture = quality_page(answer).write(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert_tables(text, columns=9, rows=2)
     assert "| token | 4 | 1 | 8 | 2.1000 | 2.1000 2.1000 | +0.0000 | 2.5500 | 5.050 |" in text
@@ -274,7 +274,7 @@ def test_the_quality_page(tmp_path: Path) -> None:
 def test_the_random_router_reaches_the_layers() -> None:
     from torch import nn
 
-    from biroute.launcher.bench.quality.measure import set_router
+    from biroute.launcher.bench.single_process import set_router
     from biroute.model.attention.core import CoreAttention
 
     tree = {"sequence_length": 64, "num_heads": 4, "num_kv_heads": 2, "hidden_size": 32}

@@ -1,0 +1,46 @@
+"""The real engine in one process: what the benchmarks that train or evaluate models share."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from biroute.configs.layout import resolve_layout
+from biroute.configs.schema import RunConfig
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
+from biroute.launcher.ranks.rendezvous import join_processes
+from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.rule import Router
+from biroute.parallel.mesh.megatron import prepare_megatron
+from biroute.parallel.mesh.mesh import Mesh, build_mesh
+
+CPU = torch.device("cpu")
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # the group's file is read until this process ends
+
+
+def join_alone(config: RunConfig) -> Mesh:
+    """Make this process a group of one, unless it belongs to a group already, and return its mesh.
+
+    All variants share this mesh, because the threads of gloo's groups are never joined and would accumulate.
+    """
+    prepare_megatron(CPU)
+    if not dist.is_initialized():
+        _folders.append(tempfile.TemporaryDirectory(prefix="biroute-bench-"))
+        rendezvous = Path(_folders[-1].name) / "rendezvous"
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
+        join_processes(find_rank_environment(), config.train)
+    return build_mesh(resolve_layout(config, 1))
+
+
+def set_router(module: nn.Module, router: Router) -> None:
+    """Set the router of all layers that route."""
+    for core in module.modules():
+        if isinstance(core, CoreAttention) and core.rule is not None:
+            core.rule = replace(core.rule, router=router)
