@@ -57,8 +57,8 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
     routes = [_route_of(attention, model, batch) for attention in model.cores()]
     figure, axes = new_figure(len(routes), width=4.6, height=4.9)
     found = {}
-    for layer, (one, index_GNT) in enumerate(zip(axes, routes, strict=True)):
-        share = _draw_map(one, index_GNT, batch, variant)
+    for layer, (one, route_GNK) in enumerate(zip(axes, routes, strict=True)):
+        share = _draw_map(one, route_GNK, batch, variant)
         one.set_title(f"layer {layer}: route holds the answer for {share:.0%} of the questions", fontsize=8.5)
         found[f"answer routed, layer {layer}"] = share
     answered = model.logits(batch.tokens, batch.position).argmax(-1) == batch.answer
@@ -69,7 +69,7 @@ def draw_route_map(path: Path, steps: int) -> dict[str, float]:
 
 @torch.no_grad()
 def _route_of(attention: RecallCore, model: RecallModel, batch: RecallBatch) -> Tensor:
-    """Return the route [G, N, T] that this layer chooses for the only sequence of the batch."""
+    """Return the route [G, N, K] that this layer chooses for the only sequence of the batch."""
     seen: list[Tensor] = []
     attention.on_route = lambda _, route: seen.append(route)
     try:
@@ -79,7 +79,7 @@ def _route_of(attention: RecallCore, model: RecallModel, batch: RecallBatch) -> 
     return seen[0][0]
 
 
-def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant) -> float:
+def _draw_map(axes: Any, route_GNK: Tensor, batch: RecallBatch, variant: Variant) -> float:
     """Draw routes by token (down) and region (across), with a ring at each answer.
 
     Returns:
@@ -87,7 +87,7 @@ def _draw_map(axes: Any, index_GNT: Tensor, batch: RecallBatch, variant: Variant
     """
     num_tokens, size = batch.tokens.shape[1], variant.region_size
     mask_GSS = route_mask(
-        index_GNT[None], num_tokens=num_tokens, region_size=size, query_block_size=variant.query_block_size
+        route_GNK[None], num_tokens=num_tokens, region_size=size, query_block_size=variant.query_block_size
     )[0]
     routed_SR = mask_GSS.any(0).unflatten(1, (-1, size)).any(-1)
     region_R, token_S = torch.arange(routed_SR.shape[1]), torch.arange(num_tokens)
@@ -125,10 +125,10 @@ def causal_outputs(q: Tensor, k: Tensor, v: Tensor, rule: RouteRule, mean_query:
         queries_BGND = query_descriptors(q, k.shape[1], rule.query_block_size, causal=False)
         keys_BGRD = key_descriptors(k, rule.region_size)
         own_N = torch.arange(queries_BGND.shape[2]) * rule.query_block_size // rule.region_size
-        index = select_regions(queries_BGND @ keys_BGRD.transpose(2, 3), own_N, rule)
+        route = select_regions(queries_BGND @ keys_BGRD.transpose(2, 3), own_N, rule)
     else:
-        index = route_regions(q, k, region_size=size, query_block_size=lq, topk=rule.topk, causal=True)
-    return bi_level_attention(q, k, v, index, region_size=size, query_block_size=lq, causal=True)
+        route = route_regions(q, k, region_size=size, query_block_size=lq, topk=rule.topk, causal=True)
+    return bi_level_attention(q, k, v, route, region_size=size, query_block_size=lq, causal=True)
 
 
 def leak(num_tokens: int, rule: RouteRule, mean_query: bool) -> tuple[Tensor, list[float]]:

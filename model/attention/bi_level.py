@@ -1,7 +1,9 @@
 """Level two: softmax attention over the tokens of the routed regions, each exactly once; and its dense counterpart.
 
-How it is computed: `partial.py`. Legend: B batch, H query heads, G key/value heads, S tokens, D head size, Lq query
-block size, N query blocks.
+How it is computed: `partial.py`.
+
+Shapes: B sequences, H query heads, G key/value heads, S tokens, D head size, Lq tokens of a query block, N query
+blocks, K slots of a route.
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ from biroute.model.attention.partial import (
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
-    """q [B, H, S, D], k, v [B, G, S, D] -> [B, H, S, D]: PyTorch's own attention."""
+    """Attend to all tokens with PyTorch's own attention.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, G, S, D].
+        v: [B, G, S, D].
+        causal: whether later tokens are masked.
+        scale: of the scores; left out: 1 / sqrt(D).
+
+    Returns:
+        [B, H, S, D].
+    """
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -30,7 +43,7 @@ def bi_level_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: Tensor,
+    route: Tensor,
     *,
     region_size: int,
     query_block_size: int,
@@ -39,37 +52,54 @@ def bi_level_attention(
     path: AttentionPath = "auto",
     return_lse: bool = False,
 ) -> Any:
-    """Attention of every query block over the regions of its route.
+    """Attend every query block to the regions of its route; differentiable, and deterministic on the CPU.
 
-    q [B, H, S, D], k, v [B, G, S, D] (RoPE applied), index int64 [B, G, S // Lq, topk] as from `route_regions`
-    -> out [B, H, S, D] in q's dtype, or with `return_lse` the pair (out, fp32 log-sum-exp [B, H, S]); differentiable.
-    A query without a route gives 0 (and -inf). Deterministic on the CPU.
+    Args:
+        q: [B, H, S, D], RoPE applied.
+        k: [B, G, S, D], RoPE applied.
+        v: [B, G, S, D].
+        route: int64 [B, G, S // Lq, K], ascending, -1 = empty, as from `route_regions`.
+        region_size: L.
+        query_block_size: Lq.
+        causal: whether later tokens are masked.
+        scale: of the scores; left out: 1 / sqrt(D).
+        path: "query_major" or "region_major" (`tiles.py`), "masked" (`masked.py`, for CPUs, no log-sum-exp) or
+            "block_sparse" (the Triton kernels). "auto" takes the kernels on CUDA; on a CPU it takes masked where
+            `prefers_mask` says so, and otherwise the one of the first two that gathers less
+            (`partial.use_region_major`).
+        return_lse: whether the log-sum-exp is returned too.
 
-    `path`: "query_major" or "region_major" (`tiles.py`), "masked" (`masked.py`, for CPUs, no log-sum-exp),
-    "block_sparse" (the Triton kernels). "auto" takes the kernels on CUDA; on a CPU masked where `prefers_mask` says
-    so, and otherwise the one of the first two that gathers less (`partial.use_region_major`).
+    Returns:
+        The output [B, H, S, D] in q's dtype, or with `return_lse` the pair of it and the fp32 log-sum-exp [B, H, S].
+        A query without a route gives 0 (and -inf).
 
-    Raises ValueError for shapes that do not fit, an index that is not ascending or out of range, and a causal index
-    without every block's own region.
+    Raises:
+        ValueError: shapes do not fit, a route is not ascending or out of range, or a causal route lacks a block's own
+            region.
+
     Source: BiFormer (CVPR 2023, arXiv:2303.08810), MoBA (arXiv:2502.13189).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     grid = RegionGrid(region_size, query_block_size, causal, scale, path)
-    check_route(q, k, v, index, grid)
+    check_route(q, k, v, route, grid)
     if path == "masked" and return_lse:
         raise ValueError('path="masked" gives no log-sum-exp; use "query_major" or "region_major"')
     if path == "masked" and q.device.type != "cpu":
         raise ValueError('path="masked" is for CPUs; use "auto" or "block_sparse"')
     rows = query_block_size * q.shape[1] // k.shape[1]
-    short = q.device.type == "cpu" and not return_lse and prefers_mask(q.shape[2], region_size, rows, index.shape[3])
+    short = q.device.type == "cpu" and not return_lse and prefers_mask(q.shape[2], region_size, rows, route.shape[3])
     if path == "masked" or (path == "auto" and short):
-        return MaskedAttention.apply(q, k, v, index, grid)
-    out, lse = _BiLevelAttention.apply(q, k, v, index, grid)
+        return MaskedAttention.apply(q, k, v, route, grid)
+    out, lse = _BiLevelAttention.apply(q, k, v, route, grid)
     return (out, lse) if return_lse else out
 
 
-def check_route(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> None:
-    """Raises ValueError unless shapes, sizes and the form of the index fit together."""
+def check_route(q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> None:
+    """Check that shapes, sizes and the form of the route fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
     batch, num_heads, num_tokens, head_size = q.shape
     groups, key_tokens = k.shape[1:3]
     num_blocks = num_tokens // grid.query_block_size
@@ -80,34 +110,34 @@ def check_route(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid
             f"{num_tokens} query and {key_tokens} key tokens, region_size={grid.region_size} and "
             f"query_block_size={grid.query_block_size} do not divide one another"
         )
-    if index.shape[:3] != (batch, groups, num_blocks):
-        raise ValueError(f"index {tuple(index.shape)} is not [{batch}, {groups}, {num_blocks}, topk]")
-    if index.device.type != "cpu":
-        return  # what follows would wait for the device; a route of `route_query_blocks` is in order
-    rising = (index[..., 1:] > index[..., :-1]) | (index[..., 1:] == -1)
-    if not bool(rising.all()) or int(index.max()) >= num_tokens // grid.region_size:
-        raise ValueError("index is not ascending with -1 last, or names a region that is not there")
-    own_N1 = grid.own_region(num_blocks, index.device)[:, None]
-    if grid.causal and not bool((index == own_N1).any(-1).all()):
-        raise ValueError("a causal index must hold every block's own region")
+    if route.shape[:3] != (batch, groups, num_blocks):
+        raise ValueError(f"route {tuple(route.shape)} is not [{batch}, {groups}, {num_blocks}, topk]")
+    if route.device.type != "cpu":
+        return  # the checks below would wait for the device; routes of `route_query_blocks` pass them
+    ascending = (route[..., 1:] > route[..., :-1]) | (route[..., 1:] == -1)
+    if not bool(ascending.all()) or int(route.max()) >= num_tokens // grid.region_size:
+        raise ValueError("route is not ascending with -1 last, or names a region that is not there")
+    own_N1 = grid.own_region(num_blocks, route.device)[:, None]
+    if grid.causal and not bool((route == own_N1).any(-1).all()):
+        raise ValueError("a causal route must hold every block's own region")
 
 
 class _BiLevelAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
         # Detached: views of what requires a gradient are slower to make.
-        out, lse = partial_attention(q.detach(), k.detach(), v.detach(), index, grid)
-        ctx.save_for_backward(q, k, v, index, out, lse)
+        out, lse = partial_attention(q.detach(), k.detach(), v.detach(), route, grid)
+        ctx.save_for_backward(q, k, v, route, out, lse)
         ctx.grid = grid
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, index, out, lse = (x.detach() for x in ctx.saved_tensors)
+        q, k, v, route, out, lse = (x.detach() for x in ctx.saved_tensors)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = attention_delta(out, dout)
         if dlse is not None:
             delta -= dlse
-        dq, dk, dv = partial_attention_backward(q, k, v, index, ctx.grid, dout=dout, lse=lse, delta=delta)
+        dq, dk, dv = partial_attention_backward(q, k, v, route, ctx.grid, dout=dout, lse=lse, delta=delta)
         return dq, dk, dv, None, None

@@ -27,14 +27,14 @@ Router = Callable[[Tensor, Tensor], Tensor]
 
 
 class AttentionState(Protocol):
-    """What earlier tokens left in a layer: see `decode.py`."""
+    """The state that earlier tokens left in a layer: see `decode.py`."""
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend new tokens, shaped as in `CoreAttention.forward`, to themselves and to all before."""
+        """Attend new tokens, shaped as in `CoreAttention.forward`, to themselves and to all tokens before them."""
 
 
 def route_rule(model: ModelConfig, layer: int) -> RouteRule:
-    """How block `layer` (from 0) chooses its regions, if its kind is bi_level."""
+    """Return how block `layer` (from 0) chooses its regions, if its kind is bi_level."""
     attention = model.attention
     return RouteRule(
         region_size=attention.region_size,
@@ -45,21 +45,22 @@ def route_rule(model: ModelConfig, layer: int) -> RouteRule:
         force_previous=attention.force_previous,
         attention_sink=attention.attention_sink,
         router=attention.router,
-        seed=layer + 1,  # of router=random: every layer draws its own routes
+        seed=layer + 1,  # for router=random: every layer draws other routes
         descriptors_per_region=attention.descriptors_per_region,
     )
 
 
 class CoreAttention(nn.Module):
-    """Attention of queries, keys and values as they come out of a layer's projections; no weights but the smearing's.
+    """Attention of queries, keys and values as they come out of a layer's projections.
 
-    It is handed queries and keys before RoPE, so that the route can be chosen from content alone.
+    Its only weights are those of key smearing. It gets queries and keys before RoPE, so that the route can depend on
+    content alone.
 
     Attributes:
         rule: how the route of a bi_level layer is chosen; None for other kinds. May be replaced at any time.
         router: chooses the route instead of `rule`, if set; the route must be as `route_query_blocks` gives it.
         on_route: called with every route that is chosen, if set; it must not change the route.
-        state: what earlier tokens left, if set: then the tokens of each call continue those of the calls before.
+        state: if set, what earlier tokens left; then the tokens of each call follow those of the calls before.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class CoreAttention(nn.Module):
             layer: the number of the block, from 0.
             num_kv_heads: key/value heads of this tensor rank.
             first_kv_head: the number of the first one among those of all tensor ranks.
-            shard: who has the rest of the sequences, where ranks share them.
+            shard: access to the rest of the sequences, where ranks share them.
         """
         super().__init__()
         self.model = model
@@ -99,7 +100,16 @@ class CoreAttention(nn.Module):
         return attention.region_size if self.kind == "sliding_window" else attention.query_block_size
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend q [B, H, S, D] to k and v [B, G, S, D], all before RoPE; returns [B, H, S, D]."""
+        """Attend queries to keys and values.
+
+        Args:
+            q: [B, H, S, D] this rank's tokens, before RoPE.
+            k: [B, G, S, D] the same.
+            v: [B, G, S, D].
+
+        Returns:
+            [B, H, S, D].
+        """
         if self.state is not None:
             return self.state.attend(self, q, k, v)
         if self.key_smear is not None:
@@ -114,14 +124,22 @@ class CoreAttention(nn.Module):
         return self._routed(rotated_q, rotated_k, v, route)
 
     def rotate(self, x: Tensor, first_token: int) -> Tensor:
-        """Apply RoPE to x [B, heads, S, D], the tokens from `first_token` on."""
+        """Apply RoPE.
+
+        Args:
+            x: [B, H, S, D] or [B, G, S, D].
+            first_token: the position of the first token.
+
+        Returns:
+            The same shape and dtype.
+        """
         return apply_rotary(x, *rotary_tables(x.shape[2], first_token, x.shape[3], self.model.rope_base, x.device))
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """Choose the regions of each query block, and tell `on_route`.
+        """Choose the regions of each query block, and pass them to `on_route`.
 
         Args:
-            q: [B, H, S, D] this rank's tokens, before or after RoPE as the configuration says.
+            q: [B, H, S, D] this rank's tokens, before or after RoPE, as configured.
             k: [B, G, S, D] the same, smeared.
 
         Returns:
@@ -143,7 +161,7 @@ class CoreAttention(nn.Module):
         return route
 
     def _routes_everything(self, q: Tensor) -> bool:
-        """Does every query see all regions (a causal one: all before its own)? Then dense attention is the same."""
+        """Return whether every query sees all regions (if causal, all up to its own): the same as dense attention."""
         length = q.shape[2] if self.shard is None else self.shard.sequence_length
         return self.rule is not None and self.router is None and self.rule.topk * self.rule.region_size >= length
 

@@ -1,11 +1,11 @@
-"""Attention of a few tokens at a time, with what earlier ones left: for generation.
+"""Attention of a few tokens at a time, with the state that earlier tokens left: for generation.
 
-A layer's state holds the keys and values of all tokens so far, the descriptors of the regions that are complete, and
-the keys of the one that is not. A causal query may choose only complete regions before its own, so decoding chooses
-what a forward pass over the whole sequence would, and attends the same tokens.
+The state of a layer holds the keys and values of all tokens so far, the descriptors of the complete regions, and the
+keys of the incomplete one. A causal query may choose only complete regions before its own, so decoding chooses the
+same regions as a forward pass over the whole sequence, and attends to the same tokens.
 
-Shapes: B sequences, H query heads, G key/value heads, D head size, T tokens so far, S new tokens, L tokens of a
-region, K slots of a route, n descriptors of a region.
+Shapes: B sequences, H query heads, G key/value heads, D head size, S new tokens, `length` tokens so far, L tokens of
+a region, K slots of a route, n descriptors of a region.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from biroute.model.attention.routing import key_descriptors, route_query_blocks
 
 @dataclass
 class DecodeState:
-    """What the tokens so far left in one layer."""
+    """The state of one layer after the tokens so far."""
 
-    keys: Tensor | None = None  # [B, G, T, D], smeared and rotated
-    values: Tensor | None = None  # [B, G, T, D]
-    last_key: Tensor | None = None  # [B, G, 1, D], before smearing: the next key takes it in
-    pending: Tensor | None = None  # [B, G, T % L, D], what descriptors are made of, of the incomplete region
-    descriptors: Tensor | None = None  # fp32 [B, G, T // L * n, D] of the complete regions
+    keys: Tensor | None = None  # [B, G, length, D], smeared and rotated
+    values: Tensor | None = None  # [B, G, length, D]
+    last_key: Tensor | None = None  # [B, G, 1, D], before smearing: needed to smear the next key
+    pending: Tensor | None = None  # [B, G, length % L, D] keys of the incomplete region, for its descriptors
+    descriptors: Tensor | None = None  # fp32 [B, G, length // L * n, D] of the complete regions
     block_route: Tensor | None = None  # int64 [B, G, 1, K] of the query block that is not complete
 
     @property
     def length(self) -> int:
-        """T, tokens so far."""
+        """Return the number of tokens so far."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     @torch.no_grad()
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend new tokens to themselves and to all before, and add them to the state.
+        """Attend new tokens to themselves and to all tokens before them, and add them to the state.
 
         Args:
             core: the layer's attention.
@@ -72,7 +72,7 @@ class DecodeState:
         return torch.cat(outs, 2)
 
     def _route(self, core: CoreAttention, q: Tensor, k: Tensor, start: int) -> Tensor:
-        """The route [B, G, 1, K] of the query block that the tokens from `start` on lie in; their keys are kept."""
+        """Return the route [B, G, 1, K] of the query block with the tokens from `start` on, and keep their keys."""
         if start % core.query_block_size == 0:
             self.block_route = self._choose(core, q, k, start)
             if core.on_route is not None:
@@ -82,14 +82,15 @@ class DecodeState:
         return self.block_route
 
     def _choose(self, core: CoreAttention, q: Tensor, k: Tensor, start: int) -> Tensor:
-        """Route the block that begins at `start`."""
+        """Choose the route of the block that begins at `start`."""
         attention = core.model.attention
         if core.rule is None:
             own = start // attention.region_size
             window = range(max(0, own - attention.topk + 1), own + 1)
             route = torch.tensor([*window, *[-1] * (attention.topk - len(window))], device=q.device)
             return route.expand(k.shape[0], k.shape[1], 1, -1)
-        # The own region is no candidate, so its descriptors are never looked at; a block's is its first query.
+        # The own region is not a candidate, so its descriptors are not used; the descriptor of a block is its first
+        # query.
         own_descriptors = k.new_zeros(*k.shape[:2], core.rule.descriptors_per_region, k.shape[3], dtype=torch.float32)
         return route_query_blocks(
             q[:, :, :1].expand(-1, -1, core.rule.query_block_size, -1),
@@ -100,7 +101,7 @@ class DecodeState:
         )
 
     def _keep(self, core: CoreAttention, k: Tensor) -> None:
-        """Add keys to the incomplete region; make descriptors of it once it is complete."""
+        """Add keys to the incomplete region, and compute its descriptors once it is complete."""
         if core.rule is None:
             return
         self.pending = _joined(self.pending, k)
@@ -120,15 +121,15 @@ class DecodeState:
         return scaled_dot_product_attention(q, self.keys, self.values, attn_mask=seen, enable_gqa=grouped)
 
     def _attend_route(self, core: CoreAttention, q: Tensor, route: Tensor, start: int) -> Tensor:
-        """q [B, H, S, D] of one block, from token `start` on -> [B, H, S, D] over the tokens of its route."""
+        """Attend q [B, H, S, D] of one block, from token `start` on, to the tokens of the route [B, G, 1, K]."""
         assert self.keys is not None and self.values is not None
         size, kv_heads = core.model.attention.region_size, route.shape[1]
         token = (route[:, :, 0, :, None] * size + torch.arange(size, device=q.device)).flatten(2)  # [B, G, K * L]
         query = torch.arange(start, start + q.shape[2], device=q.device)
         real = (route[:, :, 0] >= 0).repeat_interleave(size, 2)
         seen = (real[:, :, None] & (token[:, :, None] <= query[:, None])).repeat_interleave(q.shape[1] // kv_heads, 1)
-        place = token.clamp(0, self.length - 1)[..., None].expand(-1, -1, -1, q.shape[3])
-        k, v = self.keys.gather(2, place), self.values.gather(2, place)
+        position = token.clamp(0, self.length - 1)[..., None].expand(-1, -1, -1, q.shape[3])
+        k, v = self.keys.gather(2, position), self.values.gather(2, position)
         return scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != kv_heads)
 
 
@@ -137,6 +138,6 @@ def _joined(earlier: Tensor | None, new: Tensor) -> Tensor:
 
 
 def _blocks(first: int, count: int, size: int) -> list[tuple[int, int]]:
-    """Runs of the tokens first ... first + count - 1 that lie in one query block each."""
+    """Cut the tokens first ... first + count - 1 at the edges of query blocks: (start, end) of each part."""
     edges = sorted({first, first + count, *range(first - first % size + size, first + count, size)})
     return list(pairwise(edges))

@@ -4,7 +4,7 @@ To find what followed an earlier occurrence of a token, a query has to meet that
 smearing an earlier layer must first write it there; with it a lookup needs one layer, and the descriptor of a region
 knows the token that stands right before the region.
 
-Legend: B batch, G key/value heads, S tokens, D head size.
+Shapes: B sequences, G key/value heads, S tokens, D head size.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Routed attention of short sequences: PyTorch's own attention under a mask of the routed tokens.
 
-Below about a thousand tokens many small products of gathered regions cost more than a few whole ones whose masked
-part is thrown away. One key/value head of one sequence at a time, some query rows at a time, and the mask is built
-again in backward: no more memory than dense attention.
+Up to about a thousand tokens, many small products of gathered regions take longer than a few whole products of which
+the masked part is thrown away. One key/value head of one sequence is computed at a time, for some query rows at a
+time, and backward builds the mask again. So it needs no more memory than dense attention.
 
-Legend: B batch, H query heads, G key/value heads, r heads of a group, S tokens, C query tokens of a chunk, K keys
-that they may see, D head size, R regions, N query blocks.
+Shapes: B sequences, H query heads, G key/value heads, r query heads of a key/value head, S tokens (of a chunk: its
+queries, or the keys that they may see), D head size, R regions, N query blocks, K slots of a route.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from torch import Tensor
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.partial import accumulator, store
 
-# Sequences up to this long are always masked, none beyond the second.
+# Sequences up to the first length are always masked, those above the second never.
 MASKED_TOKENS, LARGEST_MASKED_TOKENS = 512, 4096
-# Few rows to a route: up to so many tokens for each of its k regions, gathering takes longer than dense attention.
+# Where few rows share a route: up to this many tokens of the sequence for each of the route's K slots, gathering
+# takes longer than dense attention.
 GATHERED_TOKENS = 100
-HEADS_AT_ONCE = 2  # in backward
-CHUNK_TOKENS = 128  # query tokens at once: enough for the product's full speed, few enough for a small mask
+HEADS_AT_ONCE = 2  # query heads that backward processes together
+CHUNK_TOKENS = 128  # query tokens of a chunk: enough for the product's full speed, few enough for a small mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def prefers_mask(num_tokens: int, region_size: int, rows: int, topk: int) -> bool:
-    """The rule of `path="auto"` on the CPU, for routes shared by `rows` query rows (r heads of Lq tokens).
+    """Decide whether masking is faster than gathering: the rule of `path="auto"` on the CPU.
 
-    Short sequences; routes that cover half of the sequence; routes of fewer rows than a region has keys if they have
-    many regions, each of which is gathered by itself.
+    It is for short sequences; for routes that cover half of the sequence; and for routes that few rows share and that
+    have many regions, because each of these is gathered separately.
+
+    Args:
+        num_tokens: S.
+        region_size: L.
+        rows: query rows that share a route (r heads of Lq tokens).
+        topk: K.
     """
     if num_tokens <= MASKED_TOKENS:
         return True
@@ -45,45 +52,45 @@ def prefers_mask(num_tokens: int, region_size: int, rows: int, topk: int) -> boo
 
 
 class MaskedAttention(torch.autograd.Function):
-    """(q [B, H, S, D], k, v [B, G, S, D], index [B, G, N, topk], grid) -> out [B, H, S, D]."""
+    """Attention of q [B, H, S, D] to k, v [B, G, S, D] over route [B, G, N, K]; gives [B, H, S, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for b, g, heads in _groups(q, k):
-            for part in _chunks(index[b, g], q, grid):
+            for part in _chunks(route[b, g], q, grid):
                 at = (slice(b, b + 1), heads, part.rows)
-                q_1rCD = q[at]
-                k_1rKD, v_1rKD = (_for_heads(x[b, g, : part.keys], q_1rCD) for x in (k, v))
-                out[at], lse[at] = _forward(q_1rCD, k_1rKD, v_1rKD, attn_mask=part.mask_CK, scale=grid.scale)
-        _clear_routeless(out, index, grid)
-        ctx.save_for_backward(q, k, v, index, out, lse)
+                q_1rSD = q[at]
+                k_1rSD, v_1rSD = (_for_heads(x[b, g, : part.keys], q_1rSD) for x in (k, v))
+                out[at], lse[at] = _forward(q_1rSD, k_1rSD, v_1rSD, attn_mask=part.mask_SS, scale=grid.scale)
+        _clear_unrouted(out, route, grid)
+        ctx.save_for_backward(q, k, v, route, out, lse)
         ctx.grid = grid
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, index, out, lse = ctx.saved_tensors
+        q, k, v, route, out, lse = ctx.saved_tensors
         grid = ctx.grid
-        if (index < 0).all(-1).any():
-            dout = _clear_routeless(dout.clone(), index, grid)
+        if (route < 0).all(-1).any():
+            dout = _clear_unrouted(dout.clone(), route, grid)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for b, g, heads in _groups(q, k):
-            # fp32 and more: sums over chunks and over the heads of a group would drift in bf16.
+            # At least fp32: in bf16, sums over chunks and over the query heads would lose precision.
             grads = (dk[b, g], dv[b, g])
             sums = [accumulator(x) for x in grads]
-            for part in _chunks(index[b, g], q, grid):
-                # A few heads at once: each has gradients of its own for all the keys.
+            for part in _chunks(route[b, g], q, grid):
+                # Only a few heads at once, because each one has gradients for all keys.
                 for first in range(heads.start, heads.stop, HEADS_AT_ONCE):
                     at = (slice(b, b + 1), slice(first, min(first + HEADS_AT_ONCE, heads.stop)), part.rows)
-                    k_1rKD, v_1rKD = (_for_heads(x[b, g, : part.keys], q[at]) for x in (k, v))
+                    k_1rSD, v_1rSD = (_for_heads(x[b, g, : part.keys], q[at]) for x in (k, v))
                     dq[at], *of_heads = _backward(
-                        dout[at], q[at], k_1rKD, v_1rKD, out[at], lse[at], 0.0, False,
-                        attn_mask=part.mask_CK, scale=grid.scale,
+                        dout[at], q[at], k_1rSD, v_1rSD, out[at], lse[at], 0.0, False,
+                        attn_mask=part.mask_SS, scale=grid.scale,
                     )  # fmt: skip
-                    for total_SD, x_1rKD in zip(sums, of_heads, strict=True):
-                        total_SD[: part.keys] += x_1rKD[0].sum(0, dtype=lse.dtype)
-                    del of_heads, x_1rKD  # before the next ones are made
+                    for total_SD, x_1rSD in zip(sums, of_heads, strict=True):
+                        total_SD[: part.keys] += x_1rSD[0].sum(0, dtype=lse.dtype)
+                    del of_heads, x_1rSD  # before the next ones are made
             for total_SD, x_SD in zip(sums, grads, strict=True):
                 store(total_SD, x_SD)
         return dq, dk, dv, None, None
@@ -92,46 +99,46 @@ class MaskedAttention(torch.autograd.Function):
 class _Chunk(NamedTuple):
     rows: slice  # of the query tokens
     keys: int  # the first so many keys, all that these rows may see
-    mask_CK: Tensor  # noqa: N815  additive: 0 where row c sees key k, else -inf
+    mask_SS: Tensor  # noqa: N815  [queries, keys], additive: 0 where the query sees the key, else -inf
 
 
-def _chunks(index_NT: Tensor, q: Tensor, grid: RegionGrid) -> Iterator[_Chunk]:
-    """The route of one key/value head, cut into runs of whole regions."""
+def _chunks(route_NK: Tensor, q: Tensor, grid: RegionGrid) -> Iterator[_Chunk]:
+    """Cut the queries of one key/value head into runs of whole regions, and make the mask of each."""
     num_tokens, size = q.shape[2], grid.region_size
     step = size * -(-CHUNK_TOKENS // size)
     num_regions = num_tokens // size
-    # One region more takes the empty slots.
-    routed_NR = torch.zeros(index_NT.shape[0], num_regions + 1, dtype=torch.bool, device=q.device)
-    routed_NR.scatter_(1, index_NT.masked_fill(index_NT < 0, num_regions), True)
+    # An additional column receives the empty slots.
+    routed_NR = torch.zeros(route_NK.shape[0], num_regions + 1, dtype=torch.bool, device=q.device)
+    routed_NR.scatter_(1, route_NK.masked_fill(route_NK < 0, num_regions), True)
     for first in range(0, num_tokens, step):
         last = min(first + step, num_tokens)
         keys = last if grid.causal else num_tokens
         blocks = slice(first // grid.query_block_size, last // grid.query_block_size)
-        visible_CR = routed_NR[blocks, : keys // size].repeat_interleave(grid.query_block_size, 0)
-        visible_CK = visible_CR.repeat_interleave(size, 1)
+        visible_SR = routed_NR[blocks, : keys // size].repeat_interleave(grid.query_block_size, 0)
+        visible_SS = visible_SR.repeat_interleave(size, 1)
         if grid.causal:
-            visible_CK.tril_(first)
-        visible_CK |= ~visible_CR.any(1, keepdim=True)  # softmax needs something; such rows are cleared afterwards
-        mask_CK = torch.zeros((), dtype=q.dtype, device=q.device).where(visible_CK, float("-inf"))
-        yield _Chunk(slice(first, last), keys, mask_CK)
+            visible_SS.tril_(first)
+        visible_SS |= ~visible_SR.any(1, keepdim=True)  # avoids NaN; these rows are set to 0 afterwards
+        mask_SS = torch.zeros((), dtype=q.dtype, device=q.device).where(visible_SS, float("-inf"))
+        yield _Chunk(slice(first, last), keys, mask_SS)
 
 
 def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """(sequence, key/value head, its query heads) of every pair."""
+    """Yield (sequence, key/value head, its query heads) for all key/value heads of all sequences."""
     rep = q.shape[1] // k.shape[1]
     for b, g in product(range(k.shape[0]), range(k.shape[1])):
         yield b, g, slice(g * rep, (g + 1) * rep)
 
 
-def _for_heads(x_KD: Tensor, q_1rCD: Tensor) -> Tensor:
-    """Keys or values of a group, shared by its query heads without a copy: [K, D] -> [1, r, K, D]."""
-    return x_KD.expand(1, q_1rCD.shape[1], -1, -1)
+def _for_heads(x_SD: Tensor, q_1rSD: Tensor) -> Tensor:
+    """Expand keys or values to the query heads that share them, without a copy: [S, D] -> [1, r, S, D]."""
+    return x_SD.expand(1, q_1rSD.shape[1], -1, -1)
 
 
-def _clear_routeless(x: Tensor, index: Tensor, grid: RegionGrid) -> Tensor:
-    """`x` [B, H, S, D] with the rows of queries without a route set to 0, in place."""
-    routeless_BGN = (index < 0).all(-1)
-    if routeless_BGN.any():
-        rows_BGS = routeless_BGN.repeat_interleave(grid.query_block_size, 2)
-        x.masked_fill_(rows_BGS.repeat_interleave(x.shape[1] // index.shape[1], 1)[..., None], 0.0)
+def _clear_unrouted(x: Tensor, route: Tensor, grid: RegionGrid) -> Tensor:
+    """Set the rows of x [B, H, S, D] whose query has no route to 0, in place, and return x."""
+    unrouted_BGN = (route < 0).all(-1)
+    if unrouted_BGN.any():
+        rows_BGS = unrouted_BGN.repeat_interleave(grid.query_block_size, 2)
+        x.masked_fill_(rows_BGS.repeat_interleave(x.shape[1] // route.shape[1], 1)[..., None], 0.0)
     return x

@@ -1,8 +1,7 @@
-"""The reference implementations of routing and attention: plain loops, a boolean mask, fp64. Obviously right, for
-tests only.
+"""Reference implementations of routing and attention, for tests only: plain loops, a boolean mask, fp64.
 
-Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, Lq query block
-size, Nq query blocks.
+Shapes: B sequences, H query heads, G key/value heads, r query heads of a key/value head, S tokens, D head size, L
+tokens of a region, R regions, Lq tokens of a query block, N query blocks, K slots of a route.
 """
 
 from __future__ import annotations
@@ -25,9 +24,21 @@ def route_regions(
     attention_sink: bool = False,
     descriptors_per_region: int = 1,
 ) -> Tensor:
-    """q [B, H, S, D], k [B, G, S, D] -> index int64 [B, G, S // Lq, topk], ascending, -1 = empty.
+    """Choose the regions of every query block.
 
     Affinities are compared in fp32, as in `biroute.model.attention.routing`.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, G, S, D].
+        region_size: L.
+        query_block_size: Lq.
+        topk: K.
+        causal, force_own, force_previous, attention_sink, descriptors_per_region: see `RouteRule`.
+
+    Returns:
+        The route, int64 [B, G, S // Lq, K], ascending, -1 = empty.
+
     Source: BiFormer (CVPR 2023, arXiv:2303.08810), MoBA (arXiv:2502.13189).
     """
     batch, num_heads, num_tokens, _ = q.shape
@@ -35,7 +46,7 @@ def route_regions(
     rep = num_heads // groups
     num_regions, num_blocks = num_tokens // region_size, num_tokens // query_block_size
     part = region_size // descriptors_per_region
-    index = torch.full((batch, groups, num_blocks, topk), -1, dtype=torch.int64)
+    route = torch.full((batch, groups, num_blocks, topk), -1, dtype=torch.int64)
     for b in range(batch):
         for g in range(groups):
             q_rSD = q[b, g * rep : (g + 1) * rep].double()
@@ -46,8 +57,8 @@ def route_regions(
             ]
             for i in range(num_blocks):
                 first = i * query_block_size
-                asked = q_rSD[:, first] if causal else q_rSD[:, first : first + query_block_size].mean(1)
-                query = asked.mean(0).float().double()
+                queries = q_rSD[:, first] if causal else q_rSD[:, first : first + query_block_size].mean(1)
+                query = queries.mean(0).float().double()
                 own = first // region_size
                 forced = {own} if force_own else set()
                 if force_previous and own > 0:
@@ -60,28 +71,47 @@ def route_regions(
                 }
                 candidates.sort(key=lambda j: (-affinity[j], j))
                 chosen = sorted(forced | set(candidates[: max(0, topk - len(forced))]))
-                index[b, g, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
-    return index
+                route[b, g, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
+    return route
 
 
-def smear_keys(k: Tensor, share: Tensor) -> Tensor:
-    """k_t + share * k_(t-1), token by token: k [B, G, S, D], share [G, D] -> fp64 [B, G, S, D]; differentiable."""
-    k, share = k.double(), share.double()
+def smear_keys(k: Tensor, smear_weight: Tensor) -> Tensor:
+    """Add to each key a fraction of the key before it, token by token; differentiable.
+
+    Args:
+        k: [B, G, S, D].
+        smear_weight: [G, D].
+
+    Returns:
+        k_t + smear_weight * k_(t-1), fp64 [B, G, S, D].
+    """
+    k, smear_weight = k.double(), smear_weight.double()
     tokens = [k[:, :, 0]]
     for t in range(1, k.shape[2]):
-        tokens.append(k[:, :, t] + share * k[:, :, t - 1])
+        tokens.append(k[:, :, t] + smear_weight * k[:, :, t - 1])
     return torch.stack(tokens, 2)
 
 
-def visibility(index: Tensor, *, num_tokens: int, region_size: int, query_block_size: int, causal: bool) -> Tensor:
-    """index [B, G, Nq, topk] -> bool [B, G, S, S]: may this query token see that key token?"""
-    batch, groups, num_blocks, _ = index.shape
+def visibility(route: Tensor, *, num_tokens: int, region_size: int, query_block_size: int, causal: bool) -> Tensor:
+    """Compute which key tokens each query token may see.
+
+    Args:
+        route: [B, G, N, K].
+        num_tokens: S.
+        region_size: L.
+        query_block_size: Lq.
+        causal: whether later tokens are masked.
+
+    Returns:
+        bool [B, G, S, S], queries by keys.
+    """
+    batch, groups, num_blocks, _ = route.shape
     visible = torch.zeros(batch, groups, num_tokens, num_tokens, dtype=torch.bool)
     for b in range(batch):
         for g in range(groups):
             for i in range(num_blocks):
                 queries = slice(i * query_block_size, (i + 1) * query_block_size)
-                for j in index[b, g, i].tolist():
+                for j in route[b, g, i].tolist():
                     if j >= 0:
                         visible[b, g, queries, j * region_size : (j + 1) * region_size] = True
     if causal:
@@ -93,27 +123,38 @@ def bi_level_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    index: Tensor,
+    route: Tensor,
     *,
     region_size: int,
     query_block_size: int,
     causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """q [B, H, S, D], k, v [B, G, S, D], index [B, G, S // Lq, topk] -> fp64 [B, H, S, D]; differentiable.
+    """Attend every query block to the regions of its route; differentiable.
 
-    A query that sees nothing gives 0.
+    Args:
+        q: [B, H, S, D].
+        k: [B, G, S, D].
+        v: [B, G, S, D].
+        route: [B, G, S // Lq, K].
+        region_size: L.
+        query_block_size: Lq.
+        causal: whether later tokens are masked.
+        scale: of the scores; left out: 1 / sqrt(D).
+
+    Returns:
+        fp64 [B, H, S, D]; 0 for a query that sees no key.
     """
     num_heads, num_tokens, head_size = q.shape[1:]
     rep = num_heads // k.shape[1]
     scale = head_size**-0.5 if scale is None else scale
     visible_BGSS = visibility(
-        index, num_tokens=num_tokens, region_size=region_size, query_block_size=query_block_size, causal=causal
+        route, num_tokens=num_tokens, region_size=region_size, query_block_size=query_block_size, causal=causal
     )
     visible_BHSS = visible_BGSS.repeat_interleave(rep, dim=1)
     k_BHSD = k.double().repeat_interleave(rep, dim=1)
     v_BHSD = v.double().repeat_interleave(rep, dim=1)
     score_BHSS = q.double() @ k_BHSD.transpose(2, 3) * scale
-    # A finite stand-in for -inf keeps the gradient of a query without keys at 0 instead of NaN.
+    # A finite value instead of -inf keeps the gradient of a query without keys at 0 instead of NaN.
     weight_BHSS = score_BHSS.masked_fill(~visible_BHSS, -1e300).softmax(-1).masked_fill(~visible_BHSS, 0.0)
     return weight_BHSS @ v_BHSD

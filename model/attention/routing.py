@@ -1,10 +1,11 @@
 """Level one: which regions each query block attends to.
 
-An index is int64 [B, G, Nq, topk]: the chosen regions of a query block in ascending order, then -1 for empty slots.
-So the last valid entry of a causal index is the own region, and the previous one, where it is routed, stands before.
+A route is int64 [B, G, N, K]: the chosen regions of each query block in ascending order, then -1 for empty slots. So
+the last valid entry of a causal route is the own region, and the previous region, if routed, comes before it.
 
-Legend: B batch, H query heads, G key/value heads, S tokens, D head size, L region size, R regions, Lq query block
-size, E descriptors (n of each region), Nq query blocks, C query blocks of one chunk, T topk slots.
+Shapes: B sequences, H query heads, G key/value heads, r query heads of a key/value head, S tokens, D head size, L
+tokens of a region, R regions, n descriptors of a region, Lq (suffix M) tokens of a query block, N query blocks (of
+the sequence, or of one chunk), K slots of a route.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ from torch import Tensor
 
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, Router, RouteRule
 
-# Bounds of the affinities computed at once: working memory is a fraction of the queries', whatever their number.
+# Bounds of the number of affinities in one chunk: the working memory is a fraction of the queries' memory.
 CHUNK_AFFINITIES = (1 << 14, 1 << 19)
-# Descriptors of a diverged model are clamped to this, so that affinities stay finite and every route stays legal.
+# Descriptors of a diverged model are clamped to this, so that affinities stay finite and every route stays valid.
 LARGEST_DESCRIPTOR = 1e15
 MASK32 = 0xFFFFFFFF
 
 
 def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1) -> Tensor:
-    """Mean key of each region, or of each of its n = `descriptors_per_region` equal parts.
+    """Compute the mean key of each region, or of each of the n equal parts of a region.
 
-    k [B, G, S, D] -> fp32 [B, G, R * n, D], region by region. Raises ValueError unless region_size divides S and n
-    region_size.
+    Args:
+        k: [B, G, S, D].
+        region_size: L.
+        descriptors_per_region: n.
+
+    Returns:
+        fp32 [B, G, R * n, D], region by region.
+
+    Raises:
+        ValueError: region_size does not divide S, or n does not divide region_size.
+
     Source: region-level keys of BiFormer (CVPR 2023, arXiv:2303.08810); block means of MoBA (arXiv:2502.13189).
     """
     num_tokens = k.shape[2]
@@ -34,30 +44,42 @@ def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1
     if region_size % descriptors_per_region:
         raise ValueError(f"descriptors_per_region={descriptors_per_region} does not divide region_size={region_size}")
     part_size = region_size // descriptors_per_region
-    # One sequence at a time: the mean works on an fp64 copy.
-    return torch.stack([_exact_mean(k_GrlD, (2,)) for k_GrlD in k.detach().unflatten(2, (-1, part_size))])
+    # One sequence at a time, because the mean makes a copy in fp64.
+    return torch.stack([_exact_mean(x, (2,)) for x in k.detach().unflatten(2, (-1, part_size))])
 
 
 def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: bool) -> Tensor:
-    """Mean over the heads of a group of what a query block asks for.
+    """Compute the query of each query block, averaged over the query heads of each key/value head.
 
-    q [B, H, S, D] -> fp32 [B, G, Nq, D]. Causal: the block's first token, the only one that all its tokens may
-    depend on. Bidirectional: the mean over the block, as in BiFormer (CVPR 2023, arXiv:2303.08810).
-    Raises ValueError unless groups divides H and query_block_size divides S.
+    Args:
+        q: [B, H, S, D].
+        groups: G.
+        query_block_size: Lq.
+        causal: take the query of the block's first token, the only token that all tokens of the block may see;
+            otherwise take the mean over the block, as in BiFormer.
+
+    Returns:
+        fp32 [B, G, N, D].
+
+    Raises:
+        ValueError: groups does not divide H, or query_block_size does not divide S.
+
+    Source: BiFormer (CVPR 2023, arXiv:2303.08810).
     """
     num_heads, num_tokens = q.shape[1:3]
     if num_heads % groups:
         raise ValueError(f"{groups} key/value heads do not divide {num_heads} query heads")
     if num_tokens % query_block_size:
         raise ValueError(f"query_block_size={query_block_size} does not divide the {num_tokens} tokens")
-    q_BGrNLD = q.detach().unflatten(1, (groups, -1)).unflatten(3, (-1, query_block_size))
+    q_BGrNMD = q.detach().unflatten(1, (groups, -1)).unflatten(3, (-1, query_block_size))
     if causal:
-        return _exact_mean(q_BGrNLD[:, :, :, :, 0], (2,))
-    return _exact_mean(q_BGrNLD, (2, 4))
+        return _exact_mean(q_BGrNMD[:, :, :, :, 0], (2,))
+    return _exact_mean(q_BGrNMD, (2, 4))
 
 
 def _exact_mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    # Summed in fp64 and rounded once: the same bits for every memory layout, so that a shard chooses like the whole.
+    # Summed in fp64 and rounded once: every memory layout gives the same bits, so a rank that holds a part of the
+    # sequence chooses the same regions as one process that holds all of it.
     mean = x.mean(dims, dtype=torch.float64).float()
     return mean.nan_to_num_(0.0).clamp_(-LARGEST_DESCRIPTOR, LARGEST_DESCRIPTOR)
 
@@ -78,10 +100,22 @@ def route_regions(
     seed: int = 0,
     descriptors_per_region: int = 1,
 ) -> Tensor:
-    """Route every query block of whole sequences; the choice carries no gradient.
+    """Choose the regions of every query block of whole sequences; the choice carries no gradient.
 
-    q [B, H, S, D], k [B, G, S, D] -> index int64 [B, G, S // Lq, topk], ascending, -1 = empty.
-    Raises ValueError for sizes that do not fit together.
+    Args:
+        q: [B, H, S, D].
+        k: [B, G, S, D].
+        region_size: L.
+        query_block_size: Lq.
+        topk: K.
+        causal, force_own, force_previous, attention_sink, router, seed, descriptors_per_region: see `RouteRule`.
+
+    Returns:
+        The route, int64 [B, G, S // Lq, K], ascending, -1 = empty.
+
+    Raises:
+        ValueError: sizes do not fit together.
+
     Source: BiFormer (CVPR 2023, arXiv:2303.08810) for blocks, MoBA (arXiv:2502.13189) for single tokens.
     """
     rule = RouteRule(
@@ -93,19 +127,29 @@ def route_regions(
 
 @torch.no_grad()
 def route_query_blocks(
-    q: Tensor, key_descriptors_BGED: Tensor, rule: RouteRule, *, first_token: int = 0, first_kv_head: int = 0
+    q: Tensor, descriptors: Tensor, rule: RouteRule, *, first_token: int = 0, first_kv_head: int = 0
 ) -> Tensor:
-    """Route the query blocks of a run of tokens against the descriptors of all regions.
+    """Choose the regions of the query blocks of consecutive tokens, given the descriptors of all regions.
 
-    q [B, H, S', D] are the tokens from `first_token` on, key_descriptors_BGED [B, G, R * n, D] those of the whole
-    sequence, n for each region: the affinity of a region is that of its nearest descriptor.
-    -> index int64 [B, G, S' // Lq, topk], the same bits as the rows of a whole run. `first_kv_head` is the number of
-    the first key/value head here (only the random router asks). Raises ValueError for a start inside a block.
+    Args:
+        q: [B, H, S, D] the tokens from `first_token` on.
+        descriptors: fp32 [B, G, R * n, D] `key_descriptors` of the whole sequence; the affinity of a region is the
+            largest of its n descriptors.
+        rule: how regions are chosen.
+        first_token: the position of the first token in the sequence.
+        first_kv_head: the number of the first key/value head here among those of all tensor ranks; used by the random
+            router only.
+
+    Returns:
+        The route, int64 [B, G, S // Lq, K], the same bits as those rows of the route of the whole sequence.
+
+    Raises:
+        ValueError: the tokens are not whole query blocks.
     """
     lq = rule.query_block_size
     if first_token % lq or q.shape[2] % lq:
         raise ValueError(f"first_token={first_token} and {q.shape[2]} tokens are not whole query blocks of {lq}")
-    batch, groups, num_descriptors, _ = key_descriptors_BGED.shape
+    batch, groups, num_descriptors, _ = descriptors.shape
     per_region = rule.descriptors_per_region
     num_regions = num_descriptors // per_region
     num_blocks = q.shape[2] // lq
@@ -114,83 +158,97 @@ def route_query_blocks(
 
         dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
         queries = query_descriptors(q, groups, lq, rule.causal)
-        return fused_route(queries, key_descriptors_BGED, rule, first_token=first_token, dtype=dtype)
-    keys_nBGDR = key_descriptors_BGED.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 4, 2)
+        return fused_route(queries, descriptors, rule, first_token=first_token, dtype=dtype)
+    keys_nBGDR = descriptors.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 4, 2)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
     chunk = max(1, affinities // (batch * groups * num_regions))
-    index_BGNT = q.new_full((batch, groups, num_blocks, rule.topk), -1, dtype=torch.int64)
+    route_BGNK = q.new_full((batch, groups, num_blocks, rule.topk), -1, dtype=torch.int64)
     for start in range(0, num_blocks, chunk):
-        queries_BGCD = query_descriptors(q[:, :, start * lq : (start + chunk) * lq], groups, lq, rule.causal)
-        block_C = torch.arange(queries_BGCD.shape[2], device=q.device) + (first_token // lq + start)
-        own_C = block_C * lq // rule.region_size
-        # Causal: regions after the chunk's last own one are no candidates for any of its blocks.
-        columns = int(own_C[-1]) + 1 if rule.causal else num_regions
+        queries_BGND = query_descriptors(q[:, :, start * lq : (start + chunk) * lq], groups, lq, rule.causal)
+        block_N = torch.arange(queries_BGND.shape[2], device=q.device) + (first_token // lq + start)
+        own_N = block_N * lq // rule.region_size
+        # Causal: no block of the chunk may choose a region after the own region of the chunk's last block.
+        columns = int(own_N[-1]) + 1 if rule.causal else num_regions
         if rule.router == "random":
             group_G = torch.arange(first_kv_head, first_kv_head + groups, device=q.device)
             region_R = torch.arange(columns, device=q.device)
-            affinity = random_affinity(rule.seed, group_G[:, None, None], block_C[:, None], region_R)
-            affinity_BGCR = affinity.expand(batch, -1, -1, -1)
+            affinity = random_affinity(rule.seed, group_G[:, None, None], block_N[:, None], region_R)
+            affinity_BGNR = affinity.expand(batch, -1, -1, -1)
         else:
-            affinity_BGCR = _affinities(queries_BGCD, keys_nBGDR[..., :columns])
-        index_BGNT[:, :, start : start + chunk] = select_regions(affinity_BGCR, own_C, rule)
-    return index_BGNT
+            affinity_BGNR = _affinities(queries_BGND, keys_nBGDR[..., :columns])
+        route_BGNK[:, :, start : start + chunk] = select_regions(affinity_BGNR, own_N, rule)
+    return route_BGNK
 
 
-def _affinities(queries_BGCD: Tensor, keys_nBGDR: Tensor) -> Tensor:
-    """fp32 [B, G, C, R]: the largest product with any of a region's n descriptors."""
-    # fp64 products rounded to fp32: equal affinities for every chunk shape (see _exact_mean). One descriptor of every
-    # region at a time: a maximum over many short rows takes longer than the products.
-    queries_BGCD = queries_BGCD.double()
-    best_BGCR = queries_BGCD @ keys_nBGDR[0]
+def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
+    """Return fp32 [B, G, N, R]: the largest product of a query with any of a region's n descriptors."""
+    # Products in fp64, rounded to fp32, are the same for every chunk shape (see `_exact_mean`). One descriptor of
+    # every region is taken at a time, because a maximum over many short rows takes longer than the products.
+    queries_BGND = queries_BGND.double()
+    best_BGNR = queries_BGND @ keys_nBGDR[0]
     for keys_BGDR in keys_nBGDR[1:]:
-        torch.maximum(best_BGCR, queries_BGCD @ keys_BGDR, out=best_BGCR)
-    return best_BGCR.float()
+        torch.maximum(best_BGNR, queries_BGND @ keys_BGDR, out=best_BGNR)
+    return best_BGNR.float()
 
 
-def select_regions(affinity_BGCR: Tensor, own_C: Tensor, rule: RouteRule) -> Tensor:
-    """The forced regions and the best candidates.
+def select_regions(affinity_BGNR: Tensor, own_N: Tensor, rule: RouteRule) -> Tensor:
+    """Choose the forced regions and the best candidates; of equal affinities, the lower region wins.
 
-    affinity fp32 [B, G, C, R'] (finite, regions 0 ... R' - 1), own int64 [C] -> index int64 [B, G, C, topk],
-    ascending, -1 = empty. Equal affinities: the lower region wins.
+    Args:
+        affinity_BGNR: fp32 [B, G, N, R], finite; R may leave out the last regions of the sequence.
+        own_N: int64 [N] the region that each query block lies in.
+        rule: how regions are chosen.
+
+    Returns:
+        The route, int64 [B, G, N, K], ascending, -1 = empty.
     """
-    num_regions = affinity_BGCR.shape[-1]
-    region_R = torch.arange(num_regions, device=own_C.device)
-    distance_CR = own_C[:, None] - region_R
-    bias_CR = torch.zeros_like(distance_CR, dtype=affinity_BGCR.dtype)
+    num_regions = affinity_BGNR.shape[-1]
+    region_R = torch.arange(num_regions, device=own_N.device)
+    distance_NR = own_N[:, None] - region_R
+    bias_NR = torch.zeros_like(distance_NR, dtype=affinity_BGNR.dtype)
     if rule.causal:
-        bias_CR.masked_fill_(distance_CR <= 0, -torch.inf)
+        bias_NR.masked_fill_(distance_NR <= 0, -torch.inf)
     if rule.force_own:
-        bias_CR.masked_fill_(distance_CR == 0, torch.inf)
+        bias_NR.masked_fill_(distance_NR == 0, torch.inf)
     if rule.force_previous:
-        bias_CR.masked_fill_(distance_CR == 1, torch.inf)
+        bias_NR.masked_fill_(distance_NR == 1, torch.inf)
     if rule.attention_sink:
-        bias_CR[:, 0] = torch.inf
+        bias_NR[:, 0] = torch.inf
     slots = min(rule.topk, num_regions)
-    index_BGCT = _top_regions(affinity_BGCR + bias_CR, slots)
+    route_BGNK = _top_regions(affinity_BGNR + bias_NR, slots)
     padding = rule.topk - slots
-    return torch.nn.functional.pad(index_BGCT, (0, padding), value=-1) if padding else index_BGCT
+    return torch.nn.functional.pad(route_BGNK, (0, padding), value=-1) if padding else route_BGNK
 
 
-def _top_regions(score_BGCR: Tensor, slots: int) -> Tensor:
-    """The best `slots` regions with a score above -inf, ascending; the lower region wins a tie."""
-    num_regions = score_BGCR.shape[-1]
-    value, index = score_BGCR.topk(min(slots + 1, num_regions), sorted=True)
+def _top_regions(score_BGNR: Tensor, slots: int) -> Tensor:
+    """Return the best `slots` regions with a score above -inf, ascending; the lower region wins a tie."""
+    num_regions = score_BGNR.shape[-1]
+    value, route = score_BGNR.topk(min(slots + 1, num_regions), sorted=True)
     if slots < num_regions:
-        # topk breaks ties as it likes, which matters only between the last one in and the first one out.
-        last_in, first_out = value[..., slots - 1], value[..., slots]
-        tied = (last_in == first_out) & (last_in > -torch.inf)
+        # topk breaks ties arbitrarily, which matters only between the last region chosen and the first one left out.
+        last_chosen, first_left_out = value[..., slots - 1], value[..., slots]
+        tied = (last_chosen == first_left_out) & (last_chosen > -torch.inf)
         if tied.any():
-            order = score_BGCR[tied].sort(dim=-1, descending=True, stable=True)
-            value[tied], index[tied] = order.values[:, : slots + 1], order.indices[:, : slots + 1]
-        value, index = value[..., :slots], index[..., :slots]
-    index = index.masked_fill(value == -torch.inf, num_regions).sort(dim=-1).values
-    return index.masked_fill_(index == num_regions, -1)
+            order = score_BGNR[tied].sort(dim=-1, descending=True, stable=True)
+            value[tied], route[tied] = order.values[:, : slots + 1], order.indices[:, : slots + 1]
+        value, route = value[..., :slots], route[..., :slots]
+    route = route.masked_fill(value == -torch.inf, num_regions).sort(dim=-1).values
+    return route.masked_fill_(route == num_regions, -1)
 
 
 def random_affinity(seed: int, group: Tensor, block: Tensor, region: Tensor) -> Tensor:
-    """Uniform fp32 scores in [0, 1) from a hash of (seed, group, query block, region): int64 tensors that broadcast.
+    """Compute uniform fp32 scores in [0, 1) from a hash of the arguments, which are broadcast.
 
-    A counter instead of a generator: the same scores in a shard, in a recomputation and in another order.
+    Unlike a generator, it gives the same scores in a part of the sequence, in a recomputation and in any order.
+
+    Args:
+        seed: any integer; its lowest 32 bits count.
+        group: int64, the number of the key/value head.
+        block: int64, the number of the query block.
+        region: int64, the number of the region.
+
+    Returns:
+        fp32, of the shape that the tensors broadcast to.
     """
     mixed = _scramble(torch.full_like(group, seed & MASK32))
     for counter in (group, block, region):
@@ -199,7 +257,7 @@ def random_affinity(seed: int, group: Tensor, block: Tensor, region: Tensor) -> 
 
 
 def _scramble(x: Tensor) -> Tensor:
-    # A bijection on 32 bits: xor-shifts and odd multipliers, each product kept below 2^63.
+    # A bijection on 32 bits: xor-shifts and odd multipliers; each product stays below 2^63.
     x = x & MASK32
     for shift, multiplier in ((16, 0x45D9F3B), (15, 0x2C1B3C6D)):
         x = ((x ^ (x >> shift)) * multiplier) & MASK32
@@ -220,12 +278,28 @@ def sliding_window_route(
     sequence_length: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The route of `kind: sliding_window`: a window of topk regions.
+    """Return the route of `kind: sliding_window`: a window of K regions.
 
-    Causal: the own region and the topk - 1 before it. Bidirectional: a window around the own region (one more before
-    than after if topk is even), moved inwards at the ends so that it keeps topk regions.
-    -> index int64 [B, G, num_tokens // Lq, topk], ascending, -1 = empty, for the tokens from `first_token` on of a
-    sequence of `sequence_length` (left out: of num_tokens). Raises ValueError for sizes that do not fit together.
+    Causal: the own region and the K - 1 before it. Bidirectional: a window around the own region (with one more
+    region before than after it if K is even), moved inwards at the ends of the sequence so that it keeps K regions.
+
+    Args:
+        batch: B.
+        kv_heads: G.
+        num_tokens: tokens to route, from `first_token` on.
+        region_size: L.
+        query_block_size: Lq.
+        topk: K.
+        causal: which window.
+        first_token: the position of the first token in the sequence.
+        sequence_length: tokens of the sequence; left out: num_tokens.
+        device: of the result.
+
+    Returns:
+        int64 [B, G, num_tokens // Lq, K], ascending, -1 = empty.
+
+    Raises:
+        ValueError: sizes do not fit together.
     """
     RouteRule(region_size, query_block_size, topk, causal, force_previous=False)
     total = num_tokens if sequence_length is None else sequence_length
@@ -243,6 +317,6 @@ def sliding_window_route(
     else:
         start_N = (own_N - topk // 2).clamp(min=0, max=max(0, num_regions - topk))
         last_N = (start_N + topk - 1).clamp(max=num_regions - 1)
-    index_NT = start_N[:, None] + torch.arange(topk, device=device)
-    index_NT = index_NT.masked_fill(index_NT > last_N[:, None], -1)
-    return index_NT.expand(batch, kv_heads, -1, -1)
+    route_NK = start_N[:, None] + torch.arange(topk, device=device)
+    route_NK = route_NK.masked_fill(route_NK > last_N[:, None], -1)
+    return route_NK.expand(batch, kv_heads, -1, -1)

@@ -1,4 +1,4 @@
-"""How the regions of a query block are chosen, as one value."""
+"""The rule by which the regions of a query block are chosen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ MOST_REGIONS_OF_KERNEL = 16384
 
 @dataclass(frozen=True)
 class RouteRule:
-    """How regions are chosen. Raises ValueError for sizes that do not fit together."""
+    """How regions are chosen.
+
+    Attributes:
+        region_size: L.
+        query_block_size: Lq.
+        topk: K, the slots of a route.
+        causal: whether a block may choose only its own region and earlier ones.
+        force_own: whether the region that contains the block is always chosen.
+        force_previous: whether the region before that one is always chosen.
+        attention_sink: whether region 0 is always chosen.
+        router: what ranks the other regions: "affinity", or "random" scores as a baseline.
+        seed: of the random router.
+        descriptors_per_region: n.
+
+    Raises:
+        ValueError: sizes do not fit together.
+    """
 
     region_size: int
     query_block_size: int

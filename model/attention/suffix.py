@@ -1,6 +1,6 @@
-"""Dense attention of the last tokens of a sequence over all of it: what one rank of a sharded sequence computes.
+"""Dense attention of the last tokens of a sequence over all of it: what a context-parallel rank computes.
 
-Legend: B batch, H query heads, G key/value heads, r heads of a group, S' query tokens, K key tokens, D head size.
+Shapes: B sequences, H query heads, G key/value heads, S query tokens, Sk key tokens, D head size.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def suffix_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """q [B, H, S', D], k, v [B, G, K, D] -> [B, H, S', D]; if causal, q are the last S' of the K tokens.
+    """Attend the last S of Sk tokens to all tokens (causal), or any S queries to Sk keys (not causal).
 
-    On CUDA PyTorch's own attention with a lower-right causal mask; on the CPU, where that would materialise the mask,
-    two of its flash attentions (the earlier keys, and the own ones under the triangle) merged by log-sum-exp.
+    On CUDA this is PyTorch's own attention with a lower-right causal mask. On the CPU, where that would materialise
+    the mask, the results of two flash attentions are merged by log-sum-exp: over the earlier keys, and over the
+    queries' own keys with a causal mask.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, G, Sk, D].
+        v: [B, G, Sk, D].
+        causal: whether later tokens are masked.
+
+    Returns:
+        [B, H, S, D].
     """
     grouped = q.shape[1] != k.shape[1]
     if not causal or q.shape[2] == k.shape[2]:
@@ -37,9 +47,9 @@ class _SuffixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs, lses = [], []
-        for keys, triangle in _parts(q, k):
+        for keys, is_causal in _parts(q, k):
             k_part, v_part = (_for_heads(x[:, :, keys], q) for x in (k, v))
-            out, lse = _forward(q, k_part, v_part, 0.0, triangle)
+            out, lse = _forward(q, k_part, v_part, 0.0, is_causal)
             outs.append(out)
             lses.append(lse)
         merged, lse = merge_partials(outs, lses)
@@ -52,10 +62,10 @@ class _SuffixAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq = torch.zeros_like(q, dtype=lse.dtype)
         dks, dvs = [], []
-        for keys, triangle in _parts(q, k):
+        for keys, is_causal in _parts(q, k):
             k_part, v_part = (_for_heads(x[:, :, keys], q) for x in (k, v))
-            # Given the output and log-sum-exp over all keys, this gives the share of these keys.
-            dq_part, dk, dv = _backward(dout, q, k_part, v_part, out, lse, 0.0, triangle)
+            # Given the output and log-sum-exp over all keys, this is what these keys contribute to the gradients.
+            dq_part, dk, dv = _backward(dout, q, k_part, v_part, out, lse, 0.0, is_causal)
             dq += dq_part
             dks.append(_sum_heads(dk, k))
             dvs.append(_sum_heads(dv, v))
@@ -63,14 +73,14 @@ class _SuffixAttention(torch.autograd.Function):
 
 
 def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, bool]]:
-    """The earlier keys, and the queries' own ones with True: those under the causal triangle."""
+    """Return the earlier keys, with False, and the queries' own keys, with True: these need a causal mask."""
     earlier = k.shape[2] - q.shape[2]
     return [(slice(0, earlier), False), (slice(earlier, k.shape[2]), True)]
 
 
-def _for_heads(x_BGKD: Tensor, q: Tensor) -> Tensor:
-    return x_BGKD.repeat_interleave(q.shape[1] // x_BGKD.shape[1], 1)
+def _for_heads(x_BGSD: Tensor, q: Tensor) -> Tensor:
+    return x_BGSD.repeat_interleave(q.shape[1] // x_BGSD.shape[1], 1)
 
 
-def _sum_heads(dx_BHKD: Tensor, x_BGKD: Tensor) -> Tensor:
-    return dx_BHKD.unflatten(1, (x_BGKD.shape[1], -1)).sum(2, dtype=torch.promote_types(dx_BHKD.dtype, torch.float32))
+def _sum_heads(dx_BHSD: Tensor, x_BGSD: Tensor) -> Tensor:
+    return dx_BHSD.unflatten(1, (x_BGSD.shape[1], -1)).sum(2, dtype=torch.promote_types(dx_BHSD.dtype, torch.float32))

@@ -236,21 +236,21 @@ def _routed(x: _Inputs, setting: Setting, path: AttentionPath) -> list[float]:
         "query_block_size": setting.query_block_size,
         "causal": True,
     }
-    route: dict[str, Any] = {"topk": setting.topk, "descriptors_per_region": setting.descriptors_per_region}
+    routing: dict[str, Any] = {"topk": setting.topk, "descriptors_per_region": setting.descriptors_per_region}
     return _timed(
-        lambda: route_regions(x.q, x.k, **route, **sizes),
-        lambda index: bi_level_attention(x.q, x.k, x.v, index, path=path, **sizes),
+        lambda: route_regions(x.q, x.k, **routing, **sizes),
+        lambda route: bi_level_attention(x.q, x.k, x.v, route, path=path, **sizes),
         x,
     )
 
 
-def _timed(route: Callable[[], Any], forward: Callable[[Any], Tensor], x: _Inputs) -> list[float]:
+def _timed(choose_route: Callable[[], Any], forward: Callable[[Any], Tensor], x: _Inputs) -> list[float]:
     """Return the seconds of routing, forward and backward."""
     now = _clock()[1]
     marks = [now()]
-    index = route()
+    route = choose_route()
     marks.append(now())
-    out = forward(index)
+    out = forward(route)
     marks.append(now())
     torch.autograd.grad(out, (x.q, x.k, x.v), x.dout)
     marks.append(now())

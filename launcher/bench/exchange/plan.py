@@ -1,6 +1,6 @@
 """Compute from routes of whole sequences the bytes that region ranks would move, by each way and by other methods.
 
-Legend: B sequences, G key/value heads, N query blocks, T slots of a route, P region ranks.
+Legend: B sequences, G key/value heads, N query blocks, K slots of a route, P region ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from biroute.parallel.region.plan import (
 WAYS: tuple[Way, ...] = get_args(Way)
 
 
-Routes = dict[int, Tensor]  # layer -> int64 [B, G, N, T] of whole sequences
+Routes = dict[int, Tensor]  # layer -> int64 [B, G, N, K] of whole sequences
 
 
 def planned_rows(

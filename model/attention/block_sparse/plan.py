@@ -8,7 +8,7 @@ A block with many query rows is a tile of its own, and then everything is shared
 Everything here has a size that shapes alone decide, so that the host never waits for the device.
 
 Shapes: Z = B * G key/value heads of all sequences, N query blocks, K slots of a route, R regions, T tiles of a
-sequence, E = blocks of a tile * K pairs of a tile.
+sequence, W regions that a tile may share, U = blocks of a tile * K pairs of a tile.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Blocking:
 class TilePlan:
     """The shared regions of each tile and the scattered pairs of a route."""
 
-    listed: Tensor  # int32 [Z, T, U]: the shared regions of a tile, ascending; only the first `counts` of them count
-    members: Tensor  # int32 [Z, T, U]: bit i is set if block i of the tile chose the region
+    listed: Tensor  # int32 [Z, T, W]: the shared regions of a tile, ascending; only the first `counts` of them count
+    members: Tensor  # int32 [Z, T, W]: bit i is set if block i of the tile chose the region
     counts: Tensor  # int32 [Z, T]
     scattered: Tensor  # bool [Z, N, K]: the pair is attended region by region
 
@@ -105,10 +105,10 @@ def plan_tiles(route: Tensor, num_regions: int, sizes: Blocking) -> TilePlan:
 
 
 def _shared_of_tiles(
-    pairs_ZTE: Tensor, num_regions: int, slots: int, shared_from: int, width: int
+    pairs_ZTU: Tensor, num_regions: int, slots: int, shared_from: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Regions chosen `shared_from` times in a tile, their members and number, and which pairs are in none of them."""
-    region, order = pairs_ZTE.sort(dim=-1)
+    region, order = pairs_ZTU.sort(dim=-1)
     starts = torch.ones_like(region, dtype=torch.bool)
     starts[..., 1:] = region[..., 1:] != region[..., :-1]
     # A run of equal regions is long enough if the pair `shared_from` - 1 places after its start is still of it.

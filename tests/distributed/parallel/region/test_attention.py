@@ -43,13 +43,13 @@ def single(case: Case, in_fp64: bool = False) -> tuple[Tensor, ...]:
     q, k, v, dout = (x.double() if in_fp64 else x for x in inputs(case))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     if case.kind == "dense":
-        index, out = torch.empty(0), dense_attention(q, k, v, causal=case.causal)
+        route, out = torch.empty(0), dense_attention(q, k, v, causal=case.causal)
     else:
-        index = whole_route(case, q, k)
+        route = whole_route(case, q, k)
         out = bi_level_attention(
-            q, k, v, index, region_size=case.region_size, query_block_size=case.query_block_size, causal=case.causal
+            q, k, v, route, region_size=case.region_size, query_block_size=case.query_block_size, causal=case.causal
         )
-    return index, out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+    return route, out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
 def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
@@ -68,19 +68,19 @@ def sharded(case: Case, seed: int = 0) -> dict[str, Any]:
     shard = RegionShard(layout, Transport(group), case.way)
     q, k, v, dout = (x.chunk(case.ranks, 2)[group.rank()].clone() for x in inputs(case, seed))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    index = torch.empty(0)
+    route = torch.empty(0)
     if case.kind == "dense":
         out = shard.dense_attention(q, k, v, causal=case.causal, layer=0)
     else:
-        index = shard_route(case, shard, q, k)
+        route = shard_route(case, shard, q, k)
         grid = RegionGrid(case.region_size, case.query_block_size, case.causal, q.shape[3] ** -0.5)
-        out = shard.routed_attention(q, k, v, index, grid, 0)
+        out = shard.routed_attention(q, k, v, route, grid, 0)
     log = shard.transport.log
     payload = [sum(int(log.received[0, kind].sum()) for kind in ("keys", "results") if (0, kind) in log.received)]
     payload += [sum(int(log.sent[0, kind].sum()) for kind in ("queries",) if (0, kind) in log.sent)]
     gradients = torch.autograd.grad(out, (q, k, v), dout)
     return {
-        "values": (index, out.detach(), *gradients),
+        "values": (route, out.detach(), *gradients),
         "payload": sum(payload),
         "planned": log.planned[0],
         "baselines": log.baselines[0],
@@ -149,10 +149,10 @@ def name_of(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_shards_equal_one_process(case: Case, ranks: Ranks) -> None:
     answers = ranks(case.ranks).run(sharded_job, case)
-    index, *found = gathered(answers) if case.kind != "dense" else [None, *gathered_dense(answers)]
-    expected_index, *expected = single(case)
-    if index is not None:
-        assert torch.equal(index, expected_index)
+    route, *found = gathered(answers) if case.kind != "dense" else [None, *gathered_dense(answers)]
+    expected_route, *expected = single(case)
+    if route is not None:
+        assert torch.equal(route, expected_route)
     for name, got, want in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         assert (got - want).norm() / want.norm() < 1e-5, name
     for answer in answers:
@@ -185,7 +185,7 @@ def test_the_way_changes_no_bit(case: Case, ranks: Ranks) -> None:
     ways = [gathered(ranks(case.ranks).run(sharded_job, Case(**{**vars(case), "way": w}))) for w in ("fetch", "ship")]
     different = {
         name: float((fetched - shipped).abs().max())
-        for name, fetched, shipped in zip(("index", "out", "dq", "dk", "dv"), *ways, strict=True)
+        for name, fetched, shipped in zip(("route", "out", "dq", "dk", "dv"), *ways, strict=True)
         if not torch.equal(fetched, shipped)
     }
     assert not different
@@ -287,10 +287,10 @@ def events_job(case: Case) -> list[str]:
     def watched(name: str) -> Any:
         compute = getattr(region_attention, name)
 
-        def call(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: RegionGrid, **options: Any) -> Any:
+        def call(q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid, **options: Any) -> Any:
             if grid.same_tokens:
                 events.append("own regions")
-            return compute(q, k, v, index, grid, **options)
+            return compute(q, k, v, route, grid, **options)
 
         return patch.object(region_attention, name, call)
 

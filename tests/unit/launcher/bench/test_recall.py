@@ -109,9 +109,9 @@ def test_the_mask_computes_bi_level_attention(region_size: int, query_block_size
     q = torch.randn(2, 4, 64, 8, requires_grad=True)
     k, v = (torch.randn(2, 2, 64, 8, requires_grad=True) for _ in range(2))
     sizes = {"region_size": region_size, "query_block_size": query_block_size}
-    index = route_regions(q, k, topk=topk, causal=True, **sizes)
-    masked = masked_attention(q, k, v, index, **sizes)
-    product = bi_level_attention(q, k, v, index, causal=True, **sizes)
+    route = route_regions(q, k, topk=topk, causal=True, **sizes)
+    masked = masked_attention(q, k, v, route, **sizes)
+    product = bi_level_attention(q, k, v, route, causal=True, **sizes)
     torch.testing.assert_close(masked, product, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(masked)
     for mine, theirs in zip(

@@ -71,11 +71,11 @@ def attention_cases(draw: st.DrawFn, causal: bool | None = None) -> tuple[tuple[
 @given(attention_cases(), st.sampled_from(PATHS), st.sampled_from([1, 16, 1 << 14]))
 def test_values_and_gradients_equal_the_reference(case, path: str, chunk: int) -> None:
     (q, k, v), sizes, rule = case
-    index = route_regions(q, k, **sizes, **rule)
-    expected = reference.bi_level_attention(q, k, v, index, **sizes)
+    route = route_regions(q, k, **sizes, **rule)
+    expected = reference.bi_level_attention(q, k, v, route, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partial, "CHUNK_ELEMENTS", (chunk, chunk))
-        out = bi_level_attention(q, k, v, index, path=path, **sizes)
+        out = bi_level_attention(q, k, v, route, path=path, **sizes)
         assert out.shape == q.shape
         # Logits of several hundred, as at scale 6, carry fp32 rounding of their own into the exponential.
         tolerance = 1e-5 * max(1.0, float(q.detach().abs().max() * k.detach().abs().max()) / 10)
@@ -99,9 +99,9 @@ def test_values_and_gradients_equal_the_reference(case, path: str, chunk: int) -
 def test_larger_shapes_equal_the_reference(path, block, region_size, heads, groups, topk, causal) -> None:
     q, k, v = tensors(1, heads, groups, 256, 16)
     sizes = {"region_size": region_size, "query_block_size": block, "causal": causal}
-    index = route_regions(q, k, topk=topk, **sizes)
-    expected = reference.bi_level_attention(q, k, v, index, **sizes)
-    assert_equal_to(bi_level_attention(q, k, v, index, path=path, **sizes), expected, (q, k, v))
+    route = route_regions(q, k, topk=topk, **sizes)
+    expected = reference.bi_level_attention(q, k, v, route, **sizes)
+    assert_equal_to(bi_level_attention(q, k, v, route, path=path, **sizes), expected, (q, k, v))
 
 
 @settings(max_examples=25, deadline=None)
@@ -111,9 +111,9 @@ def test_all_regions_are_dense_attention(case, path: str) -> None:
     if q.detach().abs().max() > 8:  # SDPA itself is not good to 1e-5 at such logits
         q, k, v = (x.detach().div(6).requires_grad_() for x in (q, k, v))
     topk = rule.pop("topk") + k.shape[2] // sizes["region_size"]
-    index = route_regions(q, k, topk=topk, **sizes, **rule)
+    route = route_regions(q, k, topk=topk, **sizes, **rule)
     expected = dense_attention(q, k, v, causal=sizes["causal"])
-    assert_equal_to(bi_level_attention(q, k, v, index, path=path, **sizes), expected, (q, k, v))
+    assert_equal_to(bi_level_attention(q, k, v, route, path=path, **sizes), expected, (q, k, v))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, path: str, sizes: dict, rule: dict) -> Tensor:
@@ -176,8 +176,8 @@ def test_a_mean_query_in_a_causal_model_leaks() -> None:
     def mean_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries = routing.query_descriptors(q, 1, 8, causal=False)
         affinity = queries @ routing.key_descriptors(k, 8).transpose(2, 3)
-        index = routing.select_regions(affinity, torch.arange(8), rule)
-        return bi_level_attention(q, k, v, index, **sizes)
+        route = routing.select_regions(affinity, torch.arange(8), rule)
+        return bi_level_attention(q, k, v, route, **sizes)
 
     before, leaks, honest = mean_query_attention(q, k, v), 0, attend(q, k, v, "auto", sizes, {"topk": 3})
     for after in range(33, 62):
@@ -212,14 +212,14 @@ def test_bidirectional_regions_are_biformer(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_query_without_a_route_gives_zero(path: str) -> None:
     q, k, v = tensors(1, 2, 1, 16, 4)
-    index = torch.tensor([[0, 3], [-1, -1], [2, -1], [1, 2]])[None, None]
+    route = torch.tensor([[0, 3], [-1, -1], [2, -1], [1, 2]])[None, None]
     sizes = {"region_size": 4, "query_block_size": 4, "causal": False}
-    out, lse = bi_level_attention(q, k, v, index, path=path, return_lse=True, **sizes)
+    out, lse = bi_level_attention(q, k, v, route, path=path, return_lse=True, **sizes)
     assert not out[:, :, 4:8].any()
     assert (lse[:, :, 4:8] == -torch.inf).all()
-    expected = reference.bi_level_attention(q, k, v, index, **sizes)
+    expected = reference.bi_level_attention(q, k, v, route, **sizes)
     assert_equal_to(out, expected, (q, k, v))
-    nothing = bi_level_attention(q, k, v, torch.full_like(index, -1), path=path, **sizes)
+    nothing = bi_level_attention(q, k, v, torch.full_like(route, -1), path=path, **sizes)
     assert not nothing.any()
     assert not any(gradient.any() for gradient in gradients(nothing, (q, k, v)))
 
@@ -228,9 +228,9 @@ def test_a_query_without_a_route_gives_zero(path: str) -> None:
 def test_log_sum_exp_and_its_gradient(path: str) -> None:
     q, k, v = tensors(1, 4, 2, 32, 8)
     sizes = {"region_size": 4, "query_block_size": 2, "causal": True}
-    index = route_regions(q, k, topk=4, **sizes)
-    _, lse = bi_level_attention(q, k, v, index, path=path, return_lse=True, **sizes)
-    visible = reference.visibility(index, num_tokens=32, **sizes).repeat_interleave(2, 1)
+    route = route_regions(q, k, topk=4, **sizes)
+    _, lse = bi_level_attention(q, k, v, route, path=path, return_lse=True, **sizes)
+    visible = reference.visibility(route, num_tokens=32, **sizes).repeat_interleave(2, 1)
     score = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
     expected = score.masked_fill(~visible, -torch.inf).logsumexp(-1)
     assert lse.dtype == torch.float32
@@ -244,15 +244,15 @@ def test_parts_of_the_keys_merge_to_the_whole(path: str) -> None:
     """What sharded regions do: my own regions, fetched regions, and my queries shipped to their owner."""
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 64, 8))
     whole = {"region_size": 4, "query_block_size": 2, "causal": True}
-    index = route_regions(q, k, topk=6, **whole)
-    out, lse = partial_attention(q, k, v, index, RegionGrid(**whole, scale=0.3))
+    route = route_regions(q, k, topk=6, **whole)
+    out, lse = partial_attention(q, k, v, route, RegionGrid(**whole, scale=0.3))
     dout = torch.randn_like(out)
     delta = attention_delta(out, dout)
 
     def place(first: int, last: int) -> Tensor:
         """Regions first ... last - 1 by their place among them; all others -1."""
-        inside = (index >= first) & (index < last)
-        return (index - first).masked_fill(~inside, -1).sort(-1).values[:, :, 16:]
+        inside = (route >= first) & (route < last)
+        return (route - first).masked_fill(~inside, -1).sort(-1).values[:, :, 16:]
 
     mine = slice(32, 64)  # tokens of the second of two ranks: regions 8 ... 15, query blocks 16 ... 31
     grid = RegionGrid(4, 2, True, 0.3, path)
@@ -270,7 +270,7 @@ def test_parts_of_the_keys_merge_to_the_whole(path: str) -> None:
     only_mine = torch.zeros_like(dout)
     only_mine[:, :, mine] = dout[:, :, mine]
     want = partial.partial_attention_backward(
-        q, k, v, index, RegionGrid(**whole, scale=0.3), dout=only_mine, lse=lse, delta=attention_delta(out, only_mine)
+        q, k, v, route, RegionGrid(**whole, scale=0.3), dout=only_mine, lse=lse, delta=attention_delta(out, only_mine)
     )
     share = {"dout": dout[:, :, mine], "lse": lse[:, :, mine], "delta": delta[:, :, mine]}
     grads = [partial.partial_attention_backward(q[:, :, mine], *part, **share) for part in parts]
@@ -331,10 +331,10 @@ def test_bf16_error_is_at_most_twice_that_of_sdpa(path: str, block: int, topk: i
     inputs = tuple(x.detach().bfloat16().requires_grad_() for x in tensors(1, 4, 2, 256, 32))
     exact_inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
     sizes = {"region_size": 16, "query_block_size": block, "causal": True}
-    index = route_regions(*inputs[:2], topk=topk, **sizes)
-    exact = reference.bi_level_attention(*exact_inputs, index, **sizes)
-    out = bi_level_attention(*inputs, index, path=path, **sizes)
-    visible = reference.visibility(index, num_tokens=256, **sizes).repeat_interleave(2, 1)
+    route = route_regions(*inputs[:2], topk=topk, **sizes)
+    exact = reference.bi_level_attention(*exact_inputs, route, **sizes)
+    out = bi_level_attention(*inputs, route, path=path, **sizes)
+    visible = reference.visibility(route, num_tokens=256, **sizes).repeat_interleave(2, 1)
     sdpa = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=visible, enable_gqa=True)
     assert out.dtype == torch.bfloat16
     want = (exact, *gradients(exact, exact_inputs))
@@ -351,10 +351,10 @@ def test_huge_logits_neither_overflow_nor_vanish(path: str, factor: float) -> No
     k[:, :, 9] = q[:, :1, 40] * factor
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     sizes = {"region_size": 4, "query_block_size": 1, "causal": True}
-    index = route_regions(q, k, topk=6, **sizes)
-    out = bi_level_attention(q, k, v, index, path=path, **sizes)
-    expected = reference.bi_level_attention(q, k, v, index, **sizes)
-    assert 2 in index[0, 0, 40]
+    route = route_regions(q, k, topk=6, **sizes)
+    out = bi_level_attention(q, k, v, route, path=path, **sizes)
+    expected = reference.bi_level_attention(q, k, v, route, **sizes)
+    assert 2 in route[0, 0, 40]
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     for got, want in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * factor)
@@ -375,17 +375,17 @@ def test_strided_inputs_and_fp64() -> None:
     q, k, v = (x.detach().double() for x in tensors(2, 4, 2, 32, 8))
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
     sizes = {"region_size": 8, "query_block_size": 2, "causal": True}
-    index = route_regions(q, k, topk=3, **sizes)
+    route = route_regions(q, k, topk=3, **sizes)
     for path in PATHS:
-        out = bi_level_attention(q, k, v, index, path=path, **sizes)
-        expected = reference.bi_level_attention(q, k, v, index, **sizes)
+        out = bi_level_attention(q, k, v, route, path=path, **sizes)
+        expected = reference.bi_level_attention(q, k, v, route, **sizes)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         for got, want in zip(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("index", "message"),
+    ("route", "message"),
     [
         ([[0, -1], [0, 1], [2, 1], [2, 3]], "not ascending"),
         ([[0, -1], [0, 1], [1, 1], [2, 3]], "not ascending"),
@@ -394,19 +394,19 @@ def test_strided_inputs_and_fp64() -> None:
         ([[0, -1], [0, 1], [1, 2]], "is not"),
     ],
 )
-def test_an_index_that_makes_no_sense_is_refused(index: list[list[int]], message: str) -> None:
+def test_a_route_that_makes_no_sense_is_refused(route: list[list[int]], message: str) -> None:
     q, k, v = tensors(1, 2, 1, 16, 4)
     with pytest.raises(ValueError, match=message):
-        bi_level_attention(q, k, v, torch.tensor(index)[None, None], region_size=4, query_block_size=4, causal=True)
+        bi_level_attention(q, k, v, torch.tensor(route)[None, None], region_size=4, query_block_size=4, causal=True)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     q, k, v = tensors(1, 3, 2, 16, 4)
-    index = torch.zeros(1, 2, 4, 1, dtype=torch.int64)
+    route = torch.zeros(1, 2, 4, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="shapes do not fit"):
-        bi_level_attention(q, k, v, index, region_size=4, query_block_size=4, causal=False)
+        bi_level_attention(q, k, v, route, region_size=4, query_block_size=4, causal=False)
     with pytest.raises(ValueError, match="do not divide"):
-        bi_level_attention(q[:, :2], k, v, index, region_size=5, query_block_size=5, causal=False)
+        bi_level_attention(q[:, :2], k, v, route, region_size=5, query_block_size=5, causal=False)
 
 
 @pytest.mark.parametrize("path", [*PATHS, "masked"])

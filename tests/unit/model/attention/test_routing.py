@@ -39,22 +39,22 @@ def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
 @given(route_cases())
 def test_route_equals_plain_loops(case: tuple[Tensor, Tensor, dict]) -> None:
     q, k, kwargs = case
-    index = route_regions(q, k, **kwargs)
-    assert index.dtype == torch.int64
-    assert torch.equal(index, reference.route_regions(q, k, **kwargs))
+    route = route_regions(q, k, **kwargs)
+    assert route.dtype == torch.int64
+    assert torch.equal(route, reference.route_regions(q, k, **kwargs))
 
 
 @settings(max_examples=40, deadline=None)
 @given(route_cases(), st.sampled_from(["affinity", "random"]))
 def test_route_holds_what_is_forced_and_nothing_from_the_future(case, router: str) -> None:
     q, k, kwargs = case
-    index = route_regions(q, k, router=router, seed=5, **kwargs)
+    route = route_regions(q, k, router=router, seed=5, **kwargs)
     num_regions = k.shape[2] // kwargs["region_size"]
-    for i, routes in enumerate(index.transpose(0, 2).flatten(1, 2)):
+    for i, rows in enumerate(route.transpose(0, 2).flatten(1, 2)):
         own = i * kwargs["query_block_size"] // kwargs["region_size"]
-        for route in routes.tolist():
-            chosen = [j for j in route if j >= 0]
-            assert route == sorted(set(chosen)) + [-1] * (len(route) - len(chosen))
+        for row in rows.tolist():
+            chosen = [j for j in row if j >= 0]
+            assert row == sorted(set(chosen)) + [-1] * (len(row) - len(chosen))
             available = set(range(own + 1 if kwargs["causal"] else num_regions))
             forced = {own} if kwargs["force_own"] else set()
             forced |= {own - 1} if kwargs["force_previous"] and own else set()
@@ -72,16 +72,16 @@ def test_exact_ties_go_to_the_lower_region(causal: bool) -> None:
     k = k.repeat_interleave(region_size, 0)[None, None]
     q = torch.randn(1, 2, num_regions * region_size, 16, generator=torch.Generator().manual_seed(2))
     kwargs = {"region_size": region_size, "query_block_size": 2, "topk": topk, "causal": causal}
-    index = route_regions(q, k, **kwargs)
-    assert torch.equal(index, reference.route_regions(q, k, **kwargs))
+    route = route_regions(q, k, **kwargs)
+    assert torch.equal(route, reference.route_regions(q, k, **kwargs))
 
 
 def test_all_equal_affinities_choose_the_first_regions() -> None:
-    index = route_regions(
+    route = route_regions(
         torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4), region_size=4, query_block_size=4, topk=5, causal=True
     )
-    assert index[0, 0, 10].tolist() == [0, 1, 2, 9, 10]
-    assert index[0, 0, 2].tolist() == [0, 1, 2, -1, -1]
+    assert route[0, 0, 10].tolist() == [0, 1, 2, 9, 10]
+    assert route[0, 0, 2].tolist() == [0, 1, 2, -1, -1]
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -132,13 +132,13 @@ def test_random_route_depends_on_each_counter_and_looks_uniform() -> None:
         "force_own": False,
         "force_previous": False,
     }
-    index = route_regions(q, k, router="random", seed=0, **kwargs)
-    assert torch.equal(index, route_regions(q + 1, k - 1, router="random", seed=0, **kwargs))
-    assert torch.equal(index[0], index[1])
-    assert not torch.equal(index[:, 0], index[:, 1])
-    assert not torch.equal(index[:, :, :1], index[:, :, 1:2])
-    assert not torch.equal(index, route_regions(q, k, router="random", seed=1, **kwargs))
-    count = torch.bincount(index[0].flatten(), minlength=64).double()
+    route = route_regions(q, k, router="random", seed=0, **kwargs)
+    assert torch.equal(route, route_regions(q + 1, k - 1, router="random", seed=0, **kwargs))
+    assert torch.equal(route[0], route[1])
+    assert not torch.equal(route[:, 0], route[:, 1])
+    assert not torch.equal(route[:, :, :1], route[:, :, 1:2])
+    assert not torch.equal(route, route_regions(q, k, router="random", seed=1, **kwargs))
+    count = torch.bincount(route[0].flatten(), minlength=64).double()
     # 64 regions, 256 hits expected in each, standard deviation below 16: five of them.
     assert (count - 256).abs().max() < 80
 
@@ -177,11 +177,11 @@ def test_choice_carries_no_gradient() -> None:
 def test_a_diverged_model_still_gets_a_legal_route() -> None:
     q, k = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 64, 4)
     q[0, 0, 20:], k[0, 0, 7], k[0, 0, 30] = torch.nan, torch.inf, 1e38
-    index = route_regions(q, k, region_size=4, query_block_size=1, topk=3, causal=True)
+    route = route_regions(q, k, region_size=4, query_block_size=1, topk=3, causal=True)
     own = torch.arange(64) // 4
-    assert (index == own[:, None]).any(-1).all()
-    assert index.max() <= 15
-    assert ((index >= 0).sum(-1) == (own + 1).clamp(max=3)).all()
+    assert (route == own[:, None]).any(-1).all()
+    assert route.max() <= 15
+    assert ((route >= 0).sum(-1) == (own + 1).clamp(max=3)).all()
 
 
 def test_sliding_window_route() -> None:

@@ -45,8 +45,8 @@ def test_the_cheaper_way_by_plain_loops(ranks: int, per_rank: int, topk: int, se
     for plan in plans_of(layout, topk, seed, "auto"):
         expected = torch.zeros(ranks, dtype=torch.int64)
         for owner in range(ranks):
-            for route_NT in shards[plan.rank].flatten(0, 1):
-                chosen = [[r for r in row if r >= 0 and r // per_rank == owner] for row in route_NT.tolist()]
+            for route_NK in shards[plan.rank].flatten(0, 1):
+                chosen = [[r for r in row if r >= 0 and r // per_rank == owner] for row in route_NK.tolist()]
                 if owner == plan.rank:
                     continue
                 fetch = len({region for row in chosen for region in row}) * COSTS.region
@@ -98,8 +98,8 @@ def test_slots_name_what_was_chosen() -> None:
             slots = plan.transfers.pair_slots[pair]
             key = (transfer.group, int(plan.pair_block[pair]))
             found.setdefault(key, set()).update(requested[slots[slots >= 0]].tolist())
-    for group, route_NT in enumerate(route.flatten(0, 1).tolist()):
-        for block, row in enumerate(route_NT):
+    for group, route_NK in enumerate(route.flatten(0, 1).tolist()):
+        for block, row in enumerate(route_NK):
             assert found.get((group, block), set()) == {r for r in row if 0 <= r < 9}
 
 
