@@ -1,14 +1,14 @@
-"""What the ranks of an attempt leave for whoever asks why it ended. No torch.
+"""Records that the ranks of an attempt write, and why it ended according to them. No torch.
 
     <run>/logs/attempt-0001/
         rank-00003.log              what the rank printed
-        ranks/rank-00003.json       its heartbeat: where it last was, written every now and then
+        ranks/rank-00003.json       its heartbeat: last known step and activity
         failures/rank-00003.json    the exception, or the hang, that ended it
-        preflight/<host>.json       what the check of the node found
-        stopped.json                training stopped because it was asked to, state saved
+        preflight/<host>.json       findings of the node check
+        stopped.json                the signal that stopped training, and the step that was saved
 
-A rank that dies takes its peers along: within milliseconds they fail because their connection to it closed. So the
-cause is the earliest failure that isn't such a consequence; if all are, it's a rank that recorded nothing.
+When a rank dies, its peers fail within milliseconds, because their connections to it close. So the cause is the
+earliest failure that is not such a consequence; if all of them are, it is a rank that recorded nothing.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _RecordType = TypeVar("_RecordType")
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a rank. `kind`: a bug, a usage error, a lost connection to another rank, a hang."""
+    """What ended a rank. `kind`: an internal error, a usage error, a lost connection to another rank, or a hang."""
 
     rank: int
     host: str
     time: float  # Unix seconds
-    step: int  # last step that the rank has begun
+    step: int  # last step that the rank completed
     kind: Kind
     error: str
     traceback: str = ""
@@ -61,7 +61,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank last was."""
+    """Last known step and activity of a rank."""
 
     rank: int
     host: str
@@ -73,22 +73,22 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class End:
-    """How an attempt ended, as far as its records tell."""
+    """How an attempt ended, as far as its records show."""
 
     status: int
     cause: str
-    step: int | None = None  # the last that it is known to have reached
-    crash: bool = False  # it counts towards the limits on restarts
+    step: int | None = None  # last step that it is known to have reached
+    crash: bool = False  # whether it counts towards the limits on restarts
     excluded: tuple[str, ...] = ()  # nodes that must not be used again
 
 
 def log_file(logs: Path, rank: int) -> Path:
-    """What a rank printed."""
+    """Return the file for the output of a rank."""
     return logs / f"rank-{rank:05d}.log"
 
 
 def record_failure(logs: Path, rank: int, step: int, error: Exception) -> None:
-    """Write down the exception that ends this rank. Never raises: there may be no disk left."""
+    """Record the exception that ends this rank. Never raises, as the disk may be gone."""
     kind: Kind = "error"
     if isinstance(error, UsageError):
         kind = "user"
@@ -100,7 +100,7 @@ def record_failure(logs: Path, rank: int, step: int, error: Exception) -> None:
 
 
 def write_failure(logs: Path, failure: Failure) -> None:
-    """The first failure of a rank stays. Never raises."""
+    """Record a failure, unless the rank has already recorded one. Never raises."""
     path = logs / "failures" / f"rank-{failure.rank:05d}.json"
     with contextlib.suppress(OSError):
         if not path.exists():
@@ -108,28 +108,32 @@ def write_failure(logs: Path, failure: Failure) -> None:
 
 
 def write_heartbeat(logs: Path, heartbeat: Heartbeat) -> None:
-    """Raises OSError."""
+    """Record a rank's heartbeat.
+
+    Raises:
+        OSError: the write failed.
+    """
     _write(logs / "ranks" / f"rank-{heartbeat.rank:05d}.json", asdict(heartbeat))
 
 
 def record_stop(logs: Path, step: int | None, signal_name: str) -> None:
-    """Training stopped after `step` because of a signal; None: before its first one. Never raises."""
+    """Record that a signal stopped training after `step`; None: before the first step. Never raises."""
     with contextlib.suppress(OSError):
         _write(logs / "stopped.json", {"step": step, "signal": signal_name})
 
 
 def read_failures(logs: Path) -> list[Failure]:
-    """Earliest first."""
+    """Read the failures of all ranks, earliest first."""
     return sorted(_read_all(logs / "failures", Failure), key=lambda failure: failure.time)
 
 
 def read_heartbeats(logs: Path) -> list[Heartbeat]:
-    """By rank."""
+    """Read the heartbeats of all ranks, sorted by rank."""
     return sorted(_read_all(logs / "ranks", Heartbeat), key=lambda heartbeat: heartbeat.rank)
 
 
 def last_step(logs: Path) -> int | None:
-    """The last step that any rank is known to have reached."""
+    """Return the last step that any rank is known to have reached; None before the first."""
     steps = [heartbeat.step for heartbeat in read_heartbeats(logs)] + [
         failure.step for failure in read_failures(logs)
     ]
@@ -137,19 +141,19 @@ def last_step(logs: Path) -> int | None:
 
 
 def first_failure(logs: Path) -> Failure | None:
-    """The failure that caused the others: the earliest that is no mere consequence, else the earliest."""
+    """Return the failure that caused the others: the earliest that is not a consequence, or else the earliest."""
     failures = read_failures(logs)
     return next((failure for failure in failures if failure.kind != "peer"), failures[0] if failures else None)
 
 
 def silent_ranks(logs: Path) -> list[Heartbeat]:
-    """Ranks that were there and left no failure."""
+    """Return the heartbeats of those ranks that recorded no failure."""
     told = {failure.rank for failure in read_failures(logs)}
     return [heartbeat for heartbeat in read_heartbeats(logs) if heartbeat.rank not in told]
 
 
 def bad_nodes(logs: Path) -> dict[str, list[str]]:
-    """Host -> what the preflight found wrong there."""
+    """Return host -> problems that the preflight found there, for hosts with problems."""
     found: dict[str, list[str]] = {}
     for path in sorted((logs / PREFLIGHT).glob("*.json")):
         record = _read(path)
@@ -159,7 +163,7 @@ def bad_nodes(logs: Path) -> dict[str, list[str]]:
 
 
 def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
-    """Why an attempt ended with `status`; `signal_name` is what the job itself received (USR1), if anything."""
+    """Explain why an attempt ended with `status`; `signal_name` is the signal that the job received, if any."""
     signal_name = f"SIG{signal_name.removeprefix('SIG')}" if signal_name else ""
     step = last_step(logs)
     stopped = _read(logs / "stopped.json")
@@ -176,7 +180,7 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
         return End(status, f"preflight: {cause}", step, crash=True, excluded=tuple(nodes))
     first = first_failure(logs)
     if status == EXIT_USAGE_ERROR:
-        return End(status, first.error if first is not None else "a fault in the configuration or data", step)
+        return End(status, first.error if first is not None else "an error in the configuration or data", step)
     if first is not None and first.kind != "peer":
         return End(status, str(first), first.step, crash=True)
     if signal_name and first is None:
@@ -185,7 +189,7 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
 
 
 def tell_first_failure(logs: Path) -> str:
-    """The first failure with its traceback and the last lines of that rank's log, for people; "" if there is none."""
+    """Describe the first failure for people, with its traceback or the last lines of a log; "" if there is none."""
     first = first_failure(logs)
     silent = silent_ranks(logs)
     if first is None or (first.kind == "peer" and silent):
@@ -200,7 +204,7 @@ def tell_first_failure(logs: Path) -> str:
 
 
 def tail_of_log(logs: Path, rank: int) -> str:
-    """The last lines that a rank printed; "" if it has no log."""
+    """Return the last lines that a rank printed; "" if it has no log."""
     path = log_file(logs, rank)
     if not path.exists():
         return ""
@@ -209,7 +213,7 @@ def tail_of_log(logs: Path, rank: int) -> str:
 
 
 def ending(status: int) -> str:
-    """`ended by SIGKILL` or `exited with status 1`, for the statuses of Popen and of a shell."""
+    """Describe an exit status of Popen or a shell: `ended by SIGKILL` or `exited with status 1`."""
     number = -status if status < 0 else status - 128
     with contextlib.suppress(ValueError):
         if number > 0:
@@ -218,7 +222,7 @@ def ending(status: int) -> str:
 
 
 def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
-    """`rank 3 on n2` or `ranks 0, 1, 2, 3 and 12 more`."""
+    """List ranks with their hosts, such as `rank 3 on n2` or `ranks 0 on n0, 1 on n0 and 12 more`."""
     if len(heartbeats) == 1:
         return f"rank {heartbeats[0].rank} on {heartbeats[0].host}"
     named = ", ".join(f"{heartbeat.rank} on {heartbeat.host}" for heartbeat in heartbeats[:_RANKS_NAMED])
@@ -229,9 +233,9 @@ def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
 def _without_a_word(logs: Path, status: int, first: Failure | None) -> str:
     silent = silent_ranks(logs)
     if not silent:
-        return f"it {ending(status)} before any rank said where it was"
+        return f"it {ending(status)} before any rank wrote a heartbeat"
     last = f"last seen at step {max(heartbeat.step for heartbeat in silent)}"
-    killed = f"{name_ranks(silent)} ended without recording anything, as SIGKILL or a lost node do ({last}"
+    killed = f"{name_ranks(silent)} ended without recording anything, as after SIGKILL or the loss of a node ({last}"
     if first is None:
         return f"{killed}); the job {ending(status)}"
     return f"{killed}); the others lost their connection to it"
@@ -243,7 +247,7 @@ def _brief(text: str) -> str:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, ensure_ascii=False).encode(), durable=False)
 

@@ -1,11 +1,12 @@
-"""The attempts of a run: who owns the run folder, how each attempt ended, and whether another one follows. No torch.
+"""The attempt journal and the fencing token of a run, and the decision whether another attempt follows. No torch.
 
     <run>/attempts.jsonl           one line when an attempt begins, one when it ends; only ever appended to
     <run>/attempt                  the fencing token: number of the attempt that owns the folder
     <run>/logs/attempt-0001/       what its ranks wrote
 
-A rank on a node that the scheduler has given up may train on for minutes while the next attempt runs elsewhere. It
-may write nothing into the folder any more: whoever writes compares its own number with the fence first.
+A rank on a node that the scheduler has given up may continue training for minutes while the next attempt runs
+elsewhere. It must not write into the folder any more, so every writer first compares its number with the fencing
+token.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from biroute.launcher.attempts.run_files import CANCELLED, FENCING_TOKEN, JOURNA
 
 CANCELLED_MARK = Path(SUBMISSION) / CANCELLED
 NO_END = "no end recorded: its node was lost or the job killed"
-ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # the number, for ranks whose launcher has begun the attempt
-_LOCK_SECONDS = 10.0  # a lost node may hold the lock for ever
+ATTEMPT_VARIABLE = "BIROUTE_ATTEMPT"  # its number, for ranks whose launcher has begun the attempt
+_LOCK_SECONDS = 10.0  # a lost node may hold the lock forever
 
 Decision = Literal["requeue", "stop", "finished"]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run. `ended` and what follows are None until it ends; times are Unix seconds."""
+    """One start of a run. `ended` and the fields after it are set when it ends; times are Unix seconds."""
 
     number: int
     began: float
@@ -48,14 +49,14 @@ class Attempt:
     status: int | None = None
     cause: str = ""
     step: int | None = None  # last step that it is known to have reached
-    crash: bool = False  # it counts towards the limits on restarts
-    decision: Decision | None = None  # None: a run without scheduler is started again by its user
+    crash: bool = False  # whether it counts towards the limits on restarts
+    decision: Decision | None = None  # None without a scheduler: the user starts the run again
     excluded: tuple[str, ...] = ()  # nodes that must not be used again
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on restarting after crashes of one job, and whether to restart at all; fields of section slurm."""
+    """Limits on restarts after crashes of one job, and whether to restart at all; fields of section slurm."""
 
     max_restarts: int
     max_crashes_at_same_step: int
@@ -63,7 +64,11 @@ class Limits:
 
 
 def make_run_dir(path: Path) -> None:
-    """Create the run folder. Raises UsageError if it can't be written."""
+    """Create the run folder.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -80,10 +85,13 @@ def begin_attempt(
     job: str | None = None,
     restart: int = 0,
 ) -> int:
-    """Take over the run folder; the new attempt's number. What earlier attempts write from now on is refused.
+    """Take over the run folder: from now on, writes of earlier attempts are refused.
+
+    Returns:
+        The number of the new attempt.
 
     Raises:
-        UsageError: the folder can't be written.
+        UsageError: the folder cannot be written.
     """
     try:
         with folder_lock(run_dir):
@@ -104,7 +112,7 @@ def begin_attempt(
 
 
 def given_attempt() -> int | None:
-    """The attempt that this rank's launcher has begun; None if it knows of none, as torchrun doesn't.
+    """Return the attempt that this rank's launcher has begun; None if it begins none, such as torchrun.
 
     Raises:
         UsageError: the variable is not a number.
@@ -116,9 +124,12 @@ def given_attempt() -> int | None:
 
 
 def end_attempt(run_dir: Path, number: int, end: End, limits: Limits | None) -> tuple[Decision | None, str]:
-    """Record how attempt `number` ended; whether the job is to be queued again, and why not, in words.
+    """Record how attempt `number` ended, unless its end is already recorded.
 
-    `limits` is None where no scheduler could start the run again. The first end recorded stands.
+    `limits` is None where no scheduler could start the run again.
+
+    Returns:
+        The decision whether the job is queued again (None without `limits`), and its reason in words.
     """
     with folder_lock(run_dir):
         owner = fencing_token_of(run_dir)
@@ -139,7 +150,11 @@ def end_attempt(run_dir: Path, number: int, end: End, limits: Limits | None) -> 
 
 
 def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Limits) -> tuple[Decision, str]:
-    """Is the job to be queued again after `end`? `earlier` are the attempts of the same job before it."""
+    """Decide whether the job is queued again after `end`; `earlier` are the previous attempts of the same job.
+
+    Returns:
+        The decision, and its reason in words.
+    """
     if end.status == EXIT_OK:
         return "finished", "the run is at its last step"
     if cancelled:
@@ -149,28 +164,28 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
     if not limits.requeue:
         return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` continues it"
     if end.status == EXIT_STOPPED or not end.crash:
-        return "requeue", f"{end.cause}; the next attempt goes on from there"
+        return "requeue", f"{end.cause}; the next attempt resumes from there"
     crashes = [attempt for attempt in earlier if attempt.crash]
     same_step = 1 + sum(attempt.step == end.step for attempt in crashes)
-    if same_step >= limits.max_crashes_at_same_step and not end.excluded:  # without the bad nodes it's another job
+    if same_step >= limits.max_crashes_at_same_step and not end.excluded:  # without these nodes it may work
         where = "before the first step" if end.step is None else f"after step {end.step}"
         return "stop", (
             f"crash loop: {same_step} attempts ended {where} (slurm.max_crashes_at_same_step="
-            f"{limits.max_crashes_at_same_step}), the last one by {end.cause}; put it right, then `biroute resume`"
+            f"{limits.max_crashes_at_same_step}), last cause: {end.cause}; put it right, then `biroute resume`"
         )
     if len(crashes) >= limits.max_restarts:
         return "stop", (
-            f"{len(crashes) + 1} attempts crashed, the last one by {end.cause}; slurm.max_restarts="
+            f"{len(crashes) + 1} attempts crashed, last cause: {end.cause}; slurm.max_restarts="
             f"{limits.max_restarts} allows no further one; put it right, then `biroute resume`"
         )
     return "requeue", f"crash {len(crashes) + 1} of at most {limits.max_restarts + 1}: {end.cause}"
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts in order; empty if there was none. Damaged lines are passed over.
+    """Read all attempts in order; empty if there are none. Damaged lines are skipped.
 
     Raises:
-        OSError: the journal is there and can't be read.
+        OSError: the journal exists and cannot be read.
     """
     attempts: dict[int, Attempt] = {}
     for record in _records(run_dir / JOURNAL):
@@ -180,12 +195,16 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 
 def excluded_nodes(run_dir: Path, job: str | None) -> list[str]:
-    """Nodes that attempts of `job` found bad."""
+    """Return the nodes that attempts of `job` found to be bad."""
     return sorted({node for attempt in read_attempts(run_dir) if attempt.job == job for node in attempt.excluded})
 
 
 def fencing_token_of(run_dir: Path) -> int:
-    """Number of the attempt that owns the folder; 0 if none does."""
+    """Read the fencing token: the number of the attempt that owns the folder, or 0 if none does.
+
+    Raises:
+        UsageError: the token is not a number.
+    """
     try:
         return int((run_dir / FENCING_TOKEN).read_text(encoding="ascii"))
     except FileNotFoundError:
@@ -202,14 +221,18 @@ class FencingToken:
     attempt: int
 
     def holds(self) -> bool:
-        """May this attempt still write? True as long as the answer can't be read: the write will fail by itself."""
+        """Return whether this attempt may write; also True if the token is unreadable: the write itself will fail."""
         try:
             return fencing_token_of(self.run_dir) <= self.attempt
         except (OSError, UsageError):
             return True
 
     def check(self) -> None:
-        """Raises FencedError if another attempt owns the folder."""
+        """Check that this attempt may still write.
+
+        Raises:
+            FencedError: another attempt owns the folder.
+        """
         if not self.holds():
             raise FencedError(
                 f"attempt {self.attempt} no longer owns {self.run_dir}: attempt {fencing_token_of(self.run_dir)} "
@@ -218,7 +241,7 @@ class FencingToken:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """The folder's lock around a change that must not overlap with the next attempt's begin.
+        """Hold the folder's lock around a change that must not overlap with the start of the next attempt.
 
         Raises:
             FencedError: another attempt owns the folder.
@@ -229,9 +252,9 @@ class FencingToken:
 
 
 def folder_lock(run_dir: Path) -> AbstractContextManager[None]:
-    """One process at a time changes fencing_token, journal or the list of checkpoints.
+    """Let only one process at a time change the fencing token, the journal or the list of checkpoints.
 
-    After some seconds it goes on without: a frozen holder must not stop the next attempt.
+    After some seconds the caller continues without the lock: a frozen holder must not block the next attempt.
     """
     return file_lock(run_dir / f".{FENCING_TOKEN}.lock", _LOCK_SECONDS)
 

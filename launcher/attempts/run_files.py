@@ -1,11 +1,11 @@
-"""The names of all files in a run folder. Nobody else spells them out.
+"""The names of all files in a run folder, defined only here.
 
 <run_dir>/
     config.yaml                     the resolved configuration of the newest attempt
     attempts.jsonl                  attempt journal: how each attempt began and ended
     attempt                         fencing token: the number of the attempt that owns the folder
     metrics.jsonl                   metrics log: every point, whether MLflow has it or not
-    tracking_state.json             how far the uploader came
+    tracking_state.json             how far the uploader has got
     loss_curve.png
     checkpoints/step-00000200/
     logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
@@ -34,15 +34,15 @@ CANCELLED = "cancelled"  # in the submission
 
 
 def log_dir(run_dir: Path, attempt: int) -> Path:
-    """The folder of an attempt's logs."""
+    """Return the folder of an attempt's logs."""
     return run_dir / LOGS / f"attempt-{attempt:04d}"
 
 
 def frozen_config(run_dir: Path, attempt: int) -> Path:
-    """The resolved configuration that the ranks of an attempt read."""
+    """Return the file of the resolved configuration that the ranks of an attempt read."""
     return log_dir(run_dir, attempt) / CONFIG
 
 
 def warnings_file(logs: Path, rank: int) -> Path:
-    """Where a rank keeps what libraries warn of; there only if they do."""
+    """Return the file for the library warnings of a rank; it exists only if there are any."""
     return logs / f"warnings-{rank:05d}.log"

@@ -1,9 +1,9 @@
-"""Watches one rank: shows where it is, notices when nothing moves any more, and tells who is missing where. No torch.
+"""The watchdog of one rank: writes its heartbeat, detects a hang, and names the rank that is missing. No torch.
 
-A thread writes the rank's *heartbeat* into the attempt's logs. When the rank has reached nothing new within the
-limit, it dumps all stacks into its log, writes down in which collective it waits, reads what the others wrote, names
-the rank that is not there and ends the process: a hang ends the attempt, and the next resumes from
-the newest checkpoint.
+A thread writes the rank's heartbeat into the attempt's logs. When the rank has made no progress within the limit, the
+thread dumps all stacks into the rank's log, records in which collective it waits, reads the reports of the others,
+names the rank that is missing and ends the process. So a hang ends the attempt, and the next one resumes from the
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from biroute.launcher.attempts.failures import (
 )
 
 _SHORTEST_TICK, _LONGEST_TICK = 0.2, 15.0
-_RANK_0_TICK = 0.2  # its heartbeat tells the step of the run
-_REPORT_SECONDS = 10.0  # how long to wait for the others' reports
+_RANK_0_TICK = 0.2  # its heartbeat shows the step of the run
+_REPORT_SECONDS = 10.0  # how long to wait for the reports of the others
 
 
 @dataclass(frozen=True)
 class HangReport:
-    """What a rank was doing when it found that nothing moved."""
+    """What a rank was doing when it detected a hang."""
 
     rank: int
     host: str
     step: int
     doing: str
     collective: str  # name of the collective that it waits in; "" if it is in none
-    place: str  # `launcher/train/trainer.py:120 in _evaluate`: the innermost line of our own code
+    place: str  # `launcher/train/trainer.py:120 in _evaluate`: the innermost line of BiRoute's code
     waited: float  # seconds
 
 
 class Watchdog:
-    """One rank's heartbeat and its alarm. `reached` is called from the training thread."""
+    """Heartbeat and hang detection of one rank. `reached` is called from the training thread."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -68,38 +68,38 @@ class Watchdog:
         self._closed = threading.Event()
         self._changed = threading.Event()
         self._main = threading.main_thread().ident
-        self._shows_stack = False  # on SIGALRM, which without that would kill
+        self._shows_stack = False  # whether SIGALRM dumps the stack; by default it would kill
         self._written: tuple[int, str] | None = None
 
     def watch(self, logs: Path, rank: int, world_size: int, *, hang_seconds: float, startup_seconds: float) -> None:
-        """Start watching; `hang_seconds` = 0 leaves the heartbeat without the alarm."""
+        """Start watching; with `hang_seconds` = 0 the heartbeat is written but no hang is detected."""
         self._logs, self._rank, self._world_size = logs, rank, world_size
         self._hang_seconds, self._startup_seconds = hang_seconds, startup_seconds
         self._write_heartbeat()
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no file behind stderr
-            # Only the thread that takes the signal, the main one: reading the frames of one that runs can crash.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr may not be a file
+            # Only the main thread, which handles the signal: reading the frames of a running thread can crash.
             faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False)
             self._shows_stack = True
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def reached(self, doing: str, step: int | None = None) -> None:
-        """The rank has got on: it begins `doing`, or has done optimizer step `step`."""
+        """Report progress: the rank begins `doing`, or has completed optimizer step `step`."""
         first = step is not None and not self._trained
         if step is not None:
             self.step = step
             self._trained = True
         self._doing = doing
         self._since = time.monotonic()
-        if self._rank == 0 or first:  # the first step shortens everybody's limit
+        if self._rank == 0 or first:  # the first step shortens the limit
             self._changed.set()
 
     def resumed(self, step: int) -> None:
-        """The attempt goes on after `step`, done by an earlier one."""
+        """Report that the attempt resumes after `step`, which an earlier attempt completed."""
         self.step = step
         self.reached("training")
 
     def allow(self, seconds: float) -> None:
-        """What comes next may take this much longer."""
+        """Allow the next activity this many seconds more."""
         self._allowance = seconds
         self.reached("closing")
 
@@ -111,7 +111,7 @@ class Watchdog:
             record_failure(self._logs, self._rank, self.step, error)
 
     def close(self) -> None:
-        """No alarm from now on."""
+        """Stop watching."""
         self._closed.set()
         self._changed.set()
 
@@ -129,14 +129,14 @@ class Watchdog:
         while not self._closed.is_set():
             tick = self._tick()
             if self._hang_seconds > 0 and self._shows_stack:
-                # Should something hold Python's lock for ever, this thread can't run, but a signal handler in C can.
+                # If something holds the GIL forever, this thread cannot run, but a signal handler in C can.
                 signal.setitimer(signal.ITIMER_REAL, self._limit() + 2 * tick)
             self._changed.wait(tick)
             self._changed.clear()
             stopped = time.monotonic() - looked - tick
             looked = time.monotonic()
             if stopped > tick + 5:
-                self._since += stopped  # this process itself was stopped, as `scontrol suspend` does
+                self._since += stopped  # this process itself was suspended, as by `scontrol suspend`
             if self._closed.is_set():
                 break
             if self._hang_seconds > 0 and looked - self._since > self._limit():
@@ -150,7 +150,7 @@ class Watchdog:
         if self._written == (self.step, self._doing):
             return
         self._written = (self.step, self._doing)
-        with contextlib.suppress(OSError):  # training needs no heartbeat
+        with contextlib.suppress(OSError):  # training does not depend on the heartbeat
             write_heartbeat(
                 self._logs,
                 Heartbeat(self._rank, socket.gethostname(), os.getpid(), time.time(), self.step, self._doing),
@@ -161,7 +161,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, 0)
         waited = time.monotonic() - self._since
         self._write_heartbeat()
-        print(f"\nwatchdog: nothing new for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
+        print(f"\nwatchdog: no progress for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, ValueError):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         frame = sys._current_frames().get(self._main or 0)
@@ -192,7 +192,7 @@ class Watchdog:
 
 
 def where_in(frame: FrameType | None) -> tuple[str, str]:
-    """The collective that a thread is in ("" if in none), and the innermost line of our own code."""
+    """Return the collective that a thread is in ("" if in none), and the innermost line of BiRoute's code."""
     collective = place = ""
     while frame is not None and not place:
         module = str(frame.f_globals.get("__name__", ""))
@@ -206,10 +206,10 @@ def where_in(frame: FrameType | None) -> tuple[str, str]:
 
 
 def name_missing(reports: Mapping[int, HangReport], heartbeats: Sequence[Heartbeat], world_size: int) -> str:
-    """Who keeps the others waiting, and where they wait."""
+    """Describe which rank keeps the others waiting, and where they wait."""
     waiting = [report for report in reports.values() if report.collective] or list(reports.values())
     if not waiting:
-        return "no rank could say where it was"
+        return "no rank could report where it was"
     where = waiting[0]
     goal = f"{where.collective or where.place} of step {where.step + 1}"
     if where.collective and where.place:
@@ -235,14 +235,18 @@ def name_missing(reports: Mapping[int, HangReport], heartbeats: Sequence[Heartbe
 
 
 def write_report(logs: Path, report: HangReport) -> None:
-    """Raises OSError."""
+    """Record a rank's hang report.
+
+    Raises:
+        OSError: the write failed.
+    """
     folder = logs / "hang"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"rank-{report.rank:05d}.json", json.dumps(asdict(report)).encode(), durable=False)
 
 
 def read_reports(logs: Path) -> dict[int, HangReport]:
-    """Rank -> its report."""
+    """Read rank -> its hang report."""
     found = {}
     for path in (logs / "hang").glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):

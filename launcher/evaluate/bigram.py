@@ -1,7 +1,9 @@
 """The baseline that a trained model has to beat: a bigram model of the same tokens.
 
-Interpolated modified Kneser-Ney with three discounts at both levels and a uniform floor, counted over every token of
-the training split, scored on the very sequences that training evaluates on.
+It is interpolated modified Kneser-Ney with three discounts at both orders and a uniform floor, counted over every
+token of the training split and scored on the same sequences that training evaluates on.
+
+Source: Chen and Goodman, An Empirical Study of Smoothing Techniques for Language Modeling (1998).
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ class BigramModel:
     """p(next token | token) by interpolated modified Kneser-Ney."""
 
     def __init__(self, keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> None:
-        """Both [n] int64: `keys` sorted, first * vocab_size + second; `counts` of each, at least 1."""
+        """Build the model from counted bigrams.
+
+        Args:
+            keys: int64 [n], ascending: first * vocab_size + second of each distinct bigram.
+            counts: int64 [n], how often each occurs, at least 1.
+            vocab_size: number of tokens in the vocabulary.
+        """
         self._keys = keys
         self._counts = counts
         self._vocab_size = vocab_size
@@ -45,13 +53,13 @@ class BigramModel:
         self._discount = discounts[np.minimum(counts, 3)]
         self._context_total = np.bincount(first, weights=counts, minlength=vocab_size)
         freed = np.bincount(first, weights=self._discount, minlength=vocab_size)
-        # What the discounts free is the weight of the lower order; a context never seen leaves all to it.
+        # The probability mass that the discounts free goes to the unigram; after an unseen token that is all of it.
         seen = self._context_total > 0
         self._backoff = np.divide(freed, self._context_total, out=np.ones(vocab_size), where=seen)
         self._unigram = _continuation(np.bincount(second, minlength=vocab_size))
 
     def probability(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """p(second | first), elementwise; both [n] int64, the result [n] float64."""
+        """Return p(second | first), elementwise: float64 [n] for two int64 [n]."""
         wanted = first * self._vocab_size + second
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         found = self._keys[at] == wanted
@@ -61,7 +69,7 @@ class BigramModel:
 
 
 def count_bigrams(streams: Iterator[TokenStream], vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Distinct bigrams as sorted keys, their counts, and the number of tokens read."""
+    """Count bigrams; returns the distinct ones as ascending keys, their counts, and the number of tokens read."""
     keys = np.empty(0, dtype=np.int64)
     counts = np.empty(0, dtype=np.int64)
     num_tokens = 0
@@ -76,10 +84,13 @@ def count_bigrams(streams: Iterator[TokenStream], vocab_size: int) -> tuple[np.n
 
 
 def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
-    """The model over all training tokens, their number, and that of distinct bigrams.
+    """Train the model on all training tokens.
+
+    Returns:
+        The model, the number of training tokens, and the number of distinct bigrams.
 
     Raises:
-        UsageError: the training split has no two tokens.
+        UsageError: the training split contains no bigram.
     """
     manifest = dataset.manifest
     layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
@@ -94,12 +105,12 @@ def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
 
 
 def score_bigram(dataset: Dataset) -> BigramScore:
-    """Train on the training split, score on the first `train.evaluate_sequences` held-out sequences.
+    """Train on the training split and score on the first `train.evaluate_sequences` held-out sequences.
 
-    The targets are those of objective=causal: every token of a sequence but its first, given the one before.
+    The targets are those of objective=causal: every token of a sequence except the first, given the one before.
 
     Raises:
-        UsageError: too few held-out sequences.
+        UsageError: there are too few held-out sequences, or no training text.
     """
     reader = dataset.reader("heldout")
     wanted = dataset.config.train.evaluate_sequences
@@ -123,19 +134,19 @@ def score_bigram(dataset: Dataset) -> BigramScore:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """Discounts of counts 0, 1, 2 and 3 or more, [4]; by the counts of counts (Chen and Goodman 1998)."""
+    """Estimate the discounts [4] of counts 0, 1, 2 and 3 or more from the counts of counts."""
     ones, twos, threes, fours = (float((counts == n).sum()) for n in (1, 2, 3, 4))
     if not (ones and twos and threes and fours):
-        return np.array([0.0, 0.5, 0.5, 0.5])  # too little text to estimate: any discount below 1 is a model
+        return np.array([0.0, 0.5, 0.5, 0.5])  # too little text for estimates: any discount below 1 is valid
     y = ones / (ones + 2 * twos)
     estimates = [1 - 2 * y * twos / ones, 2 - 3 * y * threes / twos, 3 - 4 * y * fours / threes]
-    # Odd counts of counts give discounts out of range; they must leave a positive count, and free something.
+    # Unusual counts of counts give discounts out of range: each must free some mass and leave a positive count.
     bounded = [min(max(estimate, 0.05), n - 0.05) for n, estimate in zip((1, 2, 3), estimates, strict=True)]
     return np.array([0.0, *bounded])
 
 
 def _continuation(contexts: np.ndarray) -> np.ndarray:
-    """Unigram of Kneser-Ney, [vocab]: by the number of different tokens before each, smoothed to the uniform."""
+    """Return the Kneser-Ney unigram [vocab]: by the number of distinct preceding tokens, smoothed to the uniform."""
     discount = _discounts(contexts[contexts > 0])[np.minimum(contexts, 3)]
     total = contexts.sum()
     return (contexts - discount) / total + discount.sum() / total / len(contexts)

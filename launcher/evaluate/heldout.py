@@ -19,7 +19,7 @@ def heldout_metrics(engine: Engine, batches: Iterable[Batch], between: Callable[
     Args:
         engine: the model.
         batches: equally many on every data rank.
-        between: called before each forward pass; may raise to cut the evaluation off.
+        between: called before each forward pass; may raise to abort the evaluation.
 
     Returns:
         `heldout/loss` in nats per target token, `heldout/perplexity`, and `heldout/bits_per_byte`: bits per UTF-8

@@ -1,8 +1,8 @@
-"""This process's place among the ranks, from the variables of whoever started it. No torch.
+"""The rank environment: this process's place among the ranks, from environment variables of its launcher. No torch.
 
-torchrun and the local launcher set RANK and WORLD_SIZE; `srun` sets SLURM_PROCID and its siblings. Inside a batch
-script or an `salloc` shell, but not under `srun`, Slurm's variables describe the job and not this process: they are
-not looked at.
+torchrun and the local launcher set RANK and WORLD_SIZE; `srun` sets SLURM_PROCID and related variables. Inside a
+batch script or an `salloc` shell, but not under `srun`, Slurm's variables describe the job and not this process, so
+they are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux gives to outg
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """Rank among all processes and on this node; where they meet is `address`:`port`, or else a file."""
+    """Rank among all processes and on this node, and their rendezvous: `address`:`port`, or else a file."""
 
     rank: int
     local_rank: int
@@ -31,14 +31,14 @@ class RankEnvironment:
 
 
 def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
-    """Is this process one rank among those that torchrun, the local launcher or srun started?"""
-    # A single task of srun is an interactive shell, or a run of one rank: the local launcher does for both.
+    """Return whether torchrun, the local launcher or srun started this process as one of its ranks."""
+    # A single task of srun is an interactive shell or a run of one rank; the local launcher handles both.
     several = environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     return "RANK" in environment or (several and _under_srun(environment))
 
 
 def find_rank_environment(environment: Mapping[str, str] = os.environ) -> RankEnvironment:
-    """The place that the environment describes.
+    """Read the rank environment from the variables.
 
     Raises:
         UsageError: a variable is missing, is not a number, or contradicts another.
@@ -57,17 +57,17 @@ def find_rank_environment(environment: Mapping[str, str] = os.environ) -> RankEn
 
 
 def port_of_job(job: int, step: int = 0) -> int:
-    """A port for the ranks of a job step to meet at: other jobs on the same node are most likely to have another."""
+    """Choose the rendezvous port of a job step; other jobs on the same node most likely get another one."""
     return _FIRST_PORT + (job + 1009 * step) % _PORTS
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Slurm's list of nodes, `n[1-3,07-08],gpu5`, one by one: what `scontrol show hostnames` prints.
+    """Expand Slurm's list of nodes, such as `n[1-3,07-08],gpu5`, as `scontrol show hostnames` does.
 
-    Done here because a container need not have Slurm's commands.
+    That command is not used because a container may lack it.
 
     Raises:
-        UsageError: not such a list.
+        UsageError: `text` is not such a list.
     """
     nodes = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip()):
@@ -105,7 +105,7 @@ def _slurm_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
 def _checked(environment: RankEnvironment) -> RankEnvironment:
     if not 0 <= environment.rank < environment.world_size:
         raise UsageError(
-            f"rank {environment.rank} is not below the number of ranks, {environment.world_size}; they count from 0"
+            f"rank {environment.rank} is not below the number of ranks, {environment.world_size}; ranks count from 0"
         )
     return environment
 

@@ -1,4 +1,4 @@
-"""The ranks meet: device, first handshake, and the number of the attempt that they make up."""
+"""Rendezvous of the ranks: device, process group, and the number of their attempt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from biroute.configs.schema import TrainConfig
 from biroute.launcher.attempts.journal import begin_attempt, make_run_dir
 from biroute.launcher.ranks.environment import RankEnvironment
 
-_SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before
+_SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before that
 
 
 @dataclass(frozen=True)
 class Place:
-    """Rank among all processes, rank on this machine, device."""
+    """Rank among all processes, rank on this machine, number of processes, and device."""
 
     rank: int
     local_rank: int
@@ -30,12 +30,12 @@ class Place:
 
 
 def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
-    """Meet the other ranks and choose this one's device. Collective.
+    """Choose this rank's device and join the process group. Collective.
 
     Raises:
-        UsageError: no GPU where one was asked for, the address is unknown, or the port is taken.
+        UsageError: a GPU was requested and there is none, the address is unknown, or the port is in use.
     """
-    # DeepSpeed reads them.
+    # DeepSpeed reads these variables.
     os.environ.update(
         RANK=str(environment.rank), LOCAL_RANK=str(environment.local_rank), WORLD_SIZE=str(environment.world_size)
     )
@@ -47,15 +47,18 @@ def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
 
 
 def collective_timeout(train: TrainConfig) -> timedelta:
-    """The longest wait in a collective, for every group: longer than the watchdog's, which says who is missing."""
+    """Return the timeout of collectives, for every group: above the watchdog's, which names the missing rank."""
     return max(_SHORTEST_TIMEOUT, 2 * timedelta(seconds=max(train.hang_seconds, train.startup_seconds)))
 
 
 def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
-    """Rank 0 takes over the run folder, for ranks that no launcher of ours started. Collective.
+    """Take over the run folder on rank 0, for ranks that another launcher started. Collective.
+
+    Returns:
+        The number of the attempt.
 
     Raises:
-        UsageError: the folder can't be written; on all ranks.
+        UsageError: the folder cannot be written; raised on all ranks.
     """
     hosts: list[str | None] = [None] * world_size
     dist.all_gather_object(hosts, socket.gethostname())
@@ -102,7 +105,7 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -
             world_size=environment.world_size,
             timeout=timeout,
         )
-        # Of the groups that DeepSpeed makes without naming one; NCCL's own default is ten minutes.
+        # For groups that DeepSpeed creates without a timeout; NCCL's own default is ten minutes.
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = "is in use" if "EADDRINUSE" in str(error) or "address already in use" in str(error) else str(error)

@@ -1,4 +1,4 @@
-"""What all ranks must decide alike: whether to stop now. Every call is collective."""
+"""Stop consensus: all ranks decide together whether to stop now. Every call is collective."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from biroute.configs.errors import FencedError, StoppedError
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.ranks.stop_signal import StopRequest
 
-_FENCE_SECONDS = 1.0  # between two looks at the fencing token, a small file on a shared disk
-_GO_ON, _FENCED = 0, 1000  # in between: the number of a signal
+_FENCE_SECONDS = 1.0  # between two reads of the fencing token, a small file on a shared disk
+_GO_ON, _FENCED = 0, 1000  # values in between are signal numbers
 
 
 class StopConsensus:
-    """Stops all ranks at the same point, if one was asked to or if the run folder has a new owner."""
+    """Stops all ranks at the same point if any was asked to stop or if another attempt owns the run folder."""
 
     def __init__(self, stop: StopRequest, fencing_token: FencingToken, device: torch.device) -> None:
         self.stop = stop
         self.fencing_token = fencing_token
-        self.signal_name = ""  # of the signal that they stop for, whichever rank got it
+        self.signal_name = ""  # of the signal that caused the stop, on whichever rank it arrived
         self._device = device
         self._looked_at_fence = -_FENCE_SECONDS
 
     def to_stop(self) -> bool:
-        """True on all ranks as soon as one was asked to stop. Collective.
+        """Return True on all ranks as soon as any rank was asked to stop. Collective.
 
         Raises:
-            FencedError: another attempt owns the run folder; on all ranks.
+            FencedError: another attempt owns the run folder; raised on all ranks.
         """
         wish = int(self.stop.signal) if self.stop.signal else _GO_ON
         if dist.get_rank() == 0 and time.monotonic() - self._looked_at_fence >= _FENCE_SECONDS:
@@ -47,7 +47,12 @@ class StopConsensus:
         return agreed != _GO_ON
 
     def check_before_training(self) -> None:
-        """Raises StoppedError on all ranks if one was asked to stop: nothing is trained yet, nothing is saved."""
+        """Check for a stop before the first step, when there is nothing to save. Collective.
+
+        Raises:
+            StoppedError: a rank was asked to stop; raised on all ranks.
+            FencedError: another attempt owns the run folder; raised on all ranks.
+        """
         if self.to_stop():
             raise StoppedError(
                 f"stopped by {self.signal_name} before the first step; nothing is lost: run the same command again"

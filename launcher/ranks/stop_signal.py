@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: remembered when they come, acted upon between steps. No torch."""
+"""Signals that ask training to stop: recorded on arrival, acted upon between steps. No torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers the first stop signal. Installed before the slow imports, so that no signal kills a starting rank.
+    """Records the first stop signal. Created before the slow imports, so that no signal kills a starting rank.
 
-    A launcher starts ranks with these signals blocked; from here on they are taken in, those that waited too.
+    A launcher starts its ranks with these signals blocked. They are unblocked here, and pending ones are delivered.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ending_at_once(self, note: Callable[[str], None]) -> Iterator[None]:
-        """For the time in which the ranks meet: a signal ends this process with status 75, after `note(signal)`.
+        """During rendezvous, let a signal end this process immediately, with status 75 and after `note(signal name)`.
 
-        There is nothing to save and nobody to agree with yet, and the main thread waits in C++, where Python runs
+        There is nothing to save and no stop consensus yet, and the main thread waits in C++ code, where Python runs
         no handler; so a thread reads the signals.
 
         Raises:
-            StoppedError: a signal has come before.
+            StoppedError: a signal has already arrived.
         """
         if self.signal:
             note(self.signal.name)

@@ -10,15 +10,15 @@ from typing import Any
 
 
 def silence_known_noise() -> None:
-    """Drop what is no user's business; call before torch is imported."""
-    # Kineto announces every start and stop of the profiler at a level that nothing but this number is above.
+    """Drop messages that mean nothing to users; call before torch is imported."""
+    # Kineto announces every start and stop of the profiler at a high level; only a number this large is above it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # "No CUDA runtime is found", where CUDA_HOME is set on a machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of Megatron-core's own
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of Megatron-core
 
 
 def ignore_library_warnings() -> None:
@@ -28,7 +28,7 @@ def ignore_library_warnings() -> None:
 
 
 class LibraryWarnings:
-    """Takes every warning of this process from now on; writes them to a file as soon as there is one."""
+    """Captures every warning of this process from now on; writes them to a file as soon as one is given."""
 
     def __init__(self) -> None:
         silence_known_noise()
@@ -37,7 +37,7 @@ class LibraryWarnings:
         warnings.showwarning = self._take
 
     def write_to(self, path: Path) -> None:
-        """Append to `path` what has come and what will; nothing is made if nothing comes."""
+        """Append past and future warnings to `path`; without any, the file is not created."""
         self._path = path
         waiting, self._waiting = self._waiting, []
         for text in waiting:

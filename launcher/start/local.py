@@ -1,4 +1,4 @@
-"""Start the ranks of one machine as processes, watch them, pass signals on. No torch."""
+"""The local launcher: starts the ranks of one machine as processes, watches them, forwards signals. No torch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ POLL_SECONDS = 0.1
 
 
 def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attempt: int) -> int:
-    """Run `processes` ranks of `python -m biroute.launcher.start.worker <arguments>`; the exit status of the whole.
+    """Run `processes` ranks of `python -m biroute.launcher.start.worker <arguments>`; returns their common status.
 
-    Rank 0 writes to this terminal, the others to `logs/rank-<n>.log`. If a rank fails, the others are ended and
-    what the first failing one wrote last is shown.
+    Rank 0 writes to this terminal, the others to `logs/rank-<n>.log`. If a rank fails, the others are ended, and the
+    last lines of the rank that failed first are shown.
     """
     with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
-        # Blocked until there is somebody to pass them on; the ranks inherit that and take them in when they can.
+        # Blocked until the handlers that forward them are set; the ranks inherit this and unblock them when ready.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         ranks = [_start(arguments, rank, processes, Path(folder), logs, attempt) for rank in range(processes)]
         previous = {number: signal.signal(number, _forwarder(ranks)) for number in STOP_SIGNALS}
@@ -55,7 +55,7 @@ def _start(
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         ATTEMPT_VARIABLE: str(attempt),
-        RENDEZVOUS_FILE: str(folder / "rendezvous"),  # a file: no port to guess, none to be taken
+        RENDEZVOUS_FILE: str(folder / "rendezvous"),  # a file, as a port could be in use
         # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
     }
@@ -63,7 +63,7 @@ def _start(
     if rank == 0:
         return subprocess.Popen(command, env=environment)
     with open(log_file(logs, rank), "ab") as log:
-        # A session of its own: Ctrl-C reaches the launcher and rank 0, which agree with the others on a step.
+        # In its own session: Ctrl-C then reaches only rank 0 and the launcher, which forwards it to all ranks.
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
@@ -101,7 +101,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
             _show_log(failed, codes[failed], logs)
         return codes[failed]
     first = first_failure(logs)
-    if codes[failed] == EXIT_FAILURE and first is not None:  # by their own clocks, not by who was looked at first
+    if codes[failed] == EXIT_FAILURE and first is not None:  # by the ranks' own clocks, not by the order of polling
         print(f"error: {first}", file=sys.stderr)
         failed = first.rank
     _show_log(failed, codes[failed], logs)
@@ -109,19 +109,19 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
 
 
 def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The rank to name of those that have failed by now, or None.
+    """Return which of the ranks that have failed by now to name; None if there is none.
 
-    A failing rank takes its peers along within milliseconds, when their connections to it close: so one that a
-    signal killed or that gave a usage error is the cause, and one with a mere exception may be the consequence.
+    When a rank fails, its peers fail within milliseconds, because their connections to it close. So a rank that was
+    killed by a signal or ended with a usage error is the cause, and one that raised may be a consequence.
     """
     if all(rank.poll() in (None, EXIT_OK) for rank in ranks):
         return None
-    # A second look at all: the cause may have ended after it was looked at, but before its victim was.
+    # Poll all ranks again: the cause may have ended after it was polled, but before its peer was.
     failures = [(code, n) for n, rank in enumerate(ranks) if (code := rank.poll()) not in (None, EXIT_OK)]
     return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_FAILURE, failure[1]))[1]
 
 
 def _show_log(rank: int, code: int, logs: Path) -> None:
     print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
-    if rank != 0:  # it wrote to this terminal
+    if rank != 0:  # rank 0 wrote to this terminal
         print(tail_of_log(logs, rank), file=sys.stderr)

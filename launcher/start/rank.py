@@ -1,4 +1,4 @@
-"""What a rank does around its training: it finds its place, joins the others, and belongs to an attempt."""
+"""What a rank does around its training: read its environment, join the others, begin or join an attempt."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Rank:
         self.watchdog = Watchdog()
         self._stop = stop
         self._library_warnings = library_warnings
-        self._began: FencingToken | None = None  # an attempt that this rank must end, as no launcher of ours does
+        self._began: FencingToken | None = None  # an attempt that this rank must end, as its launcher does not
 
     def train(self, config_path: str, overrides: list[str]) -> None:
         """Train as one of the ranks that the environment describes.
 
         Raises:
-            UsageError, StoppedError, FencedError: see `run`.
+            UsageError, StoppedError, FencedError: as in `session.run`.
         """
         config = load_config(config_path, overrides)
         run_dir, environment, attempt = config.train.run_dir, find_rank_environment(), given_attempt()
@@ -48,13 +48,13 @@ class Rank:
             self._began = FencingToken(run_dir, attempt) if environment.rank == 0 else None
             self._watch(run_dir, attempt, environment, config.train)
         from biroute.launcher.train.session import (
-            run,  # imports DeepSpeed, which asks at once which device was chosen
+            run,  # imports DeepSpeed, which looks up the chosen device on import
         )
 
         run(config, place, self._stop, FencingToken(run_dir, attempt), self.watchdog)
 
     def close(self, status: int) -> None:
-        """The process is about to end: record the end of an attempt that the ranks themselves began."""
+        """Record the end of an attempt that the ranks themselves began; call it before the process ends."""
         self.watchdog.close()
         if self._began is not None:
             run_dir, attempt = self._began.run_dir, self._began.attempt

@@ -26,7 +26,7 @@ from biroute.parallel.checkpoint.files import check_newest
 
 
 def train_here(config_path: Path, overrides: Sequence[str], processes: int | None) -> int:
-    """Train with the ranks of this machine, or as one rank if another launcher started us; the exit status.
+    """Train with local ranks, or as one rank if another launcher started this process; returns the exit status.
 
     Raises:
         UsageError: the configuration, the layout or the dataset is not usable.
@@ -37,16 +37,16 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     world_size = processes or _processes_wanted(config)
     layout = resolve_layout(config, world_size)
     dataset = open_dataset(config)
-    dataset.heldout_batches(data_rank=0, data_size=layout.data)  # enough held-out text?
+    dataset.heldout_batches(data_rank=0, data_size=layout.data)  # is there enough held-out text?
     make_run_dir(config.train.run_dir)
     check_newest(config.train.run_dir / CHECKPOINTS, model_identity(config, dataset))
     if config.tracking.enabled:
-        tracking_uri(config, config.train.run_dir)  # a URI that can't work is an error now, not in a minute
+        tracking_uri(config, config.train.run_dir)  # reports a bad URI now rather than in a minute
     return _run_attempt(config, world_size)
 
 
 def _run_attempt(config: RunConfig, world_size: int) -> int:
-    """Train with local ranks, which read the configuration that was checked here, and no file that may change."""
+    """Train with local ranks. They read the configuration that was checked here, not a file that may change."""
     run_dir = config.train.run_dir
     attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
     fencing_token, logs = FencingToken(run_dir, attempt), log_dir(run_dir, attempt)
@@ -62,7 +62,7 @@ def _run_attempt(config: RunConfig, world_size: int) -> int:
 
 
 def _processes_wanted(config: RunConfig) -> int:
-    """Ranks to start when nobody says how many: one per GPU if data parallelism may take them, else the layout's."""
+    """Return the default number of ranks: one per GPU if data parallelism may use them, or else the layout's."""
     needed = default_world_size(config)
     gpus = 0 if config.train.device == "cpu" else _visible_gpus()
     if config.parallel.data is None and gpus > needed:
@@ -71,7 +71,7 @@ def _processes_wanted(config: RunConfig) -> int:
 
 
 def _visible_gpus() -> int:
-    """GPUs of this machine, found without importing torch."""
+    """Count the GPUs of this machine without importing torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return len([device for device in named.split(",") if device.strip()])

@@ -1,4 +1,4 @@
-"""One rank, by the local launcher or srun: `python -m biroute.launcher.start.worker CONFIG [overrides]`."""
+"""One rank, started by the local launcher or srun: `python -m biroute.launcher.start.worker CONFIG [overrides]`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its pare
 
 
 def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
-    """Run `action` and turn how it ends into an exit status, with one line for a usage error.
+    """Run `action` and return its exit status; a usage error prints one line.
 
-    `failed` is told of an error that is neither a stop nor the fencing token.
+    `failed` is called with any error other than StoppedError and FencedError.
     """
     try:
         action()
@@ -49,7 +49,7 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
 
 
 def train_rank(config_path: str, overrides: list[str]) -> int:
-    """Train as one rank among those that the environment describes; the exit status."""
+    """Train as one of the ranks that the environment describes; returns the exit status."""
     library_warnings = LibraryWarnings()
     stop = StopRequest()  # before the slow imports: a signal during them must not kill the rank
     from biroute.launcher.start.rank import Rank
@@ -61,7 +61,7 @@ def train_rank(config_path: str, overrides: list[str]) -> int:
 
 
 def main() -> None:
-    # If the launcher is killed, the ranks save and stop rather than train on unwatched.
+    # If the launcher is killed, the ranks save and stop rather than continue unsupervised.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(

@@ -1,4 +1,4 @@
-"""The loss-curve picture of a run, drawn from its metrics.jsonl."""
+"""Plot of a run's loss curves, drawn from its metrics log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from biroute.launcher.track.metrics_log import Point, read_points
 
 _TRAIN, _HELDOUT, _BITS = "train/loss", "heldout/loss", "heldout/bits_per_byte"
 _TRAIN_COLOUR, _HELDOUT_COLOUR, _LINE_COLOUR = "#3b6fb6", "#d1603d", "#5f6368"
-_SMOOTHING_SHARE = 0.01  # of the points: standard deviation of the smoothing bell
+_SMOOTHING_SHARE = 0.01  # standard deviation of the Gaussian smoothing, as a fraction of the number of points
 
 Curve = tuple[list[int], list[float]]  # steps, values
 
@@ -25,13 +25,18 @@ def draw_curves(
     title: str = "",
     bits_per_byte_lines: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw training and held-out loss (nats per token) and held-out bits per byte over the optimizer step.
+    """Plot training and held-out loss (nats per token) and held-out bits per byte over the optimizer steps.
 
-    `bits_per_byte_lines` are horizontal lines to compare with, such as `{"bigram": 2.9}`. The image is
-    replaced at once, so a reader never sees half of it.
+    The image is replaced atomically, so a reader never sees a half-written one.
+
+    Args:
+        metrics_path: the run's metrics log.
+        image_path: the PNG file to write; its folder is created if needed.
+        title: shown above the plots.
+        bits_per_byte_lines: name -> value of horizontal lines to compare with, such as `{"bigram": 2.9}`.
 
     Raises:
-        UsageError: no file, or no loss in it.
+        UsageError: the metrics log cannot be read or contains no loss.
         OSError: the image cannot be written.
     """
     try:
@@ -41,7 +46,7 @@ def draw_curves(
     train, heldout, bits = (curve_of(points, name) for name in (_TRAIN, _HELDOUT, _BITS))
     if not train[0] and not heldout[0]:
         raise UsageError(f"{metrics_path}: no {_TRAIN} in it yet; train for at least train.log_every steps")
-    # The object interface, not pyplot: no global state, so any thread may draw.
+    # The object interface rather than pyplot: it has no global state, so any thread may draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,7 +65,7 @@ def draw_curves(
 
 
 def curve_of(points: Sequence[Point], name: str) -> Curve:
-    """The finite values of one metric in the order of steps; of a repeated step the first value counts."""
+    """Return the finite values of one metric, sorted by step; of a repeated step the first value counts."""
     values: dict[int, float] = {}
     for point in points:
         value = point.metrics.get(name)
@@ -71,12 +76,12 @@ def curve_of(points: Sequence[Point], name: str) -> Curve:
 
 
 def smooth(values: Sequence[float], width: float) -> list[float]:
-    """Mean under a bell of standard deviation `width` points around each value; it does not lag behind."""
+    """Smooth `values` with a Gaussian kernel of standard deviation `width` points, without lag."""
     import numpy as np
 
     reach = min(len(values) - 1, math.ceil(3 * width))
     bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    # "full", then cut: "same" would return the kernel's length where that is the longer one.
+    # "full", then sliced: "same" would return the length of the kernel where the kernel is longer.
     sums, weights = (np.convolve(row, bell)[reach : reach + len(values)] for row in (values, np.ones(len(values))))
     return [float(mean) for mean in sums / weights]
 
@@ -85,7 +90,7 @@ def _draw_loss(axes: Any, train: Curve, heldout: Curve) -> None:
     steps, losses = train
     if steps:
         window = _SMOOTHING_SHARE * len(losses)
-        many = window > 1  # with few points a smoothed curve would say nothing of its own
+        many = window > 1  # with few points a smoothed curve would add nothing
         axes.plot(
             steps,
             losses,
@@ -133,7 +138,7 @@ def _finish(axes: Any, label: str, values: Sequence[float]) -> None:
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     low, high = min(values), max(values)
-    # Room below: with the flat end of a curve on the axis its level could not be read.
+    # Room below: the flat end of a curve could not be read if it lay on the axis.
     axes.set_ylim(low - 0.08 * (high - low or 1.0), high + 0.05 * (high - low or 1.0))
     axes.grid(True, color="#e4e6ea", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -1,8 +1,8 @@
-"""The local record of a run's metrics: one JSON line per point, written before anything is sent anywhere.
+"""The metrics log of a run, a write-ahead log: one JSON line per point, written before anything is uploaded.
 
 A line is `{"step": 10, "time_ms": 1700000000000, "metrics": {"train/loss": 3.5}}`; values that JSON cannot
-hold are the texts "nan", "inf" and "-inf". The file outlives the process: when `MetricsLog.append` returns, the
-operating system has the line, so SIGKILL takes nothing away.
+represent are the strings "nan", "inf" and "-inf". When `MetricsLog.append` returns, the operating system has the
+line, so a SIGKILL of the process loses nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_KEPT_IN_MEMORY = 10_000  # lines that wait for room on a full disk
+_KEPT_IN_MEMORY = 10_000  # lines that are kept while the disk is full
 
 
 @dataclass(frozen=True)
 class Point:
-    """Metrics of one optimizer step; `time_ms` is wall time, milliseconds since 1970."""
+    """Metrics of one optimizer step; `time_ms` is wall-clock time in milliseconds since 1970."""
 
     step: int
     time_ms: int
@@ -30,7 +30,7 @@ class Point:
 
 
 def read_points(path: Path) -> list[Point]:
-    """All complete points of a metrics_log, in the order of writing, without damaged lines and a torn last one.
+    """Read all complete points of a metrics log in the order of writing, skipping damaged lines and a torn last one.
 
     Raises:
         OSError: the file cannot be read.
@@ -39,7 +39,7 @@ def read_points(path: Path) -> list[Point]:
 
 
 def scan(path: Path, start_byte: int = 0) -> Iterator[tuple[Point | None, int]]:
-    """Each complete line from `start_byte` on as (point, byte after it); None stands for a damaged line."""
+    """Yield each complete line from `start_byte` on as (point, byte after it); for a damaged line point is None."""
     end = start_byte
     with path.open("rb") as file:
         file.seek(start_byte)
@@ -60,10 +60,10 @@ def _parse(line: bytes) -> Point | None:
 
 
 class MetricsLog:
-    """Appends points to `path`. A (step, name) that the file already holds is not written again.
+    """Appends points to `path`. A (step, name) pair that the file already holds is not written again.
 
-    That is how a resumed run repeats the steps after its checkpoint without a second point for any of them:
-    what the earlier attempt wrote stays. Used from one thread.
+    So a resumed run, which repeats the steps after its checkpoint, adds no second point for any of them: the points
+    of the earlier attempt stay. To be used from one thread.
 
     Raises:
         OSError: the file cannot be opened for writing.
@@ -71,7 +71,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # One shared frozenset per combination of names: a long run costs a dictionary entry a point, no more.
+        # One shared frozenset per combination of names, so that a long run costs only one dictionary entry per point.
         self._names_at_step: dict[int, frozenset[str]] = {}
         self._interned: dict[frozenset[str], frozenset[str]] = {}
         self._waiting: deque[bytes] = deque(maxlen=_KEPT_IN_MEMORY)
@@ -84,14 +84,14 @@ class MetricsLog:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of complete lines in the file."""
+        """Size of the complete lines in the file."""
         return self._size
 
     def append(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Write the metrics that this step does not have yet; False if all of them were there already.
+        """Write the metrics that this step does not have yet; returns False if it already had all of them.
 
         Raises:
-            OSError: the disk refused (full, gone). The point waits in memory and goes with the next append.
+            OSError: the write failed (disk full or gone). The point is kept in memory and written by the next append.
         """
         known = self._names_at_step.get(step, frozenset())
         fresh = {name: value for name, value in metrics.items() if name not in known}
@@ -105,7 +105,11 @@ class MetricsLog:
         return True
 
     def close(self) -> None:
-        """Close the file; a point that the disk still refuses is lost here, and OSError says so."""
+        """Write the points kept in memory and close the file.
+
+        Raises:
+            OSError: the write failed again; these points are lost.
+        """
         try:
             self._write_waiting()
         finally:
@@ -126,11 +130,11 @@ class MetricsLog:
             self._waiting.popleft()
 
     def _cut(self) -> None:
-        """Take back a half-written line, or the next one would be glued to it."""
+        """Remove a half-written line, to which the next one would otherwise be appended."""
         self._file.truncate(self._size)
 
     def _repair(self) -> int:
-        """Finish or cut off a last line without its line end; returns the size in bytes."""
+        """Complete or remove a last line that lacks its newline; returns the size in bytes."""
         with self.path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             tail_start = _after_last_newline(file, size)
@@ -138,7 +142,7 @@ class MetricsLog:
             tail = file.read()
         if not tail:
             return size
-        if _parse(tail) is not None:  # only the line end is missing
+        if _parse(tail) is not None:  # only the newline is missing
             self._file.write(b"\n")
             return size + 1
         self._file.truncate(tail_start)

@@ -1,4 +1,4 @@
-"""`biroute ui`: MLflow's web pages on the runs of an SQLite file, with settings that suit one machine."""
+"""`biroute ui`: serves MLflow's web interface for a tracking database, with settings that suit one machine."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from types import FrameType
 from biroute.configs.errors import UsageError
 from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path, without_password
 
-_START_SECONDS = 120.0  # it takes about ten; a busy machine is slow
+_START_SECONDS = 120.0  # about ten are usual; a busy machine needs longer
 _STOP_SECONDS = 10.0
 
 
 def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
-    """Serve the runs of the tracking URI `uri` until interrupted; prints the address of the training view.
+    """Serve the runs of the tracking URI `uri` until interrupted, and print the address of the training view.
 
     Raises:
-        UsageError: `uri` cannot be served, or the port is in use or not allowed.
-        RuntimeError: the server did not start; its own messages are on the terminal.
+        UsageError: `uri` cannot be served, or the port is in use or not permitted.
+        RuntimeError: the server did not start, or it ended; its messages are on the terminal.
     """
     command = server_command(uri, port, host)
     check_port(host, port)
-    # Its own session: Ctrl-C reaches only us, and we end all of its processes in order.
+    # In its own session, so that Ctrl-C reaches only this process, which then stops all processes of the server.
     server = subprocess.Popen(command, env=server_environment(), start_new_session=True)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         _wait_until_up(server, host, port)
         print(f"MLflow: {training_view(host, port)}  (Ctrl-C stops it)", flush=True)
         status = server.wait()
-        raise RuntimeError(f"the MLflow server ended by itself with status {status}")
+        raise RuntimeError(f"the MLflow server ended unexpectedly with status {status}")
     except KeyboardInterrupt:
         print("MLflow stopped", flush=True)
     finally:
@@ -44,10 +44,10 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
 
 
 def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
-    """The command that serves `uri` with one worker.
+    """Return the command that serves `uri` with one worker.
 
     Raises:
-        UsageError: `uri` is a server already, or names no database.
+        UsageError: `uri` is already a server, or its database does not exist.
     """
     check_uri(uri, "--uri")
     if uri.startswith("http"):
@@ -62,14 +62,14 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """This process's environment, with the parts of the server switched off that training has no use for."""
-    # Job execution alone is a dozen processes and over 2 GB.
+    """Return this process's environment, with the features switched off that training does not use."""
+    # Job execution alone starts a dozen processes and takes over 2 GB.
     light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return light | dict(os.environ)
 
 
 def check_port(host: str, port: int) -> None:
-    """Make sure that `port` of `host` can be listened on.
+    """Check that a server can listen on `port` of `host`.
 
     Raises:
         UsageError: it cannot.
@@ -81,7 +81,7 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         raise UsageError(f"host {host!r}: {error.strerror}; use 127.0.0.1 or 0.0.0.0 with --host") from None
     with socket.socket(family, kind, protocol) as probe:
-        # As servers do: a port in TIME_WAIT after a restart is free.
+        # As servers do, so that a port in TIME_WAIT after a restart counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
@@ -94,13 +94,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def training_view(host: str, port: int) -> str:
-    """Address of the experiments page in the view for training; by itself MLflow opens the one for GenAI."""
+    """Return the address of the experiments page in the view for training; MLflow's default is the one for GenAI."""
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}/#/experiments?workflowType=machine_learning"
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its workers (one process group), politely first."""
+    """Stop the server and its workers (one process group): SIGTERM first, then SIGKILL."""
     for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
         try:
             os.killpg(server.pid, number)
@@ -116,7 +116,7 @@ def _wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> Non
     address = training_view(host, port).split("/#")[0] + "/health"
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the MLflow server did not start (status {server.returncode}); see its lines above")
+            raise RuntimeError(f"the MLflow server did not start (status {server.returncode}); see its output above")
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return

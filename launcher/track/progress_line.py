@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one live line on a terminal, plain lines anywhere else."""
+"""Shows the progress of a run: one live line on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _REDRAWS_PER_SECOND = 8.0
-_RATE_WINDOW = 30  # updates that the time left is estimated from
+_RATE_WINDOW = 30  # number of updates from which the remaining time is estimated
 _BAR_WIDTHS = range(8, 31)
 _NO_READER = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
 class ProgressLine:
-    """Shows the progress of a run, on rank 0. Nothing it does, or fails to do, ever raises.
+    """Shows the progress of a run, on rank 0. No method raises, whatever fails.
 
-    `update` and `close` are called from the training thread, `message` from any.
+    `update` and `close` are called from the training thread, `message` from any thread.
     """
 
     def __init__(self, total_steps: int, *, log_every: int = 1, stream: TextIO | None = None) -> None:
-        """`stream`: standard output by default; a live line is drawn if it is a terminal.
+        """Create the line; nothing is shown before the first update.
 
-        `log_every`: steps between plain lines, where it is not one.
+        Args:
+            total_steps: optimizer steps of the whole run.
+            log_every: steps between plain lines, if `stream` is not a terminal.
+            stream: standard output by default; a terminal shows a live line.
         """
         self._total_steps = total_steps
         self._log_every = log_every
@@ -43,31 +46,31 @@ class ProgressLine:
         self._metrics: dict[str, float] = {}
         self._drawn_at = -math.inf
         self._closed = False
-        self._gone = False  # the terminal or pipe
+        self._gone = False  # whether the terminal or pipe is gone
         self._console: Console | None = None
         self._live: Live | None = None
         self._safely(self._find_terminal)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show `step` with `train/loss`, `optim/learning_rate` and `throughput/...`; what is left out stays.
+        """Show `step` with `train/loss`, `optim/learning_rate` and `throughput/...`; omitted ones keep their value.
 
-        On a terminal the line is redrawn a few times a second at most; elsewhere every `log_every` steps, and
-        the last one, make a line.
+        On a terminal the line is redrawn a few times per second at most; elsewhere a line is printed every
+        `log_every` steps and for the last step.
         """
         if not self._closed:
             self._safely(lambda: self._update(step, metrics))
 
     def message(self, text: str) -> None:
-        """Write a line of its own, above the live one."""
+        """Print a separate line, above the live one."""
         self._safely(lambda: self._write(text))
 
     def close(self) -> None:
-        """Leave the last state of the line standing; only messages are written after it."""
+        """Finish the line in its last state; only messages are printed afterwards."""
         self._safely(self._stop)
         self._closed = True
 
     def seconds_left(self) -> float | None:
-        """Estimated from the last updates, pauses for evaluation included; None before the second update."""
+        """Estimate the remaining time from the last updates, including evaluations; None before the second update."""
         if len(self._history) < 2:
             return None
         (start, first), (end, last) = self._history[0], self._history[-1]
@@ -81,7 +84,7 @@ class ProgressLine:
         with self._lock:
             try:
                 action()
-            except Exception as error:  # a picture of the training must never end the training
+            except Exception as error:  # an error of the display must never end training
                 if isinstance(error, OSError) and error.errno in _NO_READER:
                     self._give_up()
 
@@ -134,7 +137,7 @@ class ProgressLine:
         from rich.live import Live
 
         if self._live is None:
-            # No refresh thread of its own: an exception in one could not be caught here.
+            # Without rich's refresh thread: an exception in it could not be caught here.
             self._live = Live(console=console, auto_refresh=False)
             self._live.start()
         self._live.update(self._picture(console.width), refresh=True)
@@ -145,7 +148,7 @@ class ProgressLine:
         from rich.text import Text
 
         text = self._text()
-        # One row whatever the width: a wrapped live line would leave its upper half behind at every redraw.
+        # Always a single row: a wrapped live line would leave its upper half behind at every redraw.
         cells: list[RenderableType] = [Text(text, no_wrap=True, overflow="ellipsis")]
         room = min(width - len(text) - 3, _BAR_WIDTHS.stop - 1)
         if room in _BAR_WIDTHS:
@@ -157,21 +160,21 @@ class ProgressLine:
         return grid
 
     def _give_up(self) -> None:
-        """The terminal or pipe is gone: be silent from now on."""
+        """Print nothing from now on, as the terminal or pipe is gone."""
         self._gone = True
         live, self._live = self._live, None
         with contextlib.suppress(Exception):
-            # What Python still holds back, and what others print, must not fail at exit (status 120) either.
+            # Buffered output, and what other code prints, must not fail at exit (status 120) either.
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, self._stream.fileno())
             os.close(quiet)
         if live is not None:
             with contextlib.suppress(Exception):
-                live.stop()  # gives back standard output and error, which rich had redirected
+                live.stop()  # restores standard output and error, which rich had redirected
 
 
 def duration(seconds: float) -> str:
-    """`4:05`, `2:04:05` or `3d 02:04`."""
+    """Format a duration, such as `4:05`, `2:04:05` or `3d 02:04`."""
     whole = round(seconds)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)
@@ -182,7 +185,7 @@ def duration(seconds: float) -> str:
 
 
 def with_prefix(value: float) -> str:
-    """`950`, `12.3k`, `4.56M`: three digits."""
+    """Format a number with three digits and an SI prefix, such as `950`, `12.3k` or `4.56M`."""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             scaled = value / size

@@ -1,4 +1,4 @@
-"""What a run was made of, for MLflow's parameters and tags: configuration, code, packages, host."""
+"""Run metadata for MLflow's parameters and tags: configuration, code, packages, host."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from biroute.configs.load import flatten
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import Attempt
 
-REVISION_NAME = "revision.json"  # beside the packages of a code snapshot
-PARAMETER_CHARACTERS = 6000  # MLflow's limits for a value
+REVISION_NAME = "revision.json"  # next to the packages in a code snapshot
+PARAMETER_CHARACTERS = 6000  # MLflow's limits for the length of a value
 TAG_CHARACTERS = 8000
 _PACKAGES = (
     "biroute", "torch", "deepspeed", "megatron-core", "mlflow", "numpy", "sentencepiece", "webdataset",
 )  # fmt: skip
-# Where and how a run is carried out may differ from attempt to attempt; MLflow's parameters may not.
+# Where and how a run executes may differ between attempts; MLflow's parameters may not.
 _PLACEMENT = (
     "parallel.",
     "train.run_dir",
@@ -37,18 +37,21 @@ _PLACEMENT = (
 
 
 def parameters(config: RunConfig) -> dict[str, str]:
-    """Dotted field -> value of all that defines the run, cut to MLflow's limit."""
+    """Return dotted field -> value of every field that defines the run, cut to MLflow's limit."""
     kept = {name: value for name, value in flatten(config).items() if not name.startswith((*_PLACEMENT, "tracking."))}
     return {name: value[:PARAMETER_CHARACTERS] for name, value in kept.items()}
 
 
 def placement_tags(config: RunConfig) -> dict[str, str]:
-    """Dotted field -> value of what may change between attempts; not `tracking`: it may hold a password."""
+    """Return dotted field -> value of the fields that may change between attempts.
+
+    Section `tracking` is not among them, as it may contain a password.
+    """
     return {name: value for name, value in flatten(config).items() if name.startswith(_PLACEMENT)}
 
 
 def changed_parameters(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """`train.steps: 100 -> 200; ...` for the parameters that differ from those of the first attempt."""
+    """Describe the parameters that differ from those of the first attempt: `train.steps: 100 -> 200; ...`."""
     changes = [
         f"{name}: {before[name]} -> {now[name]}" for name in sorted(now) if before.get(name, now[name]) != now[name]
     ]
@@ -56,7 +59,7 @@ def changed_parameters(before: Mapping[str, str], now: Mapping[str, str]) -> str
 
 
 def environment_tags() -> dict[str, str]:
-    """Host, user, Python and package versions, and the commit of the code if it runs from a checkout."""
+    """Return host, user, Python and package versions, and the commit of the code if it runs from a checkout."""
     tags = {
         "host": socket.gethostname(),
         "version.python": platform.python_version(),
@@ -73,7 +76,7 @@ def environment_tags() -> dict[str, str]:
 
 
 def attempt_tags(attempts: Sequence[Attempt]) -> dict[str, str]:
-    """`attempt.0001` -> where the attempt ran and why it ended, for each of them."""
+    """Return `attempt.0001` -> where the attempt ran and why it ended, for each attempt."""
     tags = {}
     for attempt in attempts:
         where = ", ".join(filter(None, (attempt.job and f"job {attempt.job}", " ".join(attempt.nodes))))
@@ -83,12 +86,12 @@ def attempt_tags(attempts: Sequence[Attempt]) -> dict[str, str]:
 
 
 def git_tags(code_file: Path) -> dict[str, str]:
-    """Commit and dirty flag of the checkout that `code_file` is part of or was copied from; empty if in none."""
+    """Return commit and dirty flag of the checkout that `code_file` is in or was copied from; empty without one."""
     revision = code_file.resolve().parents[1] / REVISION_NAME
     if revision.is_file():
         with contextlib.suppress(OSError, ValueError):
             return {str(name): str(value) for name, value in json.loads(revision.read_text("utf-8")).items()}
-    # --error-unmatch: an installed copy may lie in a virtual environment inside somebody else's checkout.
+    # --error-unmatch: an installed copy may be in a virtual environment inside an unrelated checkout.
     if _git(code_file, "ls-files", "--error-unmatch", code_file.name) is None:
         return {}
     commit = _git(code_file, "rev-parse", "HEAD")
@@ -100,7 +103,7 @@ def git_tags(code_file: Path) -> dict[str, str]:
 
 
 def _git(code_file: Path, *arguments: str) -> str | None:
-    # --no-optional-locks: `status` must not take the index lock from under a user's own git command.
+    # --no-optional-locks: `status` must not take the index lock that a git command of the user may need.
     command = ["git", "--no-optional-locks", "-C", str(code_file.resolve().parent), *arguments]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

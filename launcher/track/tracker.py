@@ -1,15 +1,14 @@
-"""Metrics, parameters and artifacts of a run: kept in its folder first, then sent to MLflow from a thread.
+"""Tracking of metrics, parameters and artifacts: kept in the run folder first, then uploaded to MLflow by a thread.
 
-Training only ever appends a line to `metrics.jsonl`. A thread reads that file behind it and sends what is
-new with the original timestamps. It remembers in `tracking_state.json` how far it came and in which MLflow
-run, so whatever happens (server absent, killed or frozen; this process killed) the rest goes later, at the
-latest with the next attempt. Sending a point twice is harmless: MLflow keeps one row for each key, timestamp,
-step and value.
+Training only appends lines to the metrics log, `metrics.jsonl`. The uploader follows that file and sends new points
+with their original timestamps. It records in `tracking_state.json` how far it has got and in which MLflow run, so
+whatever fails (server absent, killed or frozen; this process killed), the rest is sent later, at the latest by the
+next attempt. Sending a point twice is harmless: MLflow keeps one row for each key, timestamp, step and value.
 
-A resumed run goes on in the same MLflow run. Steps that it repeats because they came after its checkpoint are
-already in the metrics_log, and are not written again: of each (step, metric) the first value stays.
+A resumed run continues the same MLflow run. The points of the steps that it repeats after its checkpoint are already
+in the metrics log and are not written again: of each (step, metric) the first value stays.
 
-This is the only file that imports mlflow, and it does so inside functions: `biroute --help` must be fast.
+This is the only file that imports mlflow, and it does so inside functions to keep `biroute --help` fast.
 """
 
 from __future__ import annotations
@@ -56,13 +55,18 @@ def open_tracker(
     notify: Callable[[str], None] | None = None,
     fencing_token: FencingToken | None = None,
 ) -> Tracker:
-    """Open the record of a run, on rank 0; `tags` are the caller's (world size), the rest is found out.
+    """Open the tracker of a run, on rank 0. With `tracking.enabled=false` only the metrics log is written.
 
-    With a fencing token, nothing is written or sent once another attempt owns the folder.
+    The first call in a process takes some seconds, to import mlflow and create a new SQLite file; it does not wait
+    for a server.
 
-    `notify` gets the few lines meant for people (server lost, server back), also from another thread; by
-    default they go to the log. With `tracking.enabled=false` only the metrics log is written. The first call in a
-    process takes some seconds, for importing mlflow and making a new SQLite file; no server is waited for.
+    Args:
+        config: of the run.
+        run_dir: the run folder.
+        tags: added to those that are found automatically, such as the layout and the world size.
+        notify: called with the few messages for people (server lost, server back), also from another thread; by
+            default they are logged.
+        fencing_token: if given, nothing is written or sent once another attempt owns the folder.
 
     Raises:
         UsageError: `tracking.uri` is malformed or of an unsupported scheme, or `run_dir` cannot be written.
@@ -86,13 +90,13 @@ def open_tracker(
     _prepare_mlflow(uri, config.tracking.timeout_seconds)
 
     def say(text: str) -> None:
-        with contextlib.suppress(Exception):  # a terminal that went away
+        with contextlib.suppress(Exception):  # the terminal may be gone
             notify(f"MLflow ({without_password(uri)}): {text}")
 
     destination = _MlflowRun(config, run_dir, uri, state, dict(tags), say)
     if sqlite_path(uri) is not None:
-        # To make the tables sets off a garbage collection of up to half a second, during which no thread runs:
-        # better now than in the middle of a step. If it fails, the thread tries again.
+        # Creating the tables triggers a garbage collection of up to half a second, during which no thread runs:
+        # better now than in the middle of a step. If it fails, the uploader tries again.
         with contextlib.suppress(Exception):
             destination.open_client()
     uploader = Uploader(metrics_log.path, state, destination, say, owned)
@@ -101,18 +105,18 @@ def open_tracker(
 
 
 def close_after_crash(fencing_token: FencingToken) -> None:
-    """Tell MLflow that an attempt is over and why, if it ended too suddenly to do so itself. Never raises."""
+    """Report the end of an attempt and its cause to MLflow if the attempt itself could not. Never raises."""
     run_dir = fencing_token.run_dir
     try:
         config = load_config(run_dir / CONFIG)
         if fencing_token.holds() and config.tracking.enabled and (run_dir / UPLOAD_STATE).exists():
             open_tracker(config, run_dir, tags={}, notify=lambda _: None, fencing_token=fencing_token).close("FAILED")
     except Exception as error:
-        logging.getLogger(__name__).warning("MLflow does not know yet that the run has ended: %s", error)
+        logging.getLogger(__name__).warning("the end of the run could not be reported to MLflow: %s", error)
 
 
 class Tracker:
-    """The record of one attempt. `log`, `log_artifact` and `close` are called from the training thread."""
+    """Tracks one attempt. `log`, `log_artifact` and `close` are called from the training thread."""
 
     def __init__(
         self,
@@ -132,31 +136,31 @@ class Tracker:
         self._closed = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of an optimizer step. Takes microseconds, never raises; trouble is reported once."""
+        """Record metrics of an optimizer step. Takes microseconds and never raises; an error is reported once."""
         numbers: dict[str, float] = {}
         for name, value in metrics.items():
             try:
                 numbers[name] = float(value)
-            except Exception as error:  # whatever it is, the record of a run must not end the run
+            except Exception as error:  # of any kind: tracking must not end the run
                 self._complain(f"metric {name!r} of step {step} is left out", error)
         try:
             if self._owned() and self._metrics_log.append(step, numbers) and self._uploader is not None:
                 self._uploader.wake()
         except Exception as error:
-            self._complain(f"metrics of step {step} not written yet", error)
+            self._complain(f"metrics of step {step} are not written yet", error)
 
     def log_artifact(self, path: Path) -> None:
-        """Queue a file or folder for upload, by reference; it is uploaded again when it has changed.
+        """Queue a file or folder for upload; it is read when it is sent, and uploaded again when it has changed.
 
-        Never raises. A path that does not exist (yet) is looked for again every few seconds.
+        Never raises. A path that does not exist yet is checked again every few seconds.
         """
         if self._uploader is not None:
             self._uploader.add_artifact(Path(path))
 
     def close(self, status: Status, cause: str = "") -> None:
-        """Send what is left, and the status; after `tracking.flush_seconds` leave it to the next attempt.
+        """Send what is left, and the status; after `tracking.flush_seconds` the rest is left to the next attempt.
 
-        `cause`: why the attempt ended, where its journal doesn't say yet.
+        `cause` is why the attempt ended, if the attempt journal does not record it yet.
         """
         if self._closed:
             return
@@ -173,11 +177,11 @@ class Tracker:
         if kind not in self._complaints:
             self._complaints.add(kind)
             with contextlib.suppress(Exception):
-                self._notify(f"{self._metrics_log.path}: {what} ({kind}: {error}); training goes on")
+                self._notify(f"{self._metrics_log.path}: {what} ({kind}: {error}); training continues")
 
 
 class _MlflowRun:
-    """The run in MLflow that a `TrackingState` names: a `Destination`, used from the uploader's thread only."""
+    """The MLflow run that a `TrackingState` names: a `Destination`, used from the uploader's thread only."""
 
     def __init__(
         self,
@@ -201,7 +205,7 @@ class _MlflowRun:
         database = sqlite_path(self._uri)
         with _tables_lock(database) if database else contextlib.nullcontext():
             self._client = MlflowClient(tracking_uri=self._uri)
-            self._client.search_experiments(max_results=1)  # makes a new database's tables, under the lock
+            self._client.search_experiments(max_results=1)  # creates a new database's tables, under the lock
 
     def connect(self) -> None:
         self.open_client()
@@ -252,7 +256,7 @@ class _MlflowRun:
                 return None
             raise
         if run.info.lifecycle_stage == "deleted":
-            self._state.run_key = uuid.uuid4().hex  # deleted on purpose: what comes now is another run
+            self._state.run_key = uuid.uuid4().hex  # deleted on purpose: continue in a new run
             return None
         return str(run.info.run_id)
 
@@ -266,11 +270,11 @@ class _MlflowRun:
 
         run_id = search()
         if run_id is None and self._creation_unsure:
-            # A request that timed out at a frozen server may still be carried out when it thaws.
+            # A request that timed out at a frozen server may still be executed when the server continues.
             time.sleep(1.0)
             run_id = search()
         if run_id is None:
-            self._state.save()  # the key must be on disk before a run bears it
+            self._state.save()  # the key must be on disk before a run has it
             self._creation_unsure = True
             tags = {_RUN_KEY_TAG: self._state.run_key}
             created = self._client.create_run(experiment_id, self._state.started_ms, tags, self._run_name)
@@ -282,20 +286,20 @@ class _MlflowRun:
         name = self._config.tracking.experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            database = sqlite_path(self._uri)  # a server decides itself where artifacts go
+            database = sqlite_path(self._uri)  # a server itself decides where artifacts go
             location = artifacts_dir(database).as_uri() if database else None
             try:
                 return str(self._client.create_experiment(name, artifact_location=location))
             except Exception as error:
                 if _code(error) != "RESOURCE_ALREADY_EXISTS":
                     raise
-            experiment = self._client.get_experiment_by_name(name)  # another run was faster
+            experiment = self._client.get_experiment_by_name(name)  # another run created it first
         if experiment.lifecycle_stage == "deleted":
             raise RuntimeError(f"experiment {name!r} is deleted there; restore it or set tracking.experiment")
         return str(experiment.experiment_id)
 
     def _describe_run(self, run_id: str) -> None:
-        """Parameters that are new, and tags. MLflow refuses a changed parameter: a tag tells of it."""
+        """Log new parameters, and tags. MLflow refuses a changed parameter, so a tag records the change."""
         from mlflow.entities import Param, RunTag
 
         data = self._client.get_run(run_id).data
@@ -320,7 +324,7 @@ class _MlflowRun:
         except Exception as error:
             if not _is_refusal(error) or self._run_is_deleted():
                 raise
-            # One metric that MLflow will never take must not hold up all that come after it.
+            # A metric that MLflow will never accept must not hold up all that follow.
             if len(metrics) > 1:
                 middle = len(metrics) // 2
                 self._log_metrics(metrics[:middle])
@@ -337,16 +341,16 @@ class _MlflowRun:
 
 
 def _prepare_mlflow(uri: str, timeout_seconds: float) -> None:
-    """Import mlflow here, not in the thread: a data worker forked in mid-import would hang on its locks."""
+    """Import mlflow here, not in the uploader: a data worker forked during the import would hang on its locks."""
     wanted = {
         # The client's own defaults block for minutes.
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(timeout_seconds)),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would land in the middle of the live line
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would be printed into the live line
     }
     for name, value in wanted.items():
-        if os.environ.get(name) == _set_by_us.get(name):  # what the user has set stays
+        if os.environ.get(name) == _set_by_us.get(name):  # the user's own setting stays
             os.environ[name] = _set_by_us[name] = value
     import mlflow
 
@@ -359,7 +363,7 @@ def _prepare_mlflow(uri: str, timeout_seconds: float) -> None:
 
 
 def _allowed_name(name: str) -> str:
-    """A name that MLflow takes: letters and digits of any script, and `_-. :/`, at most 250 characters."""
+    """Return a name that MLflow accepts: letters and digits of any script, and `_-. :/`, at most 250 characters."""
     return re.sub(r"[^/\w.\- :]", "_", name)[:_NAME_CHARACTERS].strip("/ ") or "_"
 
 
@@ -368,12 +372,12 @@ def _code(error: Exception) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    # MLflow's own word. A bare 400 or 413 may be a proxy's, and then the metrics are not at fault.
+    # MLflow's own error code. A bare HTTP 400 or 413 may come from a proxy and says nothing about the metrics.
     return _code(error) == "INVALID_PARAMETER_VALUE"
 
 
 def _reason(error: Exception) -> str:
-    """The cause in a few words, without passwords: MLflow's own texts run over many lines."""
+    """Return the cause in a few words, without passwords: MLflow's own messages span many lines."""
     text = without_password(" ".join(str(error).split()))
     for pattern in (r"\[Errno -?\d+\] ([^'\")]+)", r"(timed out)", r"\(sqlite3\.\w+\) ([^\[(]+)"):
         if found := re.search(pattern, text):
@@ -382,8 +386,8 @@ def _reason(error: Exception) -> str:
 
 
 def _tables_lock(database: Path) -> AbstractContextManager[None]:
-    """One process at a time makes the tables of a new SQLite file: MLflow fails when two do.
+    """Let only one process at a time create the tables of a new SQLite file: MLflow fails when two do.
 
-    Without the lock too, where it can't be had: a retry heals the rare clash.
+    If the lock cannot be taken, the tables are created without it; a retry resolves the rare conflict.
     """
     return file_lock(database.parent / f".{database.name}.lock", _LOCK_SECONDS)

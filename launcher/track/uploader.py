@@ -1,4 +1,4 @@
-"""The thread that follows a run's metrics_log and sends it on, however long the other side is away."""
+"""The uploader: a thread that follows a run's metrics log and sends new points, retrying for as long as needed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Protocol
 from biroute.launcher.track.metrics_log import Point, scan
 from biroute.launcher.track.upload_state import TrackingState
 
-_SEND_SECONDS = 1.0  # at most one batch a second: sending costs CPU that training wants
-_LOOK_SECONDS = 10.0  # between two looks at the artifacts, and at least between two uploads of the same one
+_SEND_SECONDS = 1.0  # at most one pass per second: sending costs CPU time that training needs
+_LOOK_SECONDS = 10.0  # between two checks of the artifacts, and at least between two uploads of the same one
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS, _CLOSING_DELAY_SECONDS = 0.5, 30.0, 0.5
 _METRICS_PER_BATCH = 1000
 
 
 class Destination(Protocol):
-    """Where points go. Any method may block for the time-out and raise anything; all are safe to repeat."""
+    """Where points are sent. Any method may block until the timeout and raise anything; all are safe to repeat."""
 
     def connect(self) -> None:
-        """Find or make the run that `TrackingState` names."""
+        """Find or create the run that `TrackingState` names."""
 
     def log_points(self, points: list[Point]) -> None: ...
 
@@ -33,16 +33,16 @@ class Destination(Protocol):
     def terminate(self, status: str, end_ms: int, cause: str) -> None: ...
 
     def lost_run(self, error: Exception) -> bool:
-        """True if `error` means that the run is gone, so that `connect` must be called again."""
+        """Return whether `error` means that the run is gone, so that `connect` must be called again."""
 
     def describe(self, error: Exception) -> str:
-        """The cause in a few words."""
+        """Return the cause in a few words."""
 
 
 class Uploader(threading.Thread):
-    """Sends what is new in the metrics_log, the artifacts and the final status. No error here reaches training.
+    """Sends new points of the metrics log, the artifacts and the final status. No error here reaches training.
 
-    It ends at once when `owned()` is false: another attempt sends now.
+    The thread ends as soon as `owned()` is false, as another attempt is then responsible.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Uploader(threading.Thread):
         self._new_artifacts: deque[Path] = deque()
         self._uploaded_at: dict[str, float] = {}
         self._wake, self._closing, self._given_up, self._done = (threading.Event() for _ in range(4))
-        self._wake.set()  # the earlier attempt may have left something
+        self._wake.set()  # an earlier attempt may have left points unsent
 
     def wake(self) -> None:
-        """There is something new in the metrics_log."""
+        """Signal that the metrics log has new points."""
         self._wake.set()
 
     def add_artifact(self, path: Path) -> None:
-        """Upload `path` now, and again whenever it has changed."""
+        """Upload `path` now, and again whenever it changes."""
         self._new_artifacts.append(path)
         self._wake.set()
 
     def finish(self, status: str, cause: str, seconds: float) -> None:
-        """Ask for the last pass and wait for it, `seconds` at most."""
+        """Request a last pass and wait for it, `seconds` at most."""
         self._final = (status, time.time_ns() // 1_000_000, cause)
         self._closing.set()
         self._wake.set()
         if not self._done.wait(seconds):
             self._given_up.set()
-            self._say(f"not all was sent within flush_seconds={seconds:g}; it goes with the next attempt")
+            self._say(f"not all was sent within flush_seconds={seconds:g}; the next attempt sends the rest")
 
     def run(self) -> None:
         failures = 0
@@ -94,10 +94,10 @@ class Uploader(threading.Thread):
                 return
             try:
                 self._pass()
-            except Exception as error:  # anything at all: retried for ever, never passed on to training
+            except Exception as error:  # of any kind: retried forever, never passed on to training
                 failures += 1
-                if failures == 2:  # not at the first: a locked database heals in a moment
-                    what = f"training goes on, metrics are kept in {self._metrics_log_path} and sent later"
+                if failures == 2:  # not after the first: a locked database is soon available again
+                    what = f"training continues, metrics are kept in {self._metrics_log_path} and sent later"
                     self._say(f"{self._destination.describe(error)}; {what}")
                 self._pause(min(_FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 10), _LONGEST_DELAY_SECONDS))
                 self._wake.set()
@@ -112,7 +112,7 @@ class Uploader(threading.Thread):
 
     def _pause(self, seconds: float) -> None:
         if self._closing.is_set():
-            self._given_up.wait(min(seconds, _CLOSING_DELAY_SECONDS))  # the end is short, so ask often
+            self._given_up.wait(min(seconds, _CLOSING_DELAY_SECONDS))  # little time is left, so retry often
         else:
             self._closing.wait(seconds)
 
@@ -123,7 +123,7 @@ class Uploader(threading.Thread):
             self._connected = True
         try:
             self._send_points()
-            # Before the artifacts: one that cannot be uploaded must not leave the run RUNNING.
+            # Before the artifacts: if one cannot be uploaded, the run must not stay RUNNING.
             if self._final is not None and not self._final_sent:
                 self._destination.terminate(*self._final)
                 self._final_sent = True
@@ -143,7 +143,7 @@ class Uploader(threading.Thread):
             self._state.save()
 
     def _take_in_artifacts(self) -> None:
-        """New paths into the state file at once: after a kill the next attempt uploads them."""
+        """Record new paths in the state file immediately, so that after a kill the next attempt uploads them."""
         if not self._new_artifacts:
             return
         while self._new_artifacts:
@@ -158,12 +158,12 @@ class Uploader(threading.Thread):
             if recently and not self._closing.is_set():
                 continue
             path = self._run_dir / key
-            fingerprint = _fingerprint(path)  # before the upload: a change during it is seen next time
+            fingerprint = _fingerprint(path)  # before the upload, so that a change during it is noticed next time
             if fingerprint is None or fingerprint == sent:
                 continue
             try:
                 self._destination.log_artifact(path.resolve())
-            except Exception as error:  # the others are not to wait for this one
+            except Exception as error:  # it must not hold up the other artifacts
                 failure = error
                 continue
             self._uploaded_at[key] = time.monotonic()
@@ -178,7 +178,7 @@ class Uploader(threading.Thread):
 
 
 def next_batch(path: Path, start_byte: int) -> tuple[list[Point], int]:
-    """Points from `start_byte` on, about one batch of metrics, and the byte after them."""
+    """Return the points from `start_byte` on, about one batch of metrics, and the byte after them."""
     points: list[Point] = []
     end, count = start_byte, 0
     for point, after in scan(path, start_byte):
@@ -192,7 +192,7 @@ def next_batch(path: Path, start_byte: int) -> tuple[list[Point], int]:
 
 
 def _fingerprint(path: Path) -> str | None:
-    """Changes when the file, or a file in the folder, does; None if there is none."""
+    """Return a text that changes when the file, or a file in the folder, does; None if there is no such path."""
     try:
         files = sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
         stats = [file.stat() for file in files]

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the tracking URI, checked before training without importing mlflow."""
+"""The tracking URI of a run, checked before training and without importing mlflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SQLITE_MAGIC = b"SQLite format 3\x00"
 
 
 def tracking_uri(config: RunConfig, run_dir: Path) -> str:
-    """The MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the folder that holds the run's.
+    """Return the MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the parent of the run folder.
 
     Raises:
         UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
@@ -28,7 +28,7 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
 
 
 def check_uri(uri: str, field: str = "tracking.uri") -> None:
-    """Refuse a URI that could never work; whether a server answers is not asked.
+    """Refuse a URI that could never work; whether a server answers is not checked.
 
     Raises:
         UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
@@ -37,8 +37,8 @@ def check_uri(uri: str, field: str = "tracking.uri") -> None:
     scheme, separator, _ = uri.partition("://")
     if not separator:
         near = f"; did you mean http://{uri}?" if re.fullmatch(r"[\w.-]+:\d+(/\S*)?", uri) else ""
-        kind = "a folder or file path" if not near else "no URI"
-        raise UsageError(f"{shown}: {kind}, which MLflow does not track to{near or '; ' + _REMEDY}")
+        kind = "a folder or file path" if not near else "an address without a scheme"
+        raise UsageError(f"{shown}: {kind}, which MLflow does not accept{near or '; ' + _REMEDY}")
     if scheme in ("http", "https"):
         _check_http(uri, shown)
     elif scheme.partition("+")[0] not in _DATABASES:
@@ -48,7 +48,7 @@ def check_uri(uri: str, field: str = "tracking.uri") -> None:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute path of an SQLite URI's file; None for any other URI."""
+    """Return the absolute path of an SQLite URI's file; None for any other URI."""
     scheme, _, rest = uri.partition("://")
     if not scheme.startswith("sqlite") or len(rest) < 2:
         return None
@@ -57,12 +57,12 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def artifacts_dir(database: Path) -> Path:
-    """Folder for artifacts of the runs in an SQLite file."""
+    """Return the folder for the artifacts of the runs in an SQLite file."""
     return database.parent / ARTIFACTS_NAME
 
 
 def without_password(text: str) -> str:
-    """`text` with the password of every URI in it blotted out."""
+    """Return `text` with the password of every URI in it masked."""
     return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
@@ -73,7 +73,7 @@ def _check_http(uri: str, shown: str) -> None:
     except ValueError as error:
         raise UsageError(f"{shown}: {error}; {_REMEDY}") from None
     if not host or re.search(r"\s", uri):
-        raise UsageError(f"{shown}: {'no host in it' if not host else 'blanks in it'}; {_REMEDY}")
+        raise UsageError(f"{shown}: {'it has no host' if not host else 'it contains blanks'}; {_REMEDY}")
 
 
 def _check_sqlite(uri: str, shown: str) -> None:

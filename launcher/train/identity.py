@@ -1,4 +1,4 @@
-"""What a run is, in a line for people and as the facts that its checkpoints are checked against. No torch."""
+"""Identity of a run: the fields that its checkpoints are checked against, and a one-line summary. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHAPE_FIELDS = (
 
 
 def model_identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What two runs must share for one to load the other's weights."""
+    """Return the fields that must be equal in two runs for one to load the other's weights."""
     model = config.model.model_dump(mode="json")
     return {
         **{f"model.{name}": model[name] for name in _SHAPE_FIELDS},
@@ -34,7 +34,7 @@ def model_identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def describe(config: RunConfig, layout: Layout) -> str:
-    """Size, layout and length of a run, for the first line that it prints."""
+    """Summarize size, layout and length of a run, for the first line that it prints."""
     return (
         f"{parameter_count(config) / 1e6:.2f} M parameters, {layout}, {config.train.precision}, "
         f"{config.tokens_per_step:,} tokens per step, {config.train.steps:,} steps"

@@ -10,7 +10,7 @@ _KIB_PER_GIB = 1 << 20
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory held so far, GiB: of the GPU's allocator, or on CPU the resident set."""
+    """Return the largest memory held so far in GiB: by the GPU's allocator, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / (1 << 30)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB_PER_GIB  # Linux counts it in KiB

@@ -1,4 +1,4 @@
-"""Rank 0's view of a run: each step to the progress line, each point to MLflow, the curve redrawn as it grows."""
+"""The hook of rank 0: shows each step on the progress line, records points, and redraws the loss curves."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from biroute.launcher.train.hooks import TrainerHook
 
 
 class Observer(TrainerHook):
-    """Opens the record of a run in its folder. Nothing here ever ends training.
+    """Tracks a run in its folder and in MLflow. No error here ends training.
 
-    Nothing is written, either, once another attempt owns the folder.
+    Once another attempt owns the folder, nothing more is written.
     """
 
     def __init__(self, config: RunConfig, tags: Mapping[str, str], fencing_token: FencingToken) -> None:
-        """Raises UsageError for a tracking URI that can't work or a folder that can't be written."""
+        """Open the tracker.
+
+        Raises:
+            UsageError: the tracking URI cannot work, or the run folder cannot be written.
+        """
         self._run_dir = config.train.run_dir
         self._fencing_token = fencing_token
         self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
@@ -32,19 +36,19 @@ class Observer(TrainerHook):
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
-        """One optimizer step is done."""
+        """Show the step on the progress line."""
         self._progress.update(step, values)
 
     def on_point(self, step: int, values: Mapping[str, float]) -> None:
-        """Metrics to keep."""
+        """Record the metrics."""
         self._tracker.log(step, values)
 
     def on_message(self, text: str) -> None:
-        """A line for people."""
+        """Print the message."""
         self._progress.message(text)
 
     def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
-        """Draw the loss so far, into the run folder and MLflow."""
+        """Plot the loss so far, into the run folder and MLflow."""
         path = self._run_dir / LOSS_PLOT
         if not self._fencing_token.holds():
             return
@@ -56,6 +60,6 @@ class Observer(TrainerHook):
         self._tracker.log_artifact(path)
 
     def on_end(self, status: Status, cause: str) -> None:
-        """End the record of this attempt; what MLflow has not got yet goes with the next one."""
+        """Close the tracker of this attempt; what MLflow has not received by then, the next attempt sends."""
         self._progress.close()
         self._tracker.close(status, cause)

@@ -8,10 +8,10 @@ from biroute.configs.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (the first is 1) in a run of `total_steps`.
+    """Return the learning rate of optimizer step `step` (the first is 1) in a run of `total_steps`.
 
-    Linear warm-up to the peak, then: cosine down to min_learning_rate; wsd (warmup-stable-decay): constant, with a
-    linear decay over the last decay_steps; constant.
+    After a linear warm-up to the peak, schedule `cosine` decays to min_learning_rate, `wsd` (warmup-stable-decay)
+    stays constant and decays linearly over the last decay_steps, and `constant` stays constant.
     """
     peak, lowest = optim.learning_rate, optim.min_learning_rate
     if step <= optim.warmup_steps:

@@ -1,4 +1,4 @@
-"""One rank of a training run, from its configuration to its last step: everything is put together here."""
+"""One rank of a training run, from its configuration to its last step: all parts are assembled here."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def run(
 ) -> None:
     """Train as one of the ranks that have joined, from the newest checkpoint if there is one. Collective.
 
-    `hooks` watch this rank, after those of BiRoute itself.
+    `hooks` are called on this rank, after BiRoute's own.
 
     Raises:
-        UsageError: bad input. StoppedError: a signal came; the state is saved. FencedError: a newer attempt began.
+        UsageError: the input is not usable.
+        StoppedError: a signal asked to stop; the state is saved.
+        FencedError: another attempt owns the run folder.
     """
     layout = resolve_layout(config, place.world_size)
     dataset = open_dataset(config)

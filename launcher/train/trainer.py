@@ -1,4 +1,4 @@
-"""The training loop: steps, log lines, held-out evaluation, checkpoints, and stopping when asked."""
+"""The training loop: steps, log lines, held-out evaluation, checkpoints, and stopping on request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 @dataclass
 class Trainer:
-    """One attempt of a run. `about` describes the model for its checkpoints; `hooks` watch this rank."""
+    """Trains one attempt of a run. `about` describes the model in checkpoints; `hooks` are called on this rank."""
 
     config: RunConfig
     engine: Engine
@@ -48,7 +48,7 @@ class Trainer:
     _saved_step: int = -1
 
     def resume(self, progress: TrainingProgress) -> None:
-        """Resume after a loaded checkpoint."""
+        """Continue from the progress of a loaded checkpoint."""
         self.step = self._saved_step = progress.step
         self._evaluation_pending = progress.evaluation_pending
         self.watchdog.resumed(progress.step)
@@ -69,7 +69,7 @@ class Trainer:
             self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to continue")
         while self.step < train.steps:
             self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
-            # Before the step, as a rank that waits for data must be able to say no.
+            # Before the step, so that a rank that waits for data still takes part in the stop consensus.
             with self.engine.clock.phase("data"):
                 self.loader.wait(give_up=lambda: bool(self.stop_consensus.stop))
             self._stop_if_agreed()
@@ -81,7 +81,7 @@ class Trainer:
                 self._save()
 
     def _stop_if_agreed(self) -> None:
-        """Save and raise StoppedError, on all ranks, if one was asked to stop. Collective."""
+        """Save and raise StoppedError, on all ranks, if any rank was asked to stop. Collective."""
         if not self.stop_consensus.to_stop():
             return
         self._save()
@@ -118,7 +118,7 @@ class Trainer:
         return step in (1, train.steps) or _due(step, train.log_every)
 
     def _values(self, report: StepReport, rate: float, step_seconds: float) -> dict[str, float]:
-        """Metrics of this step under the names that MLflow shows."""
+        """Return the metrics of this step under the names that MLflow shows."""
         ranks = dist.get_world_size()
         tokens_per_second = self.config.tokens_per_step / step_seconds
         return {
@@ -133,7 +133,7 @@ class Trainer:
         }
 
     def _log(self, report: StepReport, rate: float) -> None:
-        """One metric point: the values of this step, the times averaged since the last point. Collective."""
+        """Log one point: the values of this step, with times averaged since the last point. Collective."""
         steps = len(self._since_log)
         phases = self.engine.clock.take()
         device, ranks = self.engine.device, dist.get_world_size()
@@ -153,9 +153,9 @@ class Trainer:
             hook.on_point(self.step, values)
 
     def _evaluate(self) -> None:
-        """Loss on the same held-out sequences each time. Collective.
+        """Measure the loss, on the same held-out sequences each time. Collective.
 
-        A stop cuts it off between two batches; the next attempt begins with it.
+        A stop interrupts the evaluation between two batches; the next attempt then begins with it.
         """
         self._evaluation_pending = True
         values = heldout_metrics(self.engine, self.heldout, self._between_batches)

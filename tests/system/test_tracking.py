@@ -145,7 +145,7 @@ def test_server_absent_at_the_start_gets_all_points_later(server: Server, tmp_pa
     assert timed_log(tracker, range(1, 31)) < LOG_SECONDS
     until(lambda: len(said) == 1)
     assert "Connection refused" in said[0]
-    assert "training goes on" in said[0]
+    assert "training continues" in said[0]
     server.start()
     until(lambda: len(said) == 2)
     assert "reached again" in said[1]
