@@ -127,7 +127,7 @@ def causal_outputs(q: Tensor, k: Tensor, v: Tensor, rule: RouteRule, mean_query:
         own_N = torch.arange(queries_BGND.shape[2]) * rule.query_block_size // rule.region_size
         route = select_regions(queries_BGND @ keys_BGRD.transpose(2, 3), own_N, rule)
     else:
-        route = route_regions(q, k, region_size=size, query_block_size=lq, topk=rule.topk, causal=True)
+        route = route_regions(q, k, rule)
     return bi_level_attention(q, k, v, route, region_size=size, query_block_size=lq, causal=True)
 
 

@@ -9,21 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biroute.model.attention.rule import RouteRule
+
 
 @torch.no_grad()
-def route_regions(
-    q: Tensor,
-    k: Tensor,
-    *,
-    region_size: int,
-    query_block_size: int,
-    topk: int,
-    causal: bool,
-    force_own: bool = True,
-    force_previous: bool = True,
-    attention_sink: bool = False,
-    descriptors_per_region: int = 1,
-) -> Tensor:
+def route_regions(q: Tensor, k: Tensor, rule: RouteRule) -> Tensor:
     """Choose the regions of every query block.
 
     Affinities are compared in fp32, as in `biroute.model.attention.routing`.
@@ -31,10 +21,7 @@ def route_regions(
     Args:
         q: [B, H, S, D].
         k: [B, G, S, D].
-        region_size: L.
-        query_block_size: Lq.
-        topk: K.
-        causal, force_own, force_previous, attention_sink, descriptors_per_region: see `RouteRule`.
+        rule: how regions are chosen; the router is "affinity".
 
     Returns:
         The route, int64 [B, G, S // Lq, K], ascending, -1 = empty.
@@ -44,8 +31,9 @@ def route_regions(
     batch, num_heads, num_tokens, _ = q.shape
     groups = k.shape[1]
     rep = num_heads // groups
+    region_size, query_block_size, topk, causal = rule.region_size, rule.query_block_size, rule.topk, rule.causal
     num_regions, num_blocks = num_tokens // region_size, num_tokens // query_block_size
-    part = region_size // descriptors_per_region
+    part = region_size // rule.descriptors_per_region
     route = torch.full((batch, groups, num_blocks, topk), -1, dtype=torch.int64)
     for b in range(batch):
         for g in range(groups):
@@ -60,10 +48,10 @@ def route_regions(
                 queries = q_rSD[:, first] if causal else q_rSD[:, first : first + query_block_size].mean(1)
                 query = queries.mean(0).float().double()
                 own = first // region_size
-                forced = {own} if force_own else set()
-                if force_previous and own > 0:
+                forced = {own} if rule.force_own else set()
+                if rule.force_previous and own > 0:
                     forced.add(own - 1)
-                if attention_sink:
+                if rule.attention_sink:
                     forced.add(0)
                 candidates = [j for j in range(own if causal else num_regions) if j not in forced]
                 affinity = {

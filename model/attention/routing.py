@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, Router, RouteRule
+from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
 # Bounds of the number of affinities in one chunk: the working memory is a fraction of the queries' memory.
 CHUNK_AFFINITIES = (1 << 14, 1 << 19)
@@ -85,30 +85,13 @@ def _exact_mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def route_regions(
-    q: Tensor,
-    k: Tensor,
-    *,
-    region_size: int,
-    query_block_size: int,
-    topk: int,
-    causal: bool,
-    force_own: bool = True,
-    force_previous: bool = True,
-    attention_sink: bool = False,
-    router: Router = "affinity",
-    seed: int = 0,
-    descriptors_per_region: int = 1,
-) -> Tensor:
+def route_regions(q: Tensor, k: Tensor, rule: RouteRule) -> Tensor:
     """Choose the regions of every query block of whole sequences; the choice carries no gradient.
 
     Args:
         q: [B, H, S, D].
         k: [B, G, S, D].
-        region_size: L.
-        query_block_size: Lq.
-        topk: K.
-        causal, force_own, force_previous, attention_sink, router, seed, descriptors_per_region: see `RouteRule`.
+        rule: how regions are chosen.
 
     Returns:
         The route, int64 [B, G, S // Lq, K], ascending, -1 = empty.
@@ -118,11 +101,7 @@ def route_regions(
 
     Source: BiFormer (CVPR 2023, arXiv:2303.08810) for blocks, MoBA (arXiv:2502.13189) for single tokens.
     """
-    rule = RouteRule(
-        region_size, query_block_size, topk, causal, force_own, force_previous, attention_sink, router, seed,
-        descriptors_per_region,
-    )  # fmt: skip
-    return route_query_blocks(q, key_descriptors(k, region_size, descriptors_per_region), rule)
+    return route_query_blocks(q, key_descriptors(k, rule.region_size, rule.descriptors_per_region), rule)
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     import torch
 
     from biroute.model.attention.routing import route_regions
+    from biroute.model.attention.rule import RouteRule
     from biroute.parallel.region.plan import (
         ExchangeCosts,
         RegionLayout,
@@ -71,7 +72,7 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     tokens = layout.num_regions * layout.region_size
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (4, 2))
-    route = route_regions(q, k, region_size=16, query_block_size=1, topk=topk, causal=True)
+    route = route_regions(q, k, RouteRule(region_size=16, query_block_size=1, topk=topk, causal=True))
     costs = ExchangeCosts.of(region_size=16, query_block_size=1, heads_per_group=2, head_size=16, element_size=2)
     plans = [plan_exchange(part, layout, rank, costs) for rank, part in enumerate(route.chunk(region_ranks, 2))]
     packed = [pack_requests(plan.transfers) for plan in plans]

@@ -60,6 +60,11 @@ def tokens_of_step(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
+def batch_of_step(config: RunConfig, step: int) -> Microbatch:
+    """A whole step as one microbatch."""
+    return microbatch_of(config, *tokens_of_step(config, step))
+
+
 def microbatch_of(config: RunConfig, inputs: Tensor, labels: Tensor) -> Microbatch:
     """Tokens of `tokens_of_step` with the loss mask of the model's objective."""
     return Microbatch(inputs, labels, None if config.model.causal else inputs == MASK)
@@ -148,7 +153,7 @@ def plain_torch_run(config: RunConfig, steps: int) -> tuple[list[tuple[float, fl
     )
     loss_of, reports, gradients = loss_function(config.model), [], {}
     for step in range(1, steps + 1):
-        batch = microbatch_of(config, *tokens_of_step(config, step))
+        batch = batch_of_step(config, step)
         loss = loss_of(module(batch.inputs), *batch.targets)
         adam.zero_grad()
         loss.backward()

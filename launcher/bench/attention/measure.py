@@ -24,6 +24,7 @@ from biroute.launcher.bench.report import environment_info, say
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.grid import AttentionPath
 from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 # Beyond this length, a path that is not suited to a setting takes longer than dense attention.
@@ -238,7 +239,7 @@ def _routed(x: _Inputs, setting: Setting, path: AttentionPath) -> list[float]:
     }
     routing: dict[str, Any] = {"topk": setting.topk, "descriptors_per_region": setting.descriptors_per_region}
     return _timed(
-        lambda: route_regions(x.q, x.k, **routing, **sizes),
+        lambda: route_regions(x.q, x.k, RouteRule(**routing, **sizes)),
         lambda route: bi_level_attention(x.q, x.k, x.v, route, path=path, **sizes),
         x,
     )

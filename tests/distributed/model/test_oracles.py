@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.pool import WorkerPool
-from helpers.training import VOCABULARY, microbatch_of, small_config, tokens_of_step
+from helpers.training import VOCABULARY, batch_of_step, small_config, tokens_of_step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,7 +111,7 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> Non
 def plain_torch_job(model: dict[str, Any]) -> int:
     config = oracle_config(model)
     module, parameters = scrambled_model(config)
-    batch = microbatch_of(config, *tokens_of_step(config, 1))
+    batch = batch_of_step(config, 1)
     logits = module(batch.inputs)
     found_logits = logits.detach().transpose(0, 1).clone()  # the loss works in the logits' own memory
     loss = loss_function(config.model)(logits, *batch.targets)
@@ -210,7 +210,7 @@ def loss_job(objective: str) -> tuple[float, float]:
     """How far loss and gradient of the logits are from torch's."""
     config = small_config(model={"objective": objective})
     build_mesh(resolve_layout(config, 1))
-    batch = microbatch_of(config, *tokens_of_step(config, 3))
+    batch = batch_of_step(config, 3)
     labels = torch_labels(batch)
     logits = torch.randn(*labels.t().shape, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
     logits.requires_grad_()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.pool import WorkerPool
-from helpers.training import CPU, microbatch_of, small_config, tokens_of_step
+from helpers.training import CPU, batch_of_step, small_config
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
@@ -16,7 +16,7 @@ from biroute.launcher.bench.exchange.measure import recorded_routes
 from biroute.launcher.bench.exchange.plan import descriptor_bytes, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, forward_and_backward
 from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard
+from biroute.parallel.engine.engine import LayerSequence, region_shard
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock
 
@@ -32,21 +32,17 @@ def configuration(ranks: int) -> RunConfig:
     )
 
 
-def microbatch(config: RunConfig) -> Microbatch:
-    return microbatch_of(config, *tokens_of_step(config, 1))
-
-
 def rank_job(ranks: int, way: str) -> dict[str, Any]:
     config = configuration(ranks)
     parallel = config.parallel.model_copy(update={"region_exchange": way})
     config = config.model_copy(update={"parallel": parallel})
-    return forward_and_backward(RankJob(config, None, microbatch(config)), CPU)
+    return forward_and_backward(RankJob(config, None, batch_of_step(config, 1)), CPU)
 
 
 def single_job() -> tuple[dict[int, torch.Tensor], float]:
     config = configuration(1)
     module = LayerSequence(plan_layers(config, build_mesh(resolve_layout(config, 1)).groups))
-    batch = microbatch(config)
+    batch = batch_of_step(config, 1)
     with torch.no_grad(), recorded_routes(module) as routes:
         loss = loss_function(config.model)(module(batch.inputs), *batch.targets)
     recorded = {layer: len(route) for layer, route in routes.items()}
@@ -62,7 +58,7 @@ def routes_job(ranks: int) -> dict[int, torch.Tensor]:
     mesh = build_mesh(resolve_layout(config, ranks))
     module = LayerSequence(plan_layers(config, mesh.groups, region_shard(config, mesh, PhaseClock())))
     with torch.no_grad(), recorded_routes(module) as routes:
-        module(mesh.own_tokens(microbatch(config).inputs))
+        module(mesh.own_tokens(batch_of_step(config, 1).inputs))
     return routes
 
 

@@ -18,6 +18,7 @@ from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.routing import key_descriptors, route_query_blocks, route_regions, sliding_window_route
+from biroute.model.attention.rule import RouteRule
 from biroute.parallel.region import attention as region_attention
 from biroute.parallel.region.plan import RegionLayout
 from biroute.parallel.region.shard import RegionShard
@@ -58,7 +59,9 @@ def whole_route(case: Case, q: Tensor, k: Tensor) -> Tensor:
         return sliding_window_route(
             batch=2, kv_heads=case.groups, num_tokens=case.tokens, causal=case.causal, **sizes
         )
-    return route_regions(q, k, causal=case.causal, descriptors_per_region=case.descriptors_per_region, **sizes)
+    return route_regions(
+        q, k, RouteRule(causal=case.causal, descriptors_per_region=case.descriptors_per_region, **sizes)
+    )
 
 
 def sharded(case: Case, seed: int = 0) -> dict[str, Any]:

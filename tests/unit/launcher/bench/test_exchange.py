@@ -13,6 +13,7 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.bench.exchange.page import exchange_page, size
 from biroute.launcher.bench.exchange.plan import planned_rows, single_process_plan, spread
 from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
 from biroute.parallel.region.plan import ExchangeCosts, RegionLayout, plan_exchange, traffic
 
 SEQUENCES, LAYERS = 2, (0, 3)
@@ -33,7 +34,9 @@ def routes(config: RunConfig, skew: float = 0.0) -> dict[int, torch.Tensor]:
         q, k[:, :, :32] = q + skew, k[:, :, :32] + skew
         attention = config.model.attention
         found[layer] = route_regions(
-            q, k, region_size=4, query_block_size=attention.query_block_size, topk=attention.topk, causal=True
+            q,
+            k,
+            RouteRule(region_size=4, query_block_size=attention.query_block_size, topk=attention.topk, causal=True),
         )
     return found
 

@@ -26,6 +26,7 @@ from biroute.launcher.bench.report import Table, select
 from biroute.launcher.bench.routing_figures import draw_cost, draw_leak
 from biroute.model.attention.bi_level import bi_level_attention
 from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
 
 TASK = RecallTask(128, 16, num_keys=24, num_values=20, num_noise=8)
 
@@ -109,7 +110,7 @@ def test_the_mask_computes_bi_level_attention(region_size: int, query_block_size
     q = torch.randn(2, 4, 64, 8, requires_grad=True)
     k, v = (torch.randn(2, 2, 64, 8, requires_grad=True) for _ in range(2))
     sizes = {"region_size": region_size, "query_block_size": query_block_size}
-    route = route_regions(q, k, topk=topk, causal=True, **sizes)
+    route = route_regions(q, k, RouteRule(topk=topk, causal=True, **sizes))
     masked = masked_attention(q, k, v, route, **sizes)
     product = bi_level_attention(q, k, v, route, causal=True, **sizes)
     torch.testing.assert_close(masked, product, rtol=1e-5, atol=1e-5)

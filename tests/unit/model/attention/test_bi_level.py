@@ -71,7 +71,7 @@ def attention_cases(draw: st.DrawFn, causal: bool | None = None) -> tuple[tuple[
 @given(attention_cases(), st.sampled_from(PATHS), st.sampled_from([1, 16, 1 << 14]))
 def test_values_and_gradients_equal_the_reference(case, path: str, chunk: int) -> None:
     (q, k, v), sizes, rule = case
-    route = route_regions(q, k, **sizes, **rule)
+    route = route_regions(q, k, RouteRule(**sizes, **rule))
     expected = reference.bi_level_attention(q, k, v, route, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partial, "CHUNK_ELEMENTS", (chunk, chunk))
@@ -99,7 +99,7 @@ def test_values_and_gradients_equal_the_reference(case, path: str, chunk: int) -
 def test_larger_shapes_equal_the_reference(path, block, region_size, heads, groups, topk, causal) -> None:
     q, k, v = tensors(1, heads, groups, 256, 16)
     sizes = {"region_size": region_size, "query_block_size": block, "causal": causal}
-    route = route_regions(q, k, topk=topk, **sizes)
+    route = route_regions(q, k, RouteRule(topk=topk, **sizes))
     expected = reference.bi_level_attention(q, k, v, route, **sizes)
     assert_equal_to(bi_level_attention(q, k, v, route, path=path, **sizes), expected, (q, k, v))
 
@@ -111,13 +111,13 @@ def test_all_regions_are_dense_attention(case, path: str) -> None:
     if q.detach().abs().max() > 8:  # SDPA itself is not good to 1e-5 at such logits
         q, k, v = (x.detach().div(6).requires_grad_() for x in (q, k, v))
     topk = rule.pop("topk") + k.shape[2] // sizes["region_size"]
-    route = route_regions(q, k, topk=topk, **sizes, **rule)
+    route = route_regions(q, k, RouteRule(topk=topk, **sizes, **rule))
     expected = dense_attention(q, k, v, causal=sizes["causal"])
     assert_equal_to(bi_level_attention(q, k, v, route, path=path, **sizes), expected, (q, k, v))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, path: str, sizes: dict, rule: dict) -> Tensor:
-    return bi_level_attention(q, k, v, route_regions(q, k, **sizes, **rule), path=path, **sizes)
+    return bi_level_attention(q, k, v, route_regions(q, k, RouteRule(**sizes, **rule)), path=path, **sizes)
 
 
 def perturbed(x: Tensor, after: int, factor: float) -> Tensor:
@@ -228,7 +228,7 @@ def test_a_query_without_a_route_gives_zero(path: str) -> None:
 def test_log_sum_exp_and_its_gradient(path: str) -> None:
     q, k, v = tensors(1, 4, 2, 32, 8)
     sizes = {"region_size": 4, "query_block_size": 2, "causal": True}
-    route = route_regions(q, k, topk=4, **sizes)
+    route = route_regions(q, k, RouteRule(topk=4, **sizes))
     _, lse = bi_level_attention(q, k, v, route, path=path, return_lse=True, **sizes)
     visible = reference.visibility(route, num_tokens=32, **sizes).repeat_interleave(2, 1)
     score = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
@@ -244,7 +244,7 @@ def test_parts_of_the_keys_merge_to_the_whole(path: str) -> None:
     """What sharded regions do: my own regions, fetched regions, and my queries shipped to their owner."""
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 64, 8))
     whole = {"region_size": 4, "query_block_size": 2, "causal": True}
-    route = route_regions(q, k, topk=6, **whole)
+    route = route_regions(q, k, RouteRule(topk=6, **whole))
     out, lse = partial_attention(q, k, v, route, RegionGrid(**whole, scale=0.3))
     dout = torch.randn_like(out)
     delta = attention_delta(out, dout)
@@ -300,7 +300,7 @@ def test_automatic_path_gathers_what_is_smaller(tokens, region_size, block, grou
         )
     q, k, v = (x.detach() for x in tensors(1, 8, groups, tokens, 32))
     sizes = {"region_size": region_size, "query_block_size": block, "causal": True}
-    bi_level_attention(q, k, v, route_regions(q, k, topk=4, **sizes), **sizes)
+    bi_level_attention(q, k, v, route_regions(q, k, RouteRule(topk=4, **sizes)), **sizes)
     assert set(taken) == {tiles}
 
 
@@ -331,7 +331,7 @@ def test_bf16_error_is_at_most_twice_that_of_sdpa(path: str, block: int, topk: i
     inputs = tuple(x.detach().bfloat16().requires_grad_() for x in tensors(1, 4, 2, 256, 32))
     exact_inputs = tuple(x.detach().double().requires_grad_() for x in inputs)
     sizes = {"region_size": 16, "query_block_size": block, "causal": True}
-    route = route_regions(*inputs[:2], topk=topk, **sizes)
+    route = route_regions(*inputs[:2], RouteRule(topk=topk, **sizes))
     exact = reference.bi_level_attention(*exact_inputs, route, **sizes)
     out = bi_level_attention(*inputs, route, path=path, **sizes)
     visible = reference.visibility(route, num_tokens=256, **sizes).repeat_interleave(2, 1)
@@ -351,7 +351,7 @@ def test_huge_logits_neither_overflow_nor_vanish(path: str, factor: float) -> No
     k[:, :, 9] = q[:, :1, 40] * factor
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     sizes = {"region_size": 4, "query_block_size": 1, "causal": True}
-    route = route_regions(q, k, topk=6, **sizes)
+    route = route_regions(q, k, RouteRule(topk=6, **sizes))
     out = bi_level_attention(q, k, v, route, path=path, **sizes)
     expected = reference.bi_level_attention(q, k, v, route, **sizes)
     assert 2 in route[0, 0, 40]
@@ -375,7 +375,7 @@ def test_strided_inputs_and_fp64() -> None:
     q, k, v = (x.detach().double() for x in tensors(2, 4, 2, 32, 8))
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
     sizes = {"region_size": 8, "query_block_size": 2, "causal": True}
-    route = route_regions(q, k, topk=3, **sizes)
+    route = route_regions(q, k, RouteRule(topk=3, **sizes))
     for path in PATHS:
         out = bi_level_attention(q, k, v, route, path=path, **sizes)
         expected = reference.bi_level_attention(q, k, v, route, **sizes)

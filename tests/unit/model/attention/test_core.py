@@ -12,6 +12,7 @@ from biroute.configs.load import config_from_tree
 from biroute.model.attention import reference
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import apply_rotary, rotary_tables
+from biroute.model.attention.rule import RouteRule
 
 BASE: dict[str, Any] = {
     "region_size": 4, "query_block_size": 1, "topk": 4, "descriptors_per_region": 1, "descriptor": "pre_rope",
@@ -44,7 +45,7 @@ def expected_route(attention: dict[str, Any], causal: bool, q: Tensor, k: Tensor
     fields = dict(attention)
     if fields.pop("descriptor") == "post_rope":
         q, k = (apply_rotary(x, *rotary_tables(64, 0, 8, 10_000.0, x.device)) for x in (q, k))
-    return reference.route_regions(q, k, causal=causal, **fields)
+    return reference.route_regions(q, k, RouteRule(causal=causal, **fields))
 
 
 @pytest.mark.parametrize("objective", ["causal", "mlm"])

@@ -39,16 +39,16 @@ def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
 @given(route_cases())
 def test_route_equals_plain_loops(case: tuple[Tensor, Tensor, dict]) -> None:
     q, k, kwargs = case
-    route = route_regions(q, k, **kwargs)
+    route = route_regions(q, k, RouteRule(**kwargs))
     assert route.dtype == torch.int64
-    assert torch.equal(route, reference.route_regions(q, k, **kwargs))
+    assert torch.equal(route, reference.route_regions(q, k, RouteRule(**kwargs)))
 
 
 @settings(max_examples=40, deadline=None)
 @given(route_cases(), st.sampled_from(["affinity", "random"]))
 def test_route_holds_what_is_forced_and_nothing_from_the_future(case, router: str) -> None:
     q, k, kwargs = case
-    route = route_regions(q, k, router=router, seed=5, **kwargs)
+    route = route_regions(q, k, RouteRule(router=router, seed=5, **kwargs))
     num_regions = k.shape[2] // kwargs["region_size"]
     for i, rows in enumerate(route.transpose(0, 2).flatten(1, 2)):
         own = i * kwargs["query_block_size"] // kwargs["region_size"]
@@ -72,13 +72,15 @@ def test_exact_ties_go_to_the_lower_region(causal: bool) -> None:
     k = k.repeat_interleave(region_size, 0)[None, None]
     q = torch.randn(1, 2, num_regions * region_size, 16, generator=torch.Generator().manual_seed(2))
     kwargs = {"region_size": region_size, "query_block_size": 2, "topk": topk, "causal": causal}
-    route = route_regions(q, k, **kwargs)
-    assert torch.equal(route, reference.route_regions(q, k, **kwargs))
+    route = route_regions(q, k, RouteRule(**kwargs))
+    assert torch.equal(route, reference.route_regions(q, k, RouteRule(**kwargs)))
 
 
 def test_all_equal_affinities_choose_the_first_regions() -> None:
     route = route_regions(
-        torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4), region_size=4, query_block_size=4, topk=5, causal=True
+        torch.zeros(1, 1, 64, 4),
+        torch.zeros(1, 1, 64, 4),
+        RouteRule(region_size=4, query_block_size=4, topk=5, causal=True),
     )
     assert route[0, 0, 10].tolist() == [0, 1, 2, 9, 10]
     assert route[0, 0, 2].tolist() == [0, 1, 2, -1, -1]
@@ -92,9 +94,9 @@ def test_chunk_size_does_not_change_the_route(monkeypatch: pytest.MonkeyPatch, c
     q = torch.randint(-2, 3, (1, 4, 512, 8), generator=generator) / 3
     k = torch.randint(-2, 3, (1, 2, 512, 8), generator=generator) / 3
     kwargs = {"region_size": 8, "query_block_size": 1, "topk": 6, "causal": True, "descriptors_per_region": parts}
-    expected = route_regions(q, k, **kwargs)
+    expected = route_regions(q, k, RouteRule(**kwargs))
     monkeypatch.setattr(routing, "CHUNK_AFFINITIES", (chunk, chunk))
-    assert torch.equal(route_regions(q, k, **kwargs), expected)
+    assert torch.equal(route_regions(q, k, RouteRule(**kwargs)), expected)
 
 
 @pytest.mark.parametrize("router", ["affinity", "random"])
@@ -132,12 +134,12 @@ def test_random_route_depends_on_each_counter_and_looks_uniform() -> None:
         "force_own": False,
         "force_previous": False,
     }
-    route = route_regions(q, k, router="random", seed=0, **kwargs)
-    assert torch.equal(route, route_regions(q + 1, k - 1, router="random", seed=0, **kwargs))
+    route = route_regions(q, k, RouteRule(router="random", seed=0, **kwargs))
+    assert torch.equal(route, route_regions(q + 1, k - 1, RouteRule(router="random", seed=0, **kwargs)))
     assert torch.equal(route[0], route[1])
     assert not torch.equal(route[:, 0], route[:, 1])
     assert not torch.equal(route[:, :, :1], route[:, :, 1:2])
-    assert not torch.equal(route, route_regions(q, k, router="random", seed=1, **kwargs))
+    assert not torch.equal(route, route_regions(q, k, RouteRule(router="random", seed=1, **kwargs)))
     count = torch.bincount(route[0].flatten(), minlength=64).double()
     # 64 regions, 256 hits expected in each, standard deviation below 16: five of them.
     assert (count - 256).abs().max() < 80
@@ -163,21 +165,21 @@ def test_one_near_key_among_far_ones_is_found_by_its_own_descriptor() -> None:
     q, k = torch.ones(1, 1, 64, 4), torch.full((1, 1, 64, 4), 0.1)
     k[0, 0, 12:16] = torch.tensor([3.0, -1.0, -1.0, -1.0])[:, None]
     kwargs = {"region_size": 4, "query_block_size": 1, "topk": 3, "causal": True}
-    assert route_regions(q, k, **kwargs)[0, 0, 40].tolist() == [0, 9, 10]
-    assert route_regions(q, k, descriptors_per_region=4, **kwargs)[0, 0, 40].tolist() == [3, 9, 10]
+    assert route_regions(q, k, RouteRule(**kwargs))[0, 0, 40].tolist() == [0, 9, 10]
+    assert route_regions(q, k, RouteRule(descriptors_per_region=4, **kwargs))[0, 0, 40].tolist() == [3, 9, 10]
 
 
 def test_choice_carries_no_gradient() -> None:
     q, k = torch.randn(1, 1, 16, 4, requires_grad=True), torch.randn(1, 1, 16, 4, requires_grad=True)
     assert not key_descriptors(k, 4).requires_grad
     assert not query_descriptors(q, 1, 4, False).requires_grad
-    assert not route_regions(q, k, region_size=4, query_block_size=1, topk=2, causal=True).requires_grad
+    assert not route_regions(q, k, RouteRule(region_size=4, query_block_size=1, topk=2, causal=True)).requires_grad
 
 
 def test_a_diverged_model_still_gets_a_legal_route() -> None:
     q, k = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 64, 4)
     q[0, 0, 20:], k[0, 0, 7], k[0, 0, 30] = torch.nan, torch.inf, 1e38
-    route = route_regions(q, k, region_size=4, query_block_size=1, topk=3, causal=True)
+    route = route_regions(q, k, RouteRule(region_size=4, query_block_size=1, topk=3, causal=True))
     own = torch.arange(64) // 4
     assert (route == own[:, None]).any(-1).all()
     assert route.max() <= 15
@@ -218,7 +220,7 @@ def test_sliding_window_route() -> None:
 def test_sizes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     kwargs = {"region_size": 4, "query_block_size": 2, "topk": 3, "causal": True} | change
     with pytest.raises(ValueError, match=message):
-        route_regions(torch.randn(1, 1, 16, 4), torch.randn(1, 1, 16, 4), **kwargs)
+        route_regions(torch.randn(1, 1, 16, 4), torch.randn(1, 1, 16, 4), RouteRule(**kwargs))
 
 
 def test_a_descriptor_is_the_exact_mean_rounded_once() -> None:
@@ -246,7 +248,7 @@ def test_every_rule_changes_the_route(field: str) -> None:
         else {field: True}
     )
     q, k = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8)
-    route = route_regions(q, k, **changed)
-    assert torch.equal(route, reference.route_regions(q, k, **changed))
-    before = route_regions(q, k, **base)
+    route = route_regions(q, k, RouteRule(**changed))
+    assert torch.equal(route, reference.route_regions(q, k, RouteRule(**changed)))
+    before = route_regions(q, k, RouteRule(**base))
     assert route.shape != before.shape or not torch.equal(route, before)

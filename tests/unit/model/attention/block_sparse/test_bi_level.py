@@ -8,13 +8,14 @@ import torch
 from biroute.model.attention import reference
 from biroute.model.attention.bi_level import bi_level_attention
 from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
 
 
 @pytest.mark.parametrize(("block", "causal"), [(1, True), (8, True), (2, False)])
 def test_the_path_equals_the_reference(block: int, causal: bool) -> None:
     q, k, v = (torch.randn(1, heads, 64, 16, requires_grad=True) for heads in (4, 2, 2))
     sizes = {"region_size": 16, "query_block_size": block, "causal": causal}
-    route = route_regions(q, k, topk=3, **sizes)
+    route = route_regions(q, k, RouteRule(topk=3, **sizes))
     out, lse = bi_level_attention(q, k, v, route, path="block_sparse", return_lse=True, **sizes)
     expected = reference.bi_level_attention(q, k, v, route, **sizes)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
