@@ -94,7 +94,12 @@ class ModelConfig(Section):
     tied_embeddings: bool = Field(True, description="use the embedding's weight in the LM head")
     rope_base: float = Field(10_000.0, gt=1.0, description="base of the rotary embedding's wavelengths")
     norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon of RMSNorm")
-    init_std: float = Field(0.02, gt=0.0, description="standard deviation of the initial weights")
+    init_std: float = Field(
+        0.02,
+        gt=0.0,
+        description="standard deviation of the initial weights; of the matrices that add to "
+        "the residual stream: this divided by sqrt(2 num_layers)",
+    )
     dense_layers: tuple[int, ...] = Field(
         (), description="layers (counted from 0) with dense attention, whatever attention.kind is"
     )

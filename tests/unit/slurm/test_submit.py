@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers.corpus import small_run
 
-from biroute.slurm.submit import prepare
+from biroute.slurm.submit import Submission, prepare
+
+
+def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
+    tree = small_run(corpus, tmp_path / "run", steps=2, parallel={"data": 2}) | {"slurm": slurm}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return prepare(tmp_path / "run.yaml", overrides or [], tmp_path)
+
+
+def test_a_request_is_what_the_configuration_says(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("time_limit: 24:00:00\npartition: gpu\n")
+    fields = {"nodes": 2, "ranks_per_node": 1, "time_limit": "2:00:00", "signal_seconds": 60, "requeue": False}
+    found = submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml")} | fields)
+    assert {name: getattr(found.request, name) for name in fields} == fields
+    assert found.profile.partition == "gpu"
 
 
 @pytest.mark.parametrize(
@@ -20,7 +35,5 @@ def test_a_cluster_with_gpus_trains_on_gpus(
     """With train.device=auto a node whose GPU does not work would train on its CPU."""
     profile = tmp_path / "cluster.yaml"
     profile.write_text(yaml.safe_dump({"gpus_per_node": gpus}))
-    config = tmp_path / "run.yaml"
-    tree = small_run(corpus, tmp_path / "run", steps=2, parallel={"data": 2})
-    config.write_text(yaml.safe_dump(tree | {"slurm": {"profile": str(profile)}}))
-    assert prepare(config, overrides, tmp_path).config.train.device == device
+    slurm = {"profile": str(profile)}
+    assert submission(corpus, tmp_path, slurm, overrides).config.train.device == device

@@ -229,9 +229,16 @@ def attempt_job(*arguments: object, **environment: str) -> subprocess.CompletedP
     )
 
 
-def test_what_the_batch_script_calls(tmp_path: Path) -> None:
-    """Two crashes at one step stop the job; the numbers and words on standard output are the script's."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"slurm": {"max_crashes_at_same_step": 2}}))
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ({"max_crashes_at_same_step": 2}, "crash loop: 2 attempts ended after step 8"),
+        ({"max_restarts": 1}, "2 attempts crashed"),
+    ],
+)
+def test_what_the_batch_script_calls(tmp_path: Path, limit: dict[str, int], reason: str) -> None:
+    """Two crashes stop the job; the numbers and words on standard output are the script's."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"slurm": limit}))
     slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS": "4"}
     for attempt, word in ((1, "requeue"), (2, "stop")):
         begun = attempt_job("begin", tmp_path, **slurm, SLURM_RESTART_COUNT=str(attempt - 1))
@@ -240,7 +247,7 @@ def test_what_the_batch_script_calls(tmp_path: Path) -> None:
         ended = attempt_job("end", tmp_path, attempt, 1, **slurm)
         assert (ended.returncode, ended.stdout) == (0, f"{word}\n"), ended.stderr
         assert "rank 1 on n1: ValueError: boom" in ended.stderr
-    assert "crash loop: 2 attempts ended after step 8" in ended.stderr
+    assert reason in ended.stderr
     assert read_attempts(tmp_path)[1].nodes == ("n1", "n2")
     assert attempt_job("excluded", tmp_path, **slurm).stdout == "\n"
 

@@ -280,6 +280,16 @@ def test_parts_of_the_keys_merge_to_the_whole(path: str) -> None:
         torch.testing.assert_close(joined, want[i], rtol=1e-5, atol=1e-5)
 
 
+def test_merging_parts_without_any_key_gives_zero() -> None:
+    """A query whose route no part holds: no NaN from 0 / 0."""
+    outs = [torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)]
+    outs[1][..., 1, :] = 3.0
+    lses = [torch.full((1, 1, 2), -torch.inf), torch.tensor([[[-torch.inf, 0.5]]])]
+    merged, lse = merge_partials(outs, lses)
+    assert merged[0, 0].tolist() == [[0.0] * 4, [3.0] * 4]
+    assert lse[0, 0].tolist() == [-torch.inf, 0.5]
+
+
 @pytest.mark.parametrize(
     ("tokens", "region_size", "block", "groups", "tiles"),
     [

@@ -206,6 +206,13 @@ def test_sliding_window_route() -> None:
     assert torch.equal(shard, centred[:, :, 10:])
 
 
+@pytest.mark.parametrize("change", [{"num_tokens": 15}, {"sequence_length": 18}, {"first_token": 1}], ids=str)
+def test_a_window_over_half_a_block_is_refused(change: dict[str, int]) -> None:
+    sizes = {"num_tokens": 16, "sequence_length": 16, "first_token": 0} | change
+    with pytest.raises(ValueError, match="is not a whole number of blocks"):
+        sliding_window_route(batch=1, kv_heads=1, region_size=4, query_block_size=2, topk=2, causal=True, **sizes)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from biroute.model.attention.block_sparse import attention as kernels
+from biroute.model.attention.block_sparse.plan import Blocking, plan_tiles
 from biroute.model.attention.grid import RegionGrid
 
 
@@ -39,6 +40,7 @@ class Case:
 CASES = {
     "a token a route, shared and scattered": Case(heads=4, tokens=96, key_tokens=96),
     "many segments and units": Case(batch=2, tokens=80, key_tokens=80, scratch=60_000, unit_rows=16),
+    "scattered pairs of every head": Case(batch=2, groups=2, tokens=128, key_tokens=128, region=8, unit_rows=32),
     "one route a region": Case(heads=4, region=32, block=32, topk=2, unit_rows=64),
     "sizes that fill no tile": Case(groups=2, heads=3, tokens=60, key_tokens=72, head_size=40, region=24, block=4,
                                     topk=2, causal=False, empty=0.3),
@@ -126,6 +128,17 @@ def test_values_and_gradients_equal_dense_masked_attention(name: str, monkeypatc
     for found_gradient, gradient in zip(backward, gradients, strict=True):
         assert found_gradient.dtype == torch.float32
         assert_near(found_gradient, gradient, 2 * tolerance)
+
+
+def test_a_case_scatters_pairs_of_every_head() -> None:
+    """Otherwise the offsets of a head in the kernels of scattered pairs would be tested at head 0 alone."""
+    case = CASES["scattered pairs of every head"]
+    sizes = Blocking.of(heads=case.heads, block=case.block, region=case.region, head_size=case.head_size)
+    plan = plan_tiles(random_route(case).flatten(0, 1).int(), case.key_tokens // case.region, sizes)
+    pairs = plan.scattered.sum((1, 2))
+    assert len(pairs) == 4
+    assert pairs.min() > 20
+    assert plan.counts.min() > 0
 
 
 def test_two_runs_give_the_same_bits() -> None:

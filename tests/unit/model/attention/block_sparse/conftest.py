@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+@pytest.fixture(autouse=True)
+def undefined_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A masked load without `other` gives NaN or a huge number, where Triton's interpreter would give 0.
+
+    On a GPU such places hold whatever the register held, so a kernel that needs the 0 must ask for it.
+    """
+    load = InterpreterBuilder.create_masked_load
+
+    def poisoned(self: Any, pointers: Any, mask: Any, other: Any, *arguments: Any) -> Any:
+        if other is None:
+            kind = pointers.get_element_ty()
+            values = load(self, pointers, mask, None, *arguments).data
+            worst = np.nan if np.issubdtype(values.dtype, np.floating) else np.iinfo(values.dtype).max
+            other = TensorHandle(np.full_like(values, worst), kind)
+        return load(self, pointers, mask, other, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", poisoned)
