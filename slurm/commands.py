@@ -33,7 +33,7 @@ def submit(
 ) -> None:
     """Submit a run to Slurm; it resumes automatically until its last step.
 
-    Example: biroute submit my.yaml slurm.profile=cluster.yaml slurm.nodes=4
+    Example: biroute submit configs/demo.yaml slurm.profile=cpu
 
     The configuration and the code are copied into the run folder, train.run_dir. Settings of the whole cluster are in
     the profile.
@@ -91,7 +91,7 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
 def status(targets: Targets = None, as_json: AsJson = False) -> None:
     """Show runs: state, step, tokens per second, time left, jobs, and why each attempt ended.
 
-    Example: biroute status runs/large
+    Example: biroute status runs/demo
 
     Without an argument, it shows all runs that have jobs and those in ./runs.
     """
@@ -123,7 +123,7 @@ def logs(
 ) -> None:
     """Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.
 
-    Example: biroute logs --follow runs/large
+    Example: biroute logs --follow runs/demo
     """
     from biroute.slurm.logs import follow_logs, tell_logs
     from biroute.slurm.run_folder import find_run
@@ -144,7 +144,7 @@ def cancel(
 ) -> None:
     """Cancel a run: its jobs save, end, and are not queued again.
 
-    Example: biroute cancel runs/large
+    Example: biroute cancel runs/demo
     """
     from biroute.slurm.control import cancel_run
     from biroute.slurm.run_folder import find_run
@@ -156,7 +156,7 @@ def cancel(
 def resume(target: Target) -> None:
     """Submit a cancelled, stopped or lost run again, from its newest checkpoint.
 
-    Example: biroute resume runs/large
+    Example: biroute resume runs/demo
 
     It submits RUN_DIR/submission/job.sbatch unchanged; to change limits, edit that script or config.yaml next to it.
     """

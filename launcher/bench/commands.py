@@ -141,7 +141,7 @@ def exchange(
 ) -> None:
     """Plan and measure the bytes between ranks that share a sequence, with the routes of trained runs.
 
-    Example: biroute bench exchange configs/demo.yaml --compare per_region.yaml --length 4096 --out docs/benchmarks
+    Example: biroute bench exchange configs/demo.yaml --compare configs/debug.yaml --plan-only --out docs/benchmarks
 
     The weights are those of each run's newest checkpoint; overrides apply to all configurations.
     """

@@ -123,29 +123,34 @@ def test_an_attempt_that_was_overtaken_writes_nothing(
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == last
 
 
-def test_ranks_started_by_hand(config_file: Path, run_dir: Path) -> None:
-    """torchrun's way: one command per rank, no launcher of ours; the ranks themselves keep the record."""
+@pytest.mark.parametrize("starter", ["by hand", "torchrun"])
+def test_ranks_that_others_started(config_file: Path, run_dir: Path, starter: str) -> None:
+    """As docs/running.md says, on two "machines" of one rank; the ranks themselves keep the record."""
     port = claim_port()
-    arguments = [sys.executable, "-m", "biroute.launcher.start.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            arguments, env={**os.environ, **variables, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, err = rank.communicate(timeout=300)
-        assert rank.returncode == 0, err
+    ours = ["-m", "biroute.launcher.start.worker", str(config_file), *TWO_RANKS, "train.steps=3"]
+    ranks = []
+    for rank in range(2):
+        variables, arguments = {"OMP_NUM_THREADS": "1"}, [sys.executable]
+        if starter == "torchrun":
+            address = f"--nnodes=2 --nproc-per-node=1 --node-rank={rank} --master-addr=127.0.0.1 --master-port={port}"
+            arguments += ["-m", "torch.distributed.run", *address.split()]
+        else:
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+        environment = {**os.environ, **variables}
+        ranks.append(subprocess.Popen([*arguments, *ours], env=environment, stderr=subprocess.PIPE, text=True))
+    for process in ranks:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
     (attempt,) = read_attempts(run_dir)
     assert (attempt.world_size, attempt.status, attempt.cause) == (2, 0, "the last step is done")
     assert attempt.nodes == (socket.gethostname(),)
     assert attempt.step == 3
 
-    lonely = {name: value for name, value in variables.items() if name != "MASTER_ADDR"}
-    answer = subprocess.run(
-        arguments, env={**os.environ, **lonely, "RANK": "0"}, capture_output=True, text=True, timeout=300, check=False
-    )
+
+def test_a_rank_without_an_address(config_file: Path) -> None:
+    arguments = [sys.executable, "-m", "biroute.launcher.start.worker", str(config_file)]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    answer = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 2
     assert answer.stderr.splitlines() == [
         "error: RANK is set but MASTER_ADDR is not; set MASTER_ADDR and MASTER_PORT, or unset RANK"

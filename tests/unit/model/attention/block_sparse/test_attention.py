@@ -41,6 +41,7 @@ CASES = {
     "a token a route, shared and scattered": Case(heads=4, tokens=96, key_tokens=96),
     "many segments and units": Case(batch=2, tokens=80, key_tokens=80, scratch=60_000, unit_rows=16),
     "scattered pairs of every head": Case(batch=2, groups=2, tokens=128, key_tokens=128, region=8, unit_rows=32),
+    "own regions of few tokens, scattered": Case(tokens=128, key_tokens=128, region=4, topk=2),
     "one route a region": Case(heads=4, region=32, block=32, topk=2, unit_rows=64),
     "sizes that fill no tile": Case(groups=2, heads=3, tokens=60, key_tokens=72, head_size=40, region=24, block=4,
                                     topk=2, causal=False, empty=0.3),
@@ -139,6 +140,15 @@ def test_a_case_scatters_pairs_of_every_head() -> None:
     assert len(pairs) == 4
     assert pairs.min() > 20
     assert plan.counts.min() > 0
+
+
+def test_a_case_scatters_the_own_region() -> None:
+    """Otherwise the causal mask inside a region would be tested where tiles share it alone."""
+    case = CASES["own regions of few tokens, scattered"]
+    sizes = Blocking.of(heads=case.heads, block=case.block, region=case.region, head_size=case.head_size)
+    route = random_route(case).flatten(0, 1).int()
+    own = route == (torch.arange(case.tokens) // case.region)[:, None]
+    assert (plan_tiles(route, case.key_tokens // case.region, sizes).scattered & own).sum() > 20
 
 
 def test_two_runs_give_the_same_bits() -> None:
