@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from helpers.job import points_of, until
 from helpers.ports import claim_port
 
