@@ -26,10 +26,9 @@ from biroute.launcher.bench.report import (
     Picture,
     Table,
     environment_info,
-    new_figure,
-    save_figure,
     say,
 )
+from biroute.launcher.track.figures import new_figure, save_figure
 
 RANKS = (1, 2, 4)
 _HEADER = [

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
-from biroute.configs.files import atomic_draft
 from biroute.launcher.track.run_metadata import git_tags
 
 Rows = Sequence[Sequence[str]]
@@ -160,52 +159,30 @@ class Page:
                 part.show()
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the page and the picture into `folder`, which is created, and return their paths.
+        """Write the page and its pictures into `folder`, which is created, and return their paths.
 
         Raises:
             UsageError: the folder cannot be created.
         """
         make_folder(folder)
-        page, picture = folder / f"{self.name}.md", folder / f"{self.name}.png"
+        page, pictures = folder / f"{self.name}.md", list[Path]()
         texts = [self.introduction, facts_list(self.facts)]
         for part in self.parts:
             if isinstance(part, Picture):
-                part.draw(picture)
-                texts.append(f"![{part.caption}]({picture.name})")
+                number = f"-{len(pictures) + 1}" if pictures else ""
+                pictures.append(folder / f"{self.name}{number}.png")
+                part.draw(pictures[-1])
+                texts.append(f"![{part.caption}]({pictures[-1].name})")
             else:
                 texts.append(part if isinstance(part, str) else part.markdown())
         page.write_text("\n\n".join(text.strip("\n") for text in texts if text) + "\n", encoding="utf-8")
-        return [page, picture]
+        return [page, *pictures]
 
 
 def facts_list(facts: Mapping[str, Any]) -> str:
     """Format facts as a Markdown list."""
     quoted = {name: f"`{value}`" if name == "command" else value for name, value in facts.items()}
     return "\n".join(f"- {name}: {value}" for name, value in quoted.items())
-
-
-def new_figure(columns: int, *, width: float = 5.2, height: float = 3.8) -> tuple[Any, list[Any]]:
-    """Create a figure with `columns` axes side by side; width and height of each are in inches."""
-    # Uses the object interface instead of pyplot, which has global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
-    for one in axes:
-        one.grid(True, color="#e4e6ea", linewidth=0.7)
-        one.set_axisbelow(True)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-        one.tick_params(labelsize=8.5)
-    return figure, axes
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG atomically."""
-    with atomic_draft(path, durable=False) as draft:
-        figure.savefig(draft, format="png")
 
 
 def say(text: str) -> None:

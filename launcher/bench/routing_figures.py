@@ -18,7 +18,8 @@ from biroute.launcher.bench.recall.masked_attention import route_mask
 from biroute.launcher.bench.recall.measure import VARIANTS, RecallSettings, train_variant
 from biroute.launcher.bench.recall.model import RecallCore, RecallModel, Variant
 from biroute.launcher.bench.recall.task import RecallBatch
-from biroute.launcher.bench.report import COLOURS, make_folder, new_figure, save_figure
+from biroute.launcher.bench.report import COLOURS, make_folder
+from biroute.launcher.track.figures import new_figure, save_figure
 from biroute.model.attention.bi_level import bi_level_attention
 from biroute.model.attention.routing import key_descriptors, query_descriptors, route_regions, select_regions
 from biroute.model.attention.rule import RouteRule

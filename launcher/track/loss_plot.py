@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
-from biroute.configs.files import atomic_draft
+from biroute.launcher.track.figures import new_figure, save_figure
 from biroute.launcher.track.metrics_log import Point, read_points
 
 _TRAIN, _HELDOUT, _BITS = "train/loss", "heldout/loss", "heldout/bits_per_byte"
@@ -46,22 +46,14 @@ def draw_curves(
     train, heldout, bits = (curve_of(points, name) for name in (_TRAIN, _HELDOUT, _BITS))
     if not train[0] and not heldout[0]:
         raise UsageError(f"{metrics_path}: no {_TRAIN} in it yet; train for at least train.log_every steps")
-    # The object interface rather than pyplot: it has no global state, so any thread may draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = 2 if bits[0] else 1
-    figure = Figure(figsize=(5.2 * panels, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False, sharex=True)[0]
+    figure, axes = new_figure(panels, height=3.6)
     _draw_loss(axes[0], train, heldout)
     if panels == 2:
         _draw_bits(axes[1], bits, bits_per_byte_lines or {})
     if title:
         figure.suptitle(title, fontsize=11)
-    image_path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_draft(image_path, durable=False) as draft:
-        figure.savefig(draft, format="png")
+    save_figure(figure, image_path)
 
 
 def curve_of(points: Sequence[Point], name: str) -> Curve:
@@ -140,9 +132,4 @@ def _finish(axes: Any, label: str, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     # Room below: the flat end of a curve could not be read if it lay on the axis.
     axes.set_ylim(low - 0.08 * (high - low or 1.0), high + 0.05 * (high - low or 1.0))
-    axes.grid(True, color="#e4e6ea", linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(labelsize=9)
     axes.legend(frameon=False, fontsize=8.5, loc="upper right")

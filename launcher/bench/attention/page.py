@@ -14,9 +14,8 @@ from biroute.launcher.bench.report import (
     Page,
     Picture,
     Table,
-    new_figure,
-    save_figure,
 )
+from biroute.launcher.track.figures import new_figure, save_figure
 
 _HEADER = [
     "setting", "S", "L", "k", "Lq", "n", "G", "path", "route ms", "forward ms", "backward ms", "ratio", "of ideal",

@@ -14,9 +14,8 @@ from biroute.launcher.bench.report import (
     Part,
     Picture,
     Table,
-    new_figure,
-    save_figure,
 )
+from biroute.launcher.track.figures import new_figure, save_figure
 
 _BYTES = ("causal_fetch", "ring", "descriptors", "bound", "fetch", "ship", "auto")
 _HEADER = [

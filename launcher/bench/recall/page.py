@@ -16,9 +16,8 @@ from biroute.launcher.bench.report import (
     Table,
     each,
     mean,
-    new_figure,
-    save_figure,
 )
+from biroute.launcher.track.figures import new_figure, save_figure
 
 _INTRODUCTION = """\
 # Recall: does the route find what matters?

@@ -7,11 +7,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from biroute.model.attention.block_sparse import attention, backward, forward, router
@@ -40,11 +40,10 @@ def report(kernel: Any, constants: dict[str, Any], warps: int) -> None:
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 2})
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        words = [assembler, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        words = [get_ptxas(90).path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         told = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     found = {
         "name": kernel.__name__,
