@@ -96,7 +96,7 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
     Without an argument, it shows all runs that have jobs and those in ./runs.
     """
     from biroute.slurm.run_folder import find_run, known_runs
-    from biroute.slurm.status import status_of, tell_status
+    from biroute.slurm.status import format_status, status_of
 
     runs = [find_run(target) for target in targets] if targets else known_runs()
     queue = _queue()
@@ -105,7 +105,7 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps([one.as_json() for one in found]))
         return
     for one in found:
-        typer.echo(tell_status(one))
+        typer.echo(format_status(one))
     if not found:
         typer.echo(
             "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
@@ -125,12 +125,12 @@ def logs(
 
     Example: biroute logs --follow runs/demo
     """
-    from biroute.slurm.logs import follow_logs, tell_logs
+    from biroute.slurm.logs import follow_logs, format_logs
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
     if not follow:
-        typer.echo(tell_logs(run, attempt, rank, lines))
+        typer.echo(format_logs(run, attempt, rank, lines))
         return
     try:
         follow_logs(run, rank, lines, typer.echo)

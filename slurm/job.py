@@ -19,7 +19,7 @@ from pathlib import Path
 from biroute.configs.errors import EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.failures import explain_end, tell_first_failure
+from biroute.launcher.attempts.failures import explain_end, format_first_failure
 from biroute.launcher.attempts.journal import FencingToken, Limits, begin_attempt, end_attempt, excluded_nodes
 from biroute.launcher.attempts.run_files import CONFIG, SUBMISSION, log_dir
 from biroute.launcher.ranks.environment import expand_nodes
@@ -56,7 +56,7 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     slurm = config.slurm
     limits = Limits(slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue)
     decision, reason = end_attempt(run_dir, attempt, found, limits)
-    if found.crash and (told := tell_first_failure(logs)):
+    if found.crash and (told := format_first_failure(logs)):
         print(told, file=sys.stderr)
     print(f"attempt {attempt}: {decision}: {reason}", file=sys.stderr)
     if decision == "stop" and found.crash:

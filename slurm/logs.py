@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.attempts.failures import log_file, tell_first_failure
+from biroute.launcher.attempts.failures import format_first_failure, log_file
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import LOGS, log_dir
 from biroute.slurm import client
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.5
 _QUEUE_SECONDS = 10.0  # between two queries to the controller
 
 
-def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str:
+def format_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str:
     """Format an attempt's first failure, if there is one, and the last lines that a rank printed.
 
     Args:
@@ -39,7 +39,7 @@ def tell_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> str
         return _last_lines(output, lines)
     logs = log_dir(run.path, found.number)
     parts = [_heading(found)]
-    failure = tell_first_failure(logs)
+    failure = format_first_failure(logs)
     if failure:
         parts += ["first failure:", failure]
     path = log_file(logs, rank)
@@ -116,7 +116,7 @@ def _follow_attempt(
             break
         else:
             time.sleep(_POLL_SECONDS)
-    if this.crash and (failure := tell_first_failure(logs)):
+    if this.crash and (failure := format_first_failure(logs)):
         say(f"first failure:\n{failure}")
     if this.ended is not None:
         say(f"attempt {this.number} ended: {this.cause}" + (f" -> {this.decision}" if this.decision else ""))

@@ -103,7 +103,7 @@ def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancel
     return "stopped", last.cause
 
 
-def tell_status(status: RunStatus) -> str:
+def format_status(status: RunStatus) -> str:
     """Format the status as lines for the terminal."""
     facts = [status.state + (f" ({status.reason})" if status.reason else "")]
     if status.step is not None:

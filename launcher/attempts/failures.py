@@ -185,10 +185,10 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
         return End(status, str(first), first.step, crash=True)
     if signal_name and first is None:
         return End(status, f"{signal_name}; the ranks ended before they could save", step)
-    return End(status, _without_a_word(logs, status, first), step, crash=True)
+    return End(status, _cause_without_record(logs, status, first), step, crash=True)
 
 
-def tell_first_failure(logs: Path) -> str:
+def format_first_failure(logs: Path) -> str:
     """Describe the first failure for people, with its traceback or the last lines of a log; "" if there is none."""
     first = first_failure(logs)
     silent = silent_ranks(logs)
@@ -230,7 +230,7 @@ def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
     return f"ranks {named}" + (f" and {more} more" if more > 0 else "")
 
 
-def _without_a_word(logs: Path, status: int, first: Failure | None) -> str:
+def _cause_without_record(logs: Path, status: int, first: Failure | None) -> str:
     silent = silent_ranks(logs)
     if not silent:
         return f"it {ending(status)} before any rank wrote a heartbeat"

@@ -85,7 +85,7 @@ def begin_attempt(
     job: str | None = None,
     restart: int = 0,
 ) -> int:
-    """Take over the run folder: from now on, writes of earlier attempts are refused.
+    """Take over the run folder; writes of earlier attempts are refused after that.
 
     Returns:
         The number of the new attempt.
@@ -160,7 +160,7 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
     if cancelled:
         return "stop", "the run was cancelled; `biroute resume` continues it"
     if end.status == EXIT_USAGE_ERROR:
-        return "stop", f"{end.cause}; put it right, then `biroute resume`"
+        return "stop", f"{end.cause}; fix it, then `biroute resume`"
     if not limits.requeue:
         return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` continues it"
     if end.status == EXIT_STOPPED or not end.crash:
@@ -171,12 +171,12 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
         where = "before the first step" if end.step is None else f"after step {end.step}"
         return "stop", (
             f"crash loop: {same_step} attempts ended {where} (slurm.max_crashes_at_same_step="
-            f"{limits.max_crashes_at_same_step}), last cause: {end.cause}; put it right, then `biroute resume`"
+            f"{limits.max_crashes_at_same_step}), last cause: {end.cause}; fix it, then `biroute resume`"
         )
     if len(crashes) >= limits.max_restarts:
         return "stop", (
             f"{len(crashes) + 1} attempts crashed, last cause: {end.cause}; slurm.max_restarts="
-            f"{limits.max_restarts} allows no further one; put it right, then `biroute resume`"
+            f"{limits.max_restarts} allows no further one; fix it, then `biroute resume`"
         )
     return "requeue", f"crash {len(crashes) + 1} of at most {limits.max_restarts + 1}: {end.cause}"
 

@@ -1,4 +1,4 @@
-"""The real engine in one process: what the benchmarks that train or evaluate models share."""
+"""One process as a process group of one, for benchmarks that train or evaluate models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 CPU = torch.device("cpu")
 
-_folders: list[tempfile.TemporaryDirectory[str]] = []  # the group's file is read until this process ends
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # the process group reads its file until this process ends
 
 
 def join_alone(config: RunConfig) -> Mesh:
-    """Make this process a group of one, unless it belongs to a group already, and return its mesh.
+    """Make this process a process group of one, unless it already belongs to a group, and return its mesh.
 
-    All variants share this mesh, because the threads of gloo's groups are never joined and would accumulate.
+    All variants use this mesh, because the threads of gloo's groups never end and would accumulate.
     """
     prepare_megatron(CPU)
     if not dist.is_initialized():

@@ -13,7 +13,7 @@ from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.ranks.stop_signal import StopRequest
 
 _FENCE_SECONDS = 1.0  # between two reads of the fencing token, a small file on a shared disk
-_GO_ON, _FENCED = 0, 1000  # values in between are signal numbers
+_CONTINUE, _FENCED = 0, 1000  # values in between are signal numbers
 
 
 class StopConsensus:
@@ -32,7 +32,7 @@ class StopConsensus:
         Raises:
             FencedError: another attempt owns the run folder; raised on all ranks.
         """
-        wish = int(self.stop.signal) if self.stop.signal else _GO_ON
+        wish = int(self.stop.signal) if self.stop.signal else _CONTINUE
         if dist.get_rank() == 0 and time.monotonic() - self._looked_at_fence >= _FENCE_SECONDS:
             self._looked_at_fence = time.monotonic()
             wish = wish if self.fencing_token.holds() else _FENCED
@@ -42,9 +42,9 @@ class StopConsensus:
         if agreed == _FENCED:
             self.fencing_token.check()
             raise FencedError(f"attempt {self.fencing_token.attempt} no longer owns {self.fencing_token.run_dir}")
-        if agreed != _GO_ON:
+        if agreed != _CONTINUE:
             self.signal_name = signal.Signals(agreed).name
-        return agreed != _GO_ON
+        return agreed != _CONTINUE
 
     def check_before_training(self) -> None:
         """Check for a stop before the first step, when there is nothing to save. Collective.

@@ -13,10 +13,19 @@ from torch import Tensor
 def rotary_tables(
     num_positions: int, first_position: int, head_size: int, base: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [num_positions, head_size / 2] fp32, of positions from `first_position` on.
+    """Compute cosines and sines of the angle t * base^(-2i / D) of pair i at position t.
 
-    Angle of pair i at position t: t * base^(-2i / head_size). Cached rather than kept as a module buffer, which
-    a cast of the module to bf16 would round.
+    They are cached and no buffers of a module, because a cast of the module to bf16 would round those.
+
+    Args:
+        num_positions: S.
+        first_position: the first t.
+        head_size: D.
+        base: of the wavelengths.
+        device: of the results.
+
+    Returns:
+        Cosines and sines, fp32 [S, D / 2] each.
     """
     # fp64 angles: in fp32 the angle of position 10^6 is already off by 0.06.
     inverse_wavelength = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
@@ -26,16 +35,24 @@ def rotary_tables(
 
 
 def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of `x` [..., S, D] by the angles of its S positions; same shape and dtype.
+    """Rotate the pairs (i, i + D/2) of each token by the angles of its position; differentiable in `x`.
 
-    The result is contiguous, whatever the layout of `x`. Differentiable in `x`.
+    Args:
+        x: [..., S, D].
+        cosines: [S, D / 2], from `rotary_tables`.
+        sines: [S, D / 2].
+
+    Returns:
+        [..., S, D] in x's dtype; contiguous, whatever the layout of `x`.
+
+    Source: RoFormer (arXiv:2104.09864), equation 34.
     """
     turned: Tensor = _Rotation.apply(x, cosines, sines)
     return turned
 
 
 class _Rotation(torch.autograd.Function):
-    """Written out, because autograd's own backward makes several times as many passes over the queries."""
+    """Its backward is written out, because autograd's own would read the queries several times as often."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -49,8 +66,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
-    """Turn by the angles, or back again with `direction` -1."""
-    # Products and sums apart, each rounded by itself: a fused one rounds by the place in memory.
+    """Rotate by the angles, or by their negatives with `direction` -1."""
+    # Products and sums are separate operations, each rounded: whether a fused one is used would depend on the memory
+    # layout.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     (first, second), (rotated_first, rotated_second) = (y.chunk(2, dim=-1) for y in (x.float(), out))
     product = second * sines

@@ -47,7 +47,7 @@ def check_newest(directory: Path, ours: dict[str, Any]) -> None:
         try:
             saved = read_meta(path).model
         except (OSError, ValueError):
-            continue  # loading passes over it, too, and says so
+            continue  # loading skips it, too, and reports it
         check_same_model(path, saved, ours)
         return
 

@@ -207,7 +207,7 @@ def unpack(packed: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tens
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
-    """Precision of log-sum-exps beside tensors of `dtype`."""
+    """Precision of the log-sum-exps that belong to tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -16,8 +16,8 @@ def exchange_metrics(log: TrafficLog, steps: int) -> dict[str, float]:
 
     `exchange/region_bytes` counts all that a rank received (payload of forward and backward, requests, descriptors,
     gathered keys), mean over ranks; `_worst` the rank that received most. `exchange/forward_bytes` is the payload of
-    forward in routed layers, both ways, beside `causal_fetch` (keys and values of all earlier ranks), `ring` (of all
-    ranks) and `bound` (the most that any route could cause).
+    forward in routed layers, both ways, to compare with `causal_fetch` (keys and values of all earlier ranks), `ring`
+    (of all ranks) and `bound` (the most that any route could cause).
     """
     baselines = [one for found in log.baselines.values() for one in found]
     mine = {

@@ -47,7 +47,7 @@ def history(uri: str, run_dir: Path, name: str = "train/loss") -> list[tuple[int
     return sorted((row.step, row.timestamp, row.value) for row in rows)
 
 
-def spooled(run_dir: Path, name: str = "train/loss") -> list[tuple[int, int, float]]:
+def logged(run_dir: Path, name: str = "train/loss") -> list[tuple[int, int, float]]:
     points = read_points(run_dir / "metrics.jsonl")
     return sorted((point.step, point.time_ms, point.metrics[name]) for point in points if name in point.metrics)
 
@@ -150,11 +150,11 @@ def test_server_absent_at_the_start_gets_all_points_later(server: Server, tmp_pa
     until(lambda: len(said) == 2)
     assert "reached again" in said[1]
     tracker.close("FINISHED")
-    assert history(server.uri, run_dir) == spooled(run_dir)
-    assert len(spooled(run_dir)) == 30
+    assert history(server.uri, run_dir) == logged(run_dir)
+    assert len(logged(run_dir)) == 30
     run = client_of(server.uri).get_run(state_of(run_dir)["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.info.start_time <= spooled(run_dir)[0][1]
+    assert run.info.start_time <= logged(run_dir)[0][1]
     assert run.data.params["model.attention.topk"] == "8"
     assert run.data.tags["world_size"] == "2"
     assert run.data.tags["parallel.tensor"] == "1"
@@ -175,8 +175,8 @@ def test_server_killed_in_mid_training(server: Server, tmp_path: Path) -> None:
     server.start()
     timed_log(tracker, range(31, 41))
     tracker.close("FINISHED")
-    assert history(server.uri, run_dir) == spooled(run_dir)
-    assert len(spooled(run_dir)) == 40
+    assert history(server.uri, run_dir) == logged(run_dir)
+    assert len(logged(run_dir)) == 40
 
 
 def test_server_frozen(server: Server, tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_server_frozen(server: Server, tmp_path: Path) -> None:
     second = open_tracker(make_config(server.uri), run_dir, tags={}, notify=print)
     second.close("FINISHED")
     assert state_of(run_dir)["run_id"] == run_id
-    assert history(server.uri, run_dir) == spooled(run_dir)
-    assert len(spooled(run_dir)) == 210
+    assert history(server.uri, run_dir) == logged(run_dir)
+    assert len(logged(run_dir)) == 210
 
 
 def test_artifacts_and_odd_metrics_over_http(server: Server, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_killed_process_leaves_its_points_to_the_next_attempt(tmp_path: Path) ->
     tracker.close("FINISHED")
     assert state_of(run_dir)["run_id"] == before["run_id"]
     rows = history(default_uri(run_dir), run_dir)
-    assert rows == spooled(run_dir)
+    assert rows == logged(run_dir)
     assert [step for step, _, _ in rows] == list(range(1, 102))
     assert client_of(default_uri(run_dir)).get_run(before["run_id"]).info.status == "FINISHED"
 
@@ -343,7 +343,7 @@ def test_failed_run_is_recorded_as_failed(tmp_path: Path) -> None:
     tracker.close("FINISHED")  # a second close changes nothing
     run = client_of(default_uri(run_dir)).get_run(state_of(run_dir)["run_id"])
     assert run.info.status == "FAILED"
-    assert run.info.end_time >= spooled(run_dir)[0][1]
+    assert run.info.end_time >= logged(run_dir)[0][1]
 
 
 def test_two_runs_write_to_one_new_sqlite_file_at_once(tmp_path: Path) -> None:
@@ -355,8 +355,8 @@ def test_two_runs_write_to_one_new_sqlite_file_at_once(tmp_path: Path) -> None:
         assert child.returncode == 0
         assert "MLflow" not in errors
     for folder in folders:
-        assert history(default_uri(folder), folder) == spooled(folder)
-        assert len(spooled(folder)) == 300
+        assert history(default_uri(folder), folder) == logged(folder)
+        assert len(logged(folder)) == 300
     assert state_of(folders[0])["run_id"] != state_of(folders[1])["run_id"]
 
 
@@ -370,8 +370,8 @@ def test_run_deleted_in_mid_training_is_written_anew(tmp_path: Path) -> None:
     timed_log(tracker, range(6, 11))
     tracker.close("FINISHED")
     assert state_of(run_dir)["run_id"] != deleted
-    assert history(default_uri(run_dir), run_dir) == spooled(run_dir)
-    assert len(spooled(run_dir)) == 10
+    assert history(default_uri(run_dir), run_dir) == logged(run_dir)
+    assert len(logged(run_dir)) == 10
 
 
 def test_another_uri_gets_the_whole_run(tmp_path: Path) -> None:
@@ -384,10 +384,10 @@ def test_another_uri_gets_the_whole_run(tmp_path: Path) -> None:
         tracker.log_artifact(artifact)
         tracker.log(number, {"train/loss": 1.0})
         tracker.close("FINISHED")
-        assert history(uri, run_dir) == spooled(run_dir)
+        assert history(uri, run_dir) == logged(run_dir)
         found = client_of(uri).list_artifacts(state_of(run_dir)["run_id"])
         assert [file.path for file in found] == ["notes.txt"]
-    assert len(spooled(run_dir)) == 2
+    assert len(logged(run_dir)) == 2
 
 
 def test_switched_off_tracking_writes_only_the_spool(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from biroute.model.attention.grid import RegionGrid
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
-# Partial results of one launch: large enough to hide the launches, small beside a layer's activations.
+# Partial results of one launch: large enough to hide the launches, small compared with a layer's activations.
 SCRATCH_BYTES = 512 << 20
 # Query rows of one product: 64 fill the tensor cores without spilling registers, 128 where a tile is one large block.
 FORWARD_ROWS, BLOCK_ROWS, BACKWARD_ROWS = 64, 128, 64

@@ -1,4 +1,4 @@
-"""Nodes that are there and no good: one on which a rank stands still, one without the shared folder."""
+"""Bad nodes: one on which a rank hangs, one without the shared folder."""
 
 from __future__ import annotations
 

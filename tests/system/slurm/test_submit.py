@@ -18,7 +18,7 @@ from ..conftest import Answer
 from ..test_cli_errors import assert_one_line
 
 Command = Callable[..., Answer]
-# Before or beside an option, in a name, at the end of a quoted word.
+# Before or next to an option, in a name, at the end of a quoted word.
 HOSTILE = """a "b\\c' $(touch pwned) `id` #x %j ; é"""
 
 

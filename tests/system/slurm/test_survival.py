@@ -1,4 +1,4 @@
-"""A run on two nodes goes on by itself after a signal and after the loss of a node, as if nothing had been."""
+"""A run on two nodes resumes automatically after a signal and after the loss of a node, as though undisturbed."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from biroute.launcher.attempts.failures import End, Failure, log_file, write_fai
 from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
 from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm.client import Job
-from biroute.slurm.logs import follow_logs, tell_logs
+from biroute.slurm.logs import follow_logs, format_logs
 from biroute.slurm.run_folder import RunFolder, find_run
-from biroute.slurm.status import run_state, status_of, tell_status
+from biroute.slurm.status import format_status, run_state, status_of
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
 
@@ -84,7 +84,7 @@ def test_status_of_a_running_run(run: RunFolder) -> None:
     assert (status.state, status.step, status.steps, status.tokens_per_second) == ("running", 12, 40, 12_345.0)
     assert status.seconds_left == pytest.approx(28 * 2.5)
     assert status.jobs == (job,)
-    text = tell_status(status)
+    text = format_status(status)
     for part in ("step 12 of 40", "12.3k tokens/s", "1:10 left", "job 7 RUNNING, on n[1,3]", "1:00:00 to its time"):
         assert part in text
     assert "attempt 1, job 7 on n1, n2" in text
@@ -100,13 +100,13 @@ def test_a_job_submitted_by_hand_is_known_by_its_script(run: RunFolder) -> None:
 
 
 def test_the_first_failing_rank_comes_first(run: RunFolder) -> None:
-    text = tell_logs(run, 1, rank=0, lines=5)
+    text = format_logs(run, 1, rank=0, lines=5)
     assert text.index("rank 1 on n2: ValueError: boom") < text.index("step 2"), "rank 0 only lost its peer"
-    newest = tell_logs(run, None, rank=0, lines=2)
+    newest = format_logs(run, None, rank=0, lines=2)
     assert "attempt 2" in newest
     assert newest.splitlines()[-2:] == ["step 11", "step 12"]
     with pytest.raises(UsageError, match=r"no attempt 5; it has 1, 2"):
-        tell_logs(run, 5, rank=0, lines=2)
+        format_logs(run, 5, rank=0, lines=2)
 
 
 def test_following_goes_from_attempt_to_attempt_to_the_end(run: RunFolder) -> None:

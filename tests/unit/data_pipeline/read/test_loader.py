@@ -141,13 +141,13 @@ def test_target_bytes_of_an_epoch_are_the_bytes_of_the_text(dataset: Dataset) ->
 
 
 def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
-    opened = open_dataset(run_config(data, S, model={"objective": "mlm", "mask_fraction": 0.15}))
+    opened = open_dataset(run_config(data, S, model={"objective": "mlm", "mask_fraction": 0.25}))
     reader, objective = opened.reader("train"), opened.objective("train")
     batch = make_batch(reader, np.arange(20), objective)
     tokens = reader.sequences(np.arange(20))[:, :-1]
     hidden = batch.loss_mask
     assert hidden is not None
-    assert (hidden.sum(axis=1) == round(0.15 * S)).all()
+    assert (hidden.sum(axis=1) == S // 4).all()
     assert (batch.inputs[hidden] == opened.tokenizer.mask_id).all()
     np.testing.assert_array_equal(batch.inputs[~hidden], tokens[~hidden])
     np.testing.assert_array_equal(batch.labels, tokens)
@@ -156,7 +156,8 @@ def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
     assert len({row.tobytes() for row in hidden}) == 20  # each sequence has its own mask
     again = make_batch(reader, np.arange(20), objective)
     np.testing.assert_array_equal(again.inputs, batch.inputs)
-    other_seed = Objective("mlm", opened.token_bytes, opened.tokenizer.mask_id, round(0.15 * S), seed=1)
+    model, train = {"objective": "mlm", "mask_fraction": 0.25}, {"seed": 1}
+    other_seed = open_dataset(run_config(data, S, model=model, train=train)).objective("train")
     assert (make_batch(reader, np.arange(20), other_seed).inputs != batch.inputs).any()
     next_epoch = make_batch(reader, np.arange(reader.num_sequences), objective).labels
     assert next_epoch.shape == (reader.num_sequences, S)

@@ -55,7 +55,7 @@ def test_permutations_of_a_tiny_domain_are_about_equally_likely() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    # Golden: a run that goes on with a newer version must see the same sequences.
+    # Golden: a run that resumes with a newer version must see the same sequences.
     order = SequenceOrder([SourceSize("a", 100), SourceSize("b", 50)], {"a": 1.0, "b": 3.0}, seed=7)
     assert located(order, 0, 6) == GOLDEN_MIXED
     assert located(SequenceOrder([SourceSize("a", 100), SourceSize("b", 50)], None, 7), 0, 6) == GOLDEN_POOLED

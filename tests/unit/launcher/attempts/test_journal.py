@@ -50,7 +50,7 @@ def crashed(number: int, step: int | None, job: str = "7") -> Attempt:
     ("end", "earlier", "decision", "reason"),
     [
         (End(0, "the last step is done"), [], "finished", "last step"),
-        (End(2, "no such file"), [], "stop", "no such file; put it right"),
+        (End(2, "no such file"), [], "stop", "no such file; fix it"),
         (End(75, "SIGUSR1, stopped after step 4"), [crashed(n, 4) for n in range(9)], "requeue", "SIGUSR1"),
         (End(143, "SIGTERM", crash=False), [crashed(n, 4) for n in range(9)], "requeue", "SIGTERM"),
         (End(1, "boom", 5, crash=True), [crashed(1, 4)], "requeue", "crash 2 of at most 4: boom"),
