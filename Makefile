@@ -60,9 +60,10 @@ check: $(INSTALLED) types
 	PYTHONPATH=.types $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
 
-# Small mistakes in the core, one at a time: do the tests notice? About half a minute each.
+# Small mistakes in the core, and settings that are forgotten, one at a time: do the tests notice? About an hour.
 mutate: $(INSTALLED)
 	$(BIN)/python tests/mutation/mutate.py
+	$(BIN)/python tests/mutation/forget.py
 
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/biroute bench attention

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mutate import ROOT, copy_tree, tests_pass
+from mutate import ROOT, copy_tree, passes
 
 sys.path.insert(0, str(ROOT / "tests"))
 from helpers.fields import SHOWN_BY, all_fields
@@ -43,7 +43,7 @@ def forgotten(section: type, name: str, test: str, tree: Path) -> bool:
     original = module.read_text(encoding="utf-8")
     module.write_text(original + FORGET.format(section=section.__name__, name=name), encoding="utf-8")
     try:
-        return not tests_pass([f"tests/{test}"], tree)
+        return not passes([f"tests/{test}"], tree)
     finally:
         module.write_text(original, encoding="utf-8")
 
@@ -59,7 +59,7 @@ def main() -> None:
         copy_tree(Path(folder))
         tried = [field for field in all_fields() if field[0].startswith(given.only)]
         tests = list(dict.fromkeys(f"tests/{SHOWN_BY[path]}" for path, _, _ in tried))
-        if not tests_pass(tests, Path(folder)):
+        if not passes(tests, Path(folder)):
             sys.exit("these tests fail before any setting is forgotten")
         for path, section, name in tried:
             fails = forgotten(section, name, SHOWN_BY[path], Path(folder))
