@@ -59,6 +59,8 @@ SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Mod: ast.FloorDiv, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
+# Arguments that only cost time or memory, or that are the default on every machine of today; and `**arguments`.
+NO_EFFECT = {None, "encoding", "mmap", "eviction_policy", "cache_modifier", "num_warps", "num_stages"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def changes(node: ast.AST) -> list[str]:
     if isinstance(node, ast.If | ast.IfExp):
         return ["negate"]
     if isinstance(node, ast.Call) and node.keywords:
-        return [f"drop argument {i}" for i, keyword in enumerate(node.keywords) if keyword.arg]
+        return [f"drop argument {i}" for i, keyword in enumerate(node.keywords) if keyword.arg not in NO_EFFECT]
     return []
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from biroute.configs.load import config_from_tree
 from biroute.model.attention import reference
+from biroute.model.attention.bi_level import dense_attention
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.attention.rule import RouteRule
@@ -70,6 +71,19 @@ def test_a_random_router_draws_another_route_for_each_layer() -> None:
     first, again, second = (CoreAttention(model, layer, num_kv_heads=1).route(q, k) for layer in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("objective", ["causal", "mlm"])
+def test_a_route_to_every_region_is_dense_attention_to_the_bit(objective: str) -> None:
+    """No time is spent on a route that leaves nothing out; one region less is a route."""
+    q, k, v = torch.randn(1, 2, 64, 8), torch.randn(1, 1, 64, 8), torch.randn(1, 1, 64, 8)
+    table = rotary_tables(64, 0, 8, 10_000.0, q.device)
+    dense = dense_attention(apply_rotary(q, *table), apply_rotary(k, *table), v, causal=objective == "causal")
+    for topk, routed in ((17, False), (16, False), (15, True)):
+        sizes = {"num_heads": 2, "num_kv_heads": 1, "hidden_size": 16, "sequence_length": 64, "key_smear": False}
+        tree = {"model": sizes | {"objective": objective, "attention": BASE | {"topk": topk}}}
+        core = CoreAttention(config_from_tree(tree, "test").model, 0, num_kv_heads=1)
+        assert torch.equal(core(q, k, v), dense) is not routed
 
 
 def test_smearing_and_the_rope_base_reach_the_output() -> None:

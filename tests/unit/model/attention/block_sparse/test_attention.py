@@ -46,6 +46,7 @@ CASES = {
     "sizes that fill no tile": Case(groups=2, heads=3, tokens=60, key_tokens=72, head_size=40, region=24, block=4,
                                     topk=2, causal=False, empty=0.3),
     "a region in parts": Case(heads=1, head_size=256, region=64, block=2, topk=2, tokens=128, key_tokens=128),
+    "scattered pairs, regions in parts": Case(heads=1, head_size=256, region=40, topk=2, tokens=320, key_tokens=320),
     "parts of unequal size": Case(heads=1, head_size=256, region=48, block=16, topk=2, tokens=96, key_tokens=96),
     "half precision, no route at all": Case(tokens=32, key_tokens=96, topk=5, causal=False, empty=0.5,
                                             dtype=torch.float16),
