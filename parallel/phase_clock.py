@@ -1,4 +1,4 @@
-"""Where the time of a step goes: exclusive seconds per phase, nested phases subtracted from the outer one."""
+"""Exclusive seconds per phase of a step: the time of nested phases is subtracted from the outer one."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class PhaseClock:
         self._since = time.perf_counter()
 
     def begin_step(self, logged: bool) -> None:
-        """What follows belongs to a training step. `logged`: it ends with a log point."""
+        """Begin a training step; `logged`: whether it ends with a log point."""
         self._measuring = logged or self._synchronize is None
         self._steps += self._measuring
 
     def end_step(self) -> None:
-        """What follows belongs to no step: no phase of it counts."""
+        """End a training step; phases after it do not count."""
         self._measuring = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs inside counts as `name`."""
+        """Count the time inside as phase `name`."""
         self._charge()
         self._running.append(name)
         try:
@@ -46,7 +46,7 @@ class PhaseClock:
             self._running.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds per phase of a step: the mean over the steps measured since the last call."""
+        """Return the seconds per phase: the mean over the steps measured since the last call."""
         steps = max(1, self._steps)
         taken = {name: self._seconds.get(name, 0.0) / steps for name in PHASES}
         self._seconds.clear()

@@ -54,7 +54,7 @@ class Meeting:
             wait_for_workers=False,
         )
 
-    def tell(self, what: str, text: str) -> None:
+    def publish(self, what: str, text: str) -> None:
         """Publish `text` under this node's rank."""
         self._store.set(f"{what}/{self.environment.rank}", text)
 
@@ -68,11 +68,11 @@ class Meeting:
             time.sleep(_POLL_SECONDS if missing else 0.0)
         return {rank: self._store.get(f"{what}/{rank}").decode() for rank in ranks if rank not in missing}
 
-    def announce(self, what: str, text: str) -> None:
+    def broadcast(self, what: str, text: str) -> None:
         """Broadcast `text` from rank 0."""
         self._store.set(what, text)
 
-    def hear(self, what: str) -> str:
+    def receive(self, what: str) -> str:
         """Wait for the text that rank 0 broadcasts."""
         left = max(1.0, self._deadline - time.monotonic() + 2 * self._reduce_seconds)
         self._store.wait([what], timedelta(seconds=left))
@@ -125,24 +125,24 @@ def check_nodes(
         dist.DistError: the first node can't be reached.
     """
     meeting = Meeting(environment, seconds)
-    meeting.tell("findings", json.dumps(asdict(mine)))
+    meeting.publish("findings", json.dumps(asdict(mine)))
     findings = []
     if environment.rank == 0:
         findings = [Findings(**json.loads(text)) for text in meeting.gather("findings").values()]
-        meeting.announce("all here", str(len(findings) == environment.world_size))
+        meeting.broadcast("all here", str(len(findings) == environment.world_size))
     reach: dict[int, str] | None = None
     clocks: dict[int, float] = {}
-    if meeting.hear("all here") == "True" and environment.world_size > 1:
+    if meeting.receive("all here") == "True" and environment.world_size > 1:
         error, ahead = meeting.reduce()
-        meeting.tell("reduced", json.dumps([error, ahead]))
+        meeting.publish("reduced", json.dumps([error, ahead]))
         if environment.rank == 0:
             said = {rank: json.loads(text) for rank, text in meeting.gather("reduced").items()}
             reach = {rank: said[rank][0] if rank in said else "no answer" for rank in range(environment.world_size)}
             clocks = {rank: said[rank][1] for rank in said if not any(reach.values())}
     if environment.rank == 0:
-        meeting.announce("verdict", json.dumps(judge(nodes, findings, reach, clocks)))
-    verdict: dict[str, list[str]] = json.loads(meeting.hear("verdict"))
-    meeting.tell("left", "")
+        meeting.broadcast("verdict", json.dumps(judge(nodes, findings, reach, clocks)))
+    verdict: dict[str, list[str]] = json.loads(meeting.receive("verdict"))
+    meeting.publish("left", "")
     if environment.rank == 0:
         meeting.gather("left")  # the store ends with this process, so rank 0 leaves last
     return verdict

@@ -48,7 +48,7 @@ class Microbatch:
 
     @property
     def targets(self) -> tuple[Tensor, ...]:
-        """What the loss takes after the logits."""
+        """The arguments of the loss after the logits."""
         return (self.labels,) if self.loss_mask is None else (self.labels, self.loss_mask)
 
     @classmethod
@@ -61,7 +61,7 @@ class Microbatch:
         mesh: Mesh,
         device: torch.device,
     ) -> Microbatch:
-        """This rank's tokens of a microbatch [B, S] of its data rank, on its device."""
+        """Take this rank's tokens of a microbatch [B, S] of its data rank, and move them to its device."""
         arrays = (inputs, labels) if loss_mask is None else (inputs, labels, loss_mask)
         return cls(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in arrays))
 
@@ -75,7 +75,7 @@ class StepReport:
 
 
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
-    """The model of `config` on `mesh`, its weights initialised from the seed. Collective."""
+    """Build the model of `config` on `mesh`, with weights initialised from the seed. Collective."""
     start()
     clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
     shard = region_shard(config, mesh, clock)
@@ -89,7 +89,7 @@ def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
 
 
 def region_shard(config: RunConfig, mesh: Mesh, clock: PhaseClock) -> RegionShard | None:
-    """This rank's part in sharing sequences; None where every rank has them whole."""
+    """Create this rank's shard of the sequences; None where every rank has whole sequences."""
     if mesh.layout.region == 1:
         return None
     layout = RegionLayout(config.model.num_regions, config.model.attention.region_size, mesh.layout.region)
@@ -117,7 +117,7 @@ class Engine:
         self.state = OptimizerState(self.deepspeed, self._adam, config.parallel.zero_stage)
 
     def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepReport:
-        """One optimizer step over this data rank's microbatches. Collective."""
+        """Take one optimizer step over this data rank's microbatches. Collective."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self._forward_backward_step(microbatches)
@@ -126,12 +126,12 @@ class Engine:
         return StepReport(loss=float(loss), gradient_norm=self._gradient_norm)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
-        """Mean loss in nats per target token over all data ranks' microbatches. Collective."""
+        """Return the mean loss in nats per target token over all data ranks' microbatches. Collective."""
         with nullcontext() if self.traffic is None else self.traffic.paused():
             return self._evaluate(microbatches)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under names that no layout changes: `block.3.layer.mlp.linear_fc1.weight`."""
+        """Yield this rank's parameters by name, like `block.3.layer.mlp.linear_fc1.weight`, equal in every layout."""
         raise NotImplementedError
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
@@ -285,7 +285,7 @@ class LayerSequence(nn.Module):
         self.layers = nn.ModuleList(first[name].build() for name in self.names)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters under names that no layout changes: `block.3.layer.mlp.linear_fc1.weight`."""
+        """Yield the parameters by name, equal in every layout."""
         for name, module in zip(self.names, self.layers, strict=True):
             yield from module.named_parameters(prefix=name)
 

@@ -41,12 +41,12 @@ class OptimizerState:
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in found.items()}
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """This tensor rank's share of the reduced gradient, after backward and before the step. Collective."""
+        """Return this tensor rank's part of the reduced gradient, after backward and before the step. Collective."""
         return safe_get_full_grad(parameter).detach().to("cpu", torch.float32, copy=True)
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-        """Set what `read` gives. Call `finish_writing` after the last parameter."""
+        """Write what `read` returns. Call `finish_writing` after the last parameter."""
         if self._zero_stage == 3:
             self._write_partition(parameter, state)
             return

@@ -1,4 +1,4 @@
-"""The mesh: which rank sits where on the axes pipe x data x region x tensor, and the process groups of each axis."""
+"""The mesh: the position of each rank on the axes pipe x data x region x tensor, and the groups of each axis."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from biroute.configs.layout import Layout
 from biroute.parallel.mesh.megatron import start_process_groups
 from biroute.parallel.mesh.rank_order import Coordinates, check_rank_order, coordinates_of
 
-__all__ = ["Coordinates", "Mesh", "build_mesh", "coordinates_of"]
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -26,7 +24,7 @@ class Mesh:
     groups: ProcessGroupCollection
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        """This region rank's run of tokens of whole sequences, [B, S] -> [B, S / region ranks]."""
+        """Take this region rank's tokens of whole sequences: [B, S] -> [B, S / region ranks]."""
         return x.chunk(self.layout.region, 1)[self.at.region].contiguous()
 
 

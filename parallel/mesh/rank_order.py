@@ -65,7 +65,7 @@ def check_rank_order(
 
 
 def _megatron_coordinates(layout: Layout, order: str) -> list[Coordinates]:
-    """Of all ranks: a rank's place on an axis is its place in its group along that axis."""
+    """Return the coordinates of all ranks: on each axis, a rank's position in its group along that axis."""
     generator = RankGenerator(tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipe, cp=layout.region, order=order)
     place = {
         axis: {rank: number for group in generator.get_ranks(axis) for number, rank in enumerate(group)}

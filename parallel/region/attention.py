@@ -48,11 +48,11 @@ class Exchange:
 
 
 class RoutedAttention(torch.autograd.Function):
-    """Attention of this rank's queries over the regions of their route, wherever those lie. Collective."""
+    """Attention of this rank's queries over the regions of their route, on whichever rank those are. Collective."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Tensor, exchange: Exchange) -> Tensor:
-        """q [B, H, S, D], k and v [B, G, S, D], all contiguous, route [B, G, N, K] -> [B, H, S, D]."""
+        """Attend: q [B, H, S, D], k and v [B, G, S, D], all contiguous, route [B, G, N, K] -> [B, H, S, D]."""
         layout, transport, way = exchange.layout, exchange.transport, exchange.way
         grid, layer = exchange.grid, exchange.layer
         heads, blocks, topk = q.shape[1] // k.shape[1], route.shape[2], route.shape[3]
@@ -140,9 +140,16 @@ class RoutedAttention(torch.autograd.Function):
 
 
 def part_grid_of(grid: RegionGrid, q: Tensor, rows: int, expected_rows: float) -> RegionGrid:
-    """How transfers are computed: by a rule of sizes alone, so that no token's choice changes another one's bits.
+    """Choose how transfers are computed, from sizes alone, so that no token's choice changes another one's bits.
 
-    `rows`: query rows of a block; `expected_rows`: of those that choose a region.
+    Args:
+        grid: sizes of the whole attention.
+        q: this rank's queries.
+        rows: query rows of a block.
+        expected_rows: expected number of query rows that choose a given region.
+
+    Returns:
+        The grid of a transfer: not causal, because only earlier regions are requested.
     """
     if uses_kernels(grid, q):
         return replace(grid, causal=False, same_tokens=False)
@@ -152,7 +159,7 @@ def part_grid_of(grid: RegionGrid, q: Tensor, rows: int, expected_rows: float) -
 
 
 def own_regions(route: Tensor, layout: RegionLayout, rank: int) -> Tensor:
-    """The part of a route that lies on this rank, in its own numbers: ascending, -1 last."""
+    """Return the part of a route that is on this rank, numbered on this rank: ascending, -1 last."""
     count = layout.regions_per_rank
     own = route - rank * count
     own = own.masked_fill((route < 0) | (own < 0) | (own >= count), count).sort(-1).values
@@ -160,12 +167,12 @@ def own_regions(route: Tensor, layout: RegionLayout, rank: int) -> Tensor:
 
 
 def region_table(k: Tensor, v: Tensor, region_size: int) -> Tensor:
-    """k, v [B, G, S, D] -> keys and values by region [B * G * R, 2, L, D]."""
+    """Arrange keys and values by region: k, v [B, G, S, D] -> [B * G * R, 2, L, D]."""
     return torch.stack([x.unflatten(2, (-1, region_size)).flatten(0, 2) for x in (k, v)], 1)
 
 
 def pair_rows(x: Tensor, groups: int, query_block_size: int, plan: ExchangePlan) -> Tensor:
-    """x [B, H, S, C] -> what belongs to the query blocks of the plan's pairs [U, r, Lq, C]."""
+    """Select the query blocks of the plan's pairs: x [B, H, S, C] -> [U, r, Lq, C]."""
     transfers = plan.transfers
     x_grNMC = x.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, query_block_size))
     return x_grNMC.transpose(1, 2)[transfers.group.repeat_interleave(transfers.pairs), plan.pair_block]
@@ -196,23 +203,23 @@ def _keys(regions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(rows: Tensor, extra: Tensor) -> Tensor:
-    """[n, r, Lq, D] and [n, r, Lq, c] in another precision -> one row of bytes for each query row."""
+    """Pack [n, r, Lq, D] and [n, r, Lq, c] of another precision into one row of bytes for each query row."""
     return torch.cat((rows.contiguous().view(torch.uint8), extra.contiguous().view(torch.uint8)), -1)
 
 
 def unpack(packed: Tensor, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack` for rows of `width` elements of `dtype`."""
+    """Invert `pack` for rows of `width` elements of `dtype`."""
     size = width * dtype.itemsize
     return packed[..., :size].contiguous().view(dtype), packed[..., size:].contiguous().view(working(dtype))
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
-    """Precision of the log-sum-exps that belong to tensors of `dtype`."""
+    """Return the precision of the log-sum-exps that belong to tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attend_transfer(queries: Tensor, regions: Tensor, slots: Tensor, part_grid: RegionGrid) -> tuple[Tensor, Tensor]:
-    """queries [n, r, Lq, D], regions [w, 2, L, D], slots [n, K] -> out [n, r, Lq, D] and lse [n, r, Lq]."""
+    """Attend: queries [n, r, Lq, D], regions [w, 2, L, D], slots [n, K] -> out [n, r, Lq, D], lse [n, r, Lq]."""
     k, v = _keys(regions)
     out, lse = partial_attention(_queries(queries), k, v, slots[None, None], part_grid)
     return _rows(out, len(queries)), _rows(lse[..., None], len(queries)).squeeze(-1)
@@ -221,7 +228,10 @@ def attend_transfer(queries: Tensor, regions: Tensor, slots: Tensor, part_grid: 
 def transfer_backward(
     queries: Tensor, dout: Tensor, offsets: Tensor, regions: Tensor, slots: Tensor, part_grid: RegionGrid
 ) -> tuple[Tensor, Tensor]:
-    """offsets [n, r, Lq, 2]: log-sum-exp and delta of the whole route -> dq [n, r, Lq, D], d_regions [w, 2, L, D]."""
+    """Compute dq [n, r, Lq, D] and d_regions [w, 2, L, D].
+
+    `offsets` [n, r, Lq, 2] are log-sum-exp and delta of the whole route.
+    """
     k, v = _keys(regions)
     lse, delta = (_queries(offset[..., None]).squeeze(-1).contiguous() for offset in offsets.unbind(-1))
     dq, dk, dv = partial_attention_backward(
@@ -236,7 +246,7 @@ def merge_transfers(
     out: Tensor, lse: Tensor, plan: ExchangePlan, queries: Tensor, fetched: Tensor, results: Pending,
     part_grid: RegionGrid, groups: int,
 ) -> None:  # fmt: skip
-    """Merge every transfer into out [B, H, S, D] and lse [B, H, S], which hold the own regions' part."""
+    """Merge every transfer into out [B, H, S, D] and lse [B, H, S], which contain the part of the own regions."""
     lq, head_size = part_grid.query_block_size, out.shape[-1]
     out_gNrMD = out.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, lq)).transpose(1, 2)
     lse_gNrM = lse.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, lq)).transpose(1, 2)
@@ -273,7 +283,7 @@ def serve_forward(
     regions_per_rank: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Partial outputs and log-sum-exps of the queries that came, as packed rows."""
+    """Compute partial outputs and log-sum-exps of the queries that arrived, as packed rows."""
     outs, lses = [arrived[:0]], [arrived[:0, ..., 0].to(working(dtype))]
     for transfer in served:
         if transfer.ship:
@@ -290,7 +300,7 @@ def serve_backward(
     arrived: Tensor, upstream: Tensor, regions: Tensor, served: Transfers, part_grid: RegionGrid,
     regions_per_rank: int, dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Gradients of the queries that arrived [U, r, Lq, D], and of each shipped transfer's regions, in their order."""
+    """Compute the gradients of the queries that arrived, [U, r, Lq, D], and of each shipped transfer's regions."""
     douts, offsets = unpack(upstream, dtype, arrived.shape[-1])
     offsets = offsets.unflatten(-1, (2,))
     dqs, d_regions = [arrived[:0].to(working(dtype))], []
@@ -309,7 +319,7 @@ def serve_backward(
 def fetched_backward(
     queries: Tensor, douts: Tensor, offsets: Tensor, fetched: Tensor, requests: Transfers, part_grid: RegionGrid
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of all pairs' queries [U, r, Lq, D] (of shipped ones not yet) and of the fetched regions."""
+    """Compute the gradients of the fetched regions and of the pairs' queries, [U, r, Lq, D], 0 for shipped pairs."""
     dq = torch.zeros_like(queries, dtype=working_dtype(queries))
     d_fetched = torch.zeros_like(fetched, dtype=working_dtype(queries))
     for transfer in requests:
@@ -324,7 +334,7 @@ def fetched_backward(
 def add_regions(
     d_table: Tensor, of_shipped: list[Tensor], received: Tensor, served: Transfers, regions_per_rank: int
 ) -> None:
-    """Add the requesters' part_grid to the owner's gradients [2, B * G * R, L, D], in the order of the part_grid."""
+    """Add the gradients of all transfers to the owner's, [2, B * G * R, L, D], in the order of the transfers."""
     shipped = iter(of_shipped)
     for transfer in served:
         part = next(shipped) if transfer.ship else received[transfer.rows]

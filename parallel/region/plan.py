@@ -1,5 +1,6 @@
-"""Which routed regions and which queries travel between the ranks that share a sequence: decided here, moved in
-`transport.py`. Pure functions of a route; no process group.
+"""Decide which routed regions and which queries travel between the ranks that share a sequence.
+
+These are pure functions of a route, without a process group; `transport.py` moves the bytes.
 
 Rank p holds a contiguous run of regions and the queries of the same tokens. What one rank requests of another one,
 for one key/value head of one sequence, is a *transfer*; each transfer travels the way that costs fewer bytes:
@@ -26,7 +27,11 @@ Way = Literal["auto", "fetch", "ship"]
 
 @dataclass(frozen=True)
 class RegionLayout:
-    """Contiguous, equal runs of the regions of a sequence on `num_ranks` ranks. ValueError if they do not divide."""
+    """The regions of a sequence on `num_ranks` ranks: each has a contiguous run of equal length.
+
+    Raises:
+        ValueError: the ranks do not divide the regions.
+    """
 
     num_regions: int
     region_size: int  # tokens
@@ -48,13 +53,13 @@ class RegionLayout:
         return rank * self.tokens_per_rank
 
     def others(self, rank: int, causal: bool) -> int:
-        """Ranks whose regions this one may choose: all others, or in a causal model the earlier ones."""
+        """Return how many ranks' regions this one may choose: all others, or in a causal model the earlier ones."""
         return rank if causal else self.num_ranks - 1
 
 
 @dataclass(frozen=True)
 class ExchangeCosts:
-    """Bytes that forward moves: backward moves the gradients of the same rows, so the cheaper way is the same."""
+    """Bytes that forward moves. Backward moves the gradients of the same rows, so the cheaper way is the same."""
 
     region: int  # keys and values of a region of one key/value head
     queries: int  # one query block of one key/value head, on its way to the owner
@@ -64,7 +69,7 @@ class ExchangeCosts:
     def of(
         cls, *, region_size: int, query_block_size: int, heads_per_group: int, head_size: int, element_size: int
     ) -> ExchangeCosts:
-        """For elements of `element_size` bytes; log-sum-exps travel in fp32."""
+        """Compute the costs for elements of `element_size` bytes; log-sum-exps travel in fp32."""
         rows = heads_per_group * query_block_size
         row = head_size * element_size
         return cls(region=2 * region_size * row, queries=rows * row, results=rows * (row + 4))
@@ -85,7 +90,7 @@ class Transfers:
     requested_region: Tensor  # int64 [W] regions of all transfers, numbered on their owner
 
     def __iter__(self) -> Iterator[Transfer]:
-        """The transfers in order, with their places in the flat lists."""
+        """Yield the transfers in order, with their places in the flat lists."""
         pair = requested = shipped = fetched = 0
         columns = (self.group.tolist(), self.ship.tolist(), self.pairs.tolist(), self.requested.tolist())
         for group, ship, pairs, regions in zip(*columns, strict=True):
@@ -96,25 +101,25 @@ class Transfers:
             shipped, fetched = shipped + pairs * ship, fetched + regions * (not ship)
 
     def shipped_pairs(self) -> list[int]:
-        """Query blocks that travel to or from each rank."""
+        """Count the query blocks that travel to or from each rank."""
         return self.per_rank(self.ship * self.pairs).tolist()
 
     def fetched_regions(self) -> list[int]:
-        """Regions that travel from or to each rank."""
+        """Count the regions that travel from or to each rank."""
         return self.per_rank(~self.ship * self.requested).tolist()
 
     def is_shipped(self) -> Tensor:
-        """Is this pair's transfer shipped? bool [U]."""
+        """Return for each pair whether its transfer is shipped, bool [U]."""
         return self.ship.repeat_interleave(self.pairs)
 
     def table_rows(self, regions_per_rank: int) -> Tensor:
-        """The fetched regions as rows of the owner's table of all groups, [B * G * regions_per_rank, ...]."""
+        """Return the rows of the fetched regions in the owner's table of all groups, [B * G * R, ...]."""
         fetched_W = ~self.ship.repeat_interleave(self.requested)
         group_W = self.group.repeat_interleave(self.requested)
         return (group_W * regions_per_rank + self.requested_region)[fetched_W]
 
     def per_rank(self, per_unit: Tensor) -> Tensor:
-        """Sum of a number of each transfer over the transfers of each rank, int64 [P]."""
+        """Sum a number of each transfer over the transfers of each rank: int64 [P]."""
         return per_unit.new_zeros(self.num_ranks, dtype=torch.int64).index_add_(0, self.peer, per_unit)
 
 
@@ -139,19 +144,22 @@ class ExchangePlan:
     pair_block: Tensor  # int64 [U] query block of each pair, numbered on this rank
 
     def received_bytes(self) -> Tensor:
-        """Payload that comes from each rank in forward, int64 [P]."""
+        """Return the bytes of payload that come from each rank in forward, int64 [P]."""
         transfers, costs = self.transfers, self.costs
         return transfers.per_rank(
             torch.where(transfers.ship, transfers.pairs * costs.results, transfers.requested * costs.region)
         )
 
     def sent_bytes(self) -> Tensor:
-        """Queries that go to each rank in forward, int64 [P]; what this rank sends as an owner, others' plans say."""
+        """Return the bytes of queries that go to each rank in forward, int64 [P].
+
+        What this rank sends as an owner is in the other ranks' plans.
+        """
         return self.transfers.per_rank(self.transfers.ship * self.transfers.pairs * self.costs.queries)
 
 
 def traffic(plans: Sequence[ExchangePlan]) -> Tensor:
-    """Forward payload from rank to rank, int64 [P, P], of the plans of all ranks together."""
+    """Return the bytes of forward payload from rank to rank, int64 [P, P], from the plans of all ranks."""
     size = plans[0].layout.num_ranks
     bytes_PP = torch.zeros(size, size, dtype=torch.int64)
     for plan in plans:
@@ -163,10 +171,15 @@ def traffic(plans: Sequence[ExchangePlan]) -> Tensor:
 def plan_exchange(
     route: Tensor, layout: RegionLayout, rank: int, costs: ExchangeCosts, way: Way = "auto"
 ) -> ExchangePlan:
-    """The plan of `rank` for its queries' route.
+    """Plan the transfers that the queries of one rank need.
 
-    route int64 [B, G, N, K]: regions of the whole sequence that each of the rank's query blocks chose, ascending, -1
-    = empty. `way` forces one way; "auto" takes the cheaper one, and fetches where both cost the same.
+    Args:
+        route: int64 [B, G, N, K], regions of the whole sequence that each of the rank's query blocks chose,
+            ascending, -1 = empty.
+        layout: which rank has which regions.
+        rank: the rank.
+        costs: bytes of a region, of queries and of results.
+        way: "fetch" or "ship" for every transfer; "auto" takes the cheaper one, and fetches where both cost the same.
     """
     batch, groups, num_blocks, topk = route.shape
     per_rank, num_groups = layout.regions_per_rank, batch * groups
@@ -200,7 +213,7 @@ def plan_exchange(
 
 
 def _slots(pair_E: Tensor, place_E: Tensor, num_pairs: int, topk: int) -> Tensor:
-    """The choices of each pair, ascending, then -1: [U, K]."""
+    """Return the choices of each pair, ascending, then -1: [U, K]."""
     chosen_U = torch.bincount(pair_E, minlength=num_pairs)
     # A route ascends, and so do the places of what it chose: in the order of pairs, columns count up.
     order_E = pair_E.argsort(stable=True)
@@ -215,9 +228,11 @@ HEADER = 3  # numbers that announce a transfer: is it shipped, its pairs, its re
 
 
 def pack_requests(transfers: Transfers) -> tuple[Tensor, Tensor, list[int]]:
-    """What a requester tells the owners: a header int64 [P, B * G, 3], a message int32 and its length for each owner.
+    """Pack a rank's requests for their owners.
 
-    The part of one owner: the regions of all its transfers, then the slots of those that are shipped.
+    Returns:
+        The header, int64 [P, B * G, 3]; the message, int32; and the length of the message for each owner. An owner's
+        part of the message has the regions of all its transfers, then the slots of those that are shipped.
     """
     header_Pg3 = transfers.peer.new_zeros(transfers.num_ranks, transfers.num_groups, HEADER)
     header_Pg3[transfers.peer, transfers.group] = torch.stack(
@@ -231,13 +246,13 @@ def pack_requests(transfers: Transfers) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def request_lengths(header_Pg3: Tensor, topk: int) -> list[int]:
-    """Length of the message of each requester whose header this is."""
+    """Compute the length of each requester's message from the headers."""
     ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
     return (requested_Pg + ship_Pg * pairs_Pg * topk).sum(1).tolist()
 
 
 def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Transfers:
-    """What the others want of this rank, from what they packed: header [P, B * G, 3] and message by requester."""
+    """Unpack what the others request of this rank: header [P, B * G, 3] and message, both by requester."""
     ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
     peer_X, group_X = (requested_Pg > 0).nonzero(as_tuple=True)
     ship_X = ship_Pg[peer_X, group_X].bool()
@@ -258,7 +273,7 @@ def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Transfers
 
 @dataclass(frozen=True)
 class Baselines:
-    """What rank p would receive in forward of one layer by other means, in bytes."""
+    """Bytes that a rank would receive in forward of one layer by other means."""
 
     causal_fetch: int  # keys and values of all tokens that its queries may see
     ring: int  # keys and values of all other ranks, as a ring or an all-gather moves them
@@ -276,8 +291,17 @@ class Baselines:
         topk: int,
         causal: bool,
     ) -> Baselines:
-        """`groups` B * G, `blocks` query blocks of a rank; `topk` regions of a route, of which causal ones have at
-        least one (the own region) on this rank."""
+        """Compute the baselines of one rank.
+
+        Args:
+            layout: which rank has which regions.
+            rank: the rank.
+            costs: bytes of a region, of queries and of results.
+            groups: B * G.
+            blocks: query blocks of a rank.
+            topk: regions of a route. In a causal model at least one of them, the own region, is on this rank.
+            causal: whether a query may choose earlier regions only.
+        """
         visible = layout.others(rank, causal)
         per_rank = groups * layout.regions_per_rank * costs.region
         elsewhere = topk - 1 if causal else topk

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from biroute.parallel.region.plan import Baselines, ExchangePlan
 
-# What travels. "keys" and "queries" are the payload of forward that a plan foresees.
+# What travels. "keys", "queries" and "results" are the payload of forward that a plan counts.
 KINDS = ("keys", "queries", "results", "gradients", "requests", "descriptors", "gathered", "neighbours")
 
 
 @dataclass
 class TrafficLog:
-    """One rank's counts since the last `clear`: what really went through its collectives."""
+    """One rank's counts since the last `clear`, as measured at its collectives."""
 
     num_ranks: int
     sent: dict[tuple[int, str], Tensor] = field(
@@ -31,7 +31,7 @@ class TrafficLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside: evaluation is part of no step."""
+        """Count nothing inside, because evaluation is not part of a step."""
         self._counting = False
         try:
             yield
@@ -39,7 +39,7 @@ class TrafficLog:
             self._counting = True
 
     def add(self, layer: int, kind: str, sent: Sequence[int], received: Sequence[int]) -> None:
-        """One all-to-all: bytes to and from each rank."""
+        """Count one all-to-all: bytes to and from each rank."""
         if not self._counting:
             return
         for counts, numbers in ((self.sent, sent), (self.received, received)):
@@ -48,12 +48,12 @@ class TrafficLog:
             )
 
     def add_even(self, layer: int, kind: str, rank: int, size: int) -> None:
-        """A collective in which each rank sends `size` bytes to each other one."""
+        """Count a collective in which each rank sends `size` bytes to each other one."""
         numbers = [0 if peer == rank else size for peer in range(self.num_ranks)]
         self.add(layer, kind, numbers, numbers)
 
     def add_plan(self, layer: int, plan: ExchangePlan, baselines: Baselines) -> None:
-        """What this rank's plan foresees for one forward pass, and what others would have moved."""
+        """Record the bytes of this rank's plan for one forward pass, and those of the baselines."""
         if not self._counting:
             return
         self.planned[layer] += int(plan.received_bytes().sum() + plan.sent_bytes().sum())
@@ -67,5 +67,5 @@ class TrafficLog:
         return sorted({layer for layer, _ in self.sent})
 
     def total(self, counts: dict[tuple[int, str], Tensor], layer: int | None = None) -> int:
-        """Bytes of all kinds, of one layer or of all."""
+        """Sum the bytes of all kinds, of one layer or of all layers."""
         return sum(int(n.sum()) for (where, _), n in counts.items() if layer in (None, where))

@@ -65,7 +65,7 @@ class Blocking:
 
     @property
     def all_shared(self) -> bool:
-        """Is every pair shared, whatever the route?"""
+        """Whether every pair is shared, whatever the route."""
         return self.shared_from == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def test_a_rank_that_never_started_is_named() -> None:
     assert "it never started" in name_missing({0: report(0), 1: report(1)}, HEARTBEATS, 3)
 
 
-def test_place_of_a_thread_in_our_code_and_in_a_collective() -> None:
+def test_place_of_a_thread_in_our_code_and_in_a_collective(tmp_path: Path) -> None:
     """A real store that nobody answers: what a rank waits in when others never come."""
     code = """
 import sys, threading, time
@@ -82,7 +81,7 @@ import os
 os._exit(0)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, f"/tmp/biroute-test-{os.getpid()}"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
     )
     collective, place = done.stdout.strip().split("|")
     assert collective == "init_process_group", done.stderr
