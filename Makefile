@@ -22,11 +22,12 @@ data/demo/text/.complete: | $(INSTALLED)
 constraints: $(INSTALLED)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /@/d' > configs/constraints.txt
 
-# `make check` and the layout tests with the oldest and the newest versions that pyproject.toml allows.
+# `make check` and the layout tests with the oldest and the newest versions that pyproject.toml allows. The interpreter
+# of Triton 3.6, which belongs to torch 2.11, does not work with NumPy 2.4.
 versions: types
 	for kind in oldest newest; do \
 	    $(PYTHON) -m venv .venv-$$kind && \
-	    if [ $$kind = oldest ]; then pins='torch==2.11.* megatron-core==0.16.* deepspeed==0.19.4'; else pins=; fi && \
+	    if [ $$kind = oldest ]; then pins='torch==2.11.* megatron-core==0.16.* deepspeed==0.19.4 numpy<2.4'; else pins=; fi && \
 	    .venv-$$kind/bin/python -m pip install --quiet --upgrade $$pins --editable '.[dev]' && \
 	    .venv-$$kind/bin/python -m pip list | grep -E '^(torch|megatron-core|deepspeed|transformers|triton) ' && \
 	    .venv-$$kind/bin/ruff check . && .venv-$$kind/bin/mypy && \

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 from helpers.corpus import build_corpus
+from hypothesis import HealthCheck, settings
 
 # The GPU kernels run in Triton's interpreter, program by program on the CPU. Triton looks when it is first imported.
 os.environ["TRITON_INTERPRET"] = "1"
+# Examples that are drawn are the same in every run, and no busy machine makes their drawing a failure.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile("repeatable")
 # Where this is set, as in continuous integration, a test that would be skipped fails instead.
 NO_SKIPS = "BIROUTE_NO_SKIPS"
 

@@ -19,6 +19,7 @@ def silence_known_noise() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # a default of Megatron-core
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # torch 2.11, at every use
 
 
 def ignore_library_warnings() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
+LAST_OUTPUT = "last_output.txt"
 TIMEOUT_SECONDS = 1800.0  # for tests of a tree without mistakes; with one they get five times what they took
 
 # Module or folder -> the tests that should notice, quickest first.
@@ -145,11 +146,13 @@ def passes(tests: list[str], tree: Path, timeout: float = TIMEOUT_SECONDS) -> bo
     environment = {**os.environ, "PYTHONPATH": str(tree / ".types"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     try:
-        return not subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, timeout=timeout, check=False
-        ).returncode
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
     except subprocess.TimeoutExpired:
         return False  # a loop that never ends
+    (tree / LAST_OUTPUT).write_text(done.stdout + done.stderr, encoding="utf-8")
+    return done.returncode == 0
 
 
 def verdict(mutant: Mutant, tree: Path, timeout: float) -> str:
@@ -199,6 +202,7 @@ def main() -> None:
         for path in {tests_of(mutant.path)[-1]: mutant.path for mutant in chosen[: given.count]}.values():
             began = time.monotonic()
             if not passes(tests_of(path), Path(folder)):
+                print((Path(folder) / LAST_OUTPUT).read_text(encoding="utf-8")[-3000:])
                 sys.exit(f"the tests of {path} fail before any mistake is made: {' '.join(tests_of(path))}")
             seconds[tests_of(path)[-1]] = time.monotonic() - began
         for mutant in chosen[: given.count]:

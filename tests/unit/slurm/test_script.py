@@ -100,7 +100,7 @@ def test_rendering_is_a_pure_function() -> None:
     assert subprocess.run(["bash", "-n"], input=render_job(request()), text=True, check=True).returncode == 0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(
     run_dir=HOSTILE, word=HOSTILE, value=HOSTILE, option=HOSTILE, interface=HOSTILE, venv=HOSTILE, container=HOSTILE
 )

@@ -140,7 +140,7 @@ def test_globs_are_sorted_and_files_come_once(tmp_path: Path) -> None:
     assert [Path(file.path).name for file in resolve_files(source)] == ["b.txt", "a.txt", "c.txt"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(min_size=1, max_size=400), limit=st.integers(16, 120))
 def test_parts_lose_nothing_and_keep_the_limit(
     tmp_path_factory: pytest.TempPathFactory, text: str, limit: int

@@ -42,7 +42,7 @@ def model_with(**options: Any) -> bytes:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(parts=st.lists(st.one_of(st.text(max_size=20), st.sampled_from(AWKWARD)), max_size=12))
 @example(parts=list(AWKWARD))
 @example(parts=["\u2581 \u2581\u2581 a"])

@@ -181,7 +181,7 @@ def loaders(dataset: Dataset, data_size: int, position: int, microbatch_size: in
     ]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.sampled_from([(1, 2), (1, 4), (2, 3), (3, 1), (3, 2), (4, 1), (4, 3)]), min_size=4, max_size=6)
 )
@@ -345,7 +345,7 @@ def test_bigram_equals_its_slow_twin_and_sums_to_one() -> None:
     assert table.min() > 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=st.lists(st.integers(0, 9), min_size=2, max_size=60))
 def test_bigram_is_a_distribution_on_any_tiny_text(tokens: list[int]) -> None:
     array = np.array(tokens)

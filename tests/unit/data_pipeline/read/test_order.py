@@ -29,7 +29,7 @@ def located(order: SequenceOrder, begin: int, end: int) -> Pairs:
     return list(zip(sources.tolist(), sequences.tolist(), strict=True))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 def test_permutation_is_a_bijection(size: int, seed: int) -> None:
     image = permute(np.arange(size), size, derive_key(seed))
@@ -38,7 +38,6 @@ def test_permutation_is_a_bijection(size: int, seed: int) -> None:
     np.testing.assert_array_equal(permute(some, size, derive_key(seed)), image[some])  # one by one or all at once
 
 
-@settings(deadline=None)
 @given(size=st.integers(2**31, 2**62), index=st.integers(0, 2**31 - 2))
 def test_permutation_of_a_huge_domain_stays_inside(size: int, index: int) -> None:
     image = permute(np.array([index, size - 1]), size, derive_key("huge"))
@@ -61,7 +60,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert located(SequenceOrder([SourceSize("a", 100), SourceSize("b", 50)], None, 7), 0, 6) == GOLDEN_POOLED
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
@@ -82,7 +81,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert first(0, 0) != first(1, 0)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(weights=st.lists(st.floats(0.01, 100), min_size=2, max_size=6), seed=st.integers(0, 99))
 def test_shares_follow_the_weights_and_each_source_goes_through_its_epochs(weights: list[float], seed: int) -> None:
     sizes = [90 + 200 * i for i in range(len(weights))]
@@ -111,7 +110,6 @@ def test_shares_hold_within_a_short_run() -> None:
         assert share == pytest.approx(0.8, abs=0.065)  # five standard deviations
 
 
-@settings(deadline=None)
 @given(weights=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=20), extra=st.integers(0, 500))
 def test_apportion_gives_all_slots_and_each_at_least_one(weights: list[float], extra: int) -> None:
     counts = apportion(weights, len(weights) + extra)
@@ -125,7 +123,7 @@ def test_apportion_by_largest_remainder() -> None:
     assert apportion([47.0, 16.0, 15.8, 12.0, 6.1, 3.1], 10) == [5, 1, 1, 1, 1, 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_changing_the_number_of_ranks_in_mid_epoch_keeps_exactly_once(data: st.DataObject) -> None:
     size = data.draw(st.integers(150, 400))
@@ -146,7 +144,6 @@ def test_changing_the_number_of_ranks_in_mid_epoch_keeps_exactly_once(data: st.D
     assert not set(seen) & set(rest)
 
 
-@settings(deadline=None)
 @given(length=st.integers(2, 300), share=st.floats(0, 1), n=st.integers(0, 10**9))
 def test_chosen_positions_are_distinct(length: int, share: float, n: int) -> None:
     count = int(share * length)

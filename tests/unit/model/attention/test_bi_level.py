@@ -67,7 +67,7 @@ def attention_cases(draw: st.DrawFn, causal: bool | None = None) -> tuple[tuple[
     return inputs, sizes, dict(topk=topk, **forced)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(attention_cases(), st.sampled_from(PATHS), st.sampled_from([1, 16, 1 << 14]))
 def test_values_and_gradients_equal_the_reference(case, path: str, chunk: int) -> None:
     (q, k, v), sizes, rule = case
@@ -104,7 +104,7 @@ def test_larger_shapes_equal_the_reference(path, block, region_size, heads, grou
     assert_equal_to(bi_level_attention(q, k, v, route, path=path, **sizes), expected, (q, k, v))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(attention_cases(), st.sampled_from(PATHS))
 def test_all_regions_are_dense_attention(case, path: str) -> None:
     (q, k, v), sizes, rule = case
@@ -126,7 +126,7 @@ def perturbed(x: Tensor, after: int, factor: float) -> Tensor:
     return changed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     attention_cases(causal=True),
     st.sampled_from(PATHS),
@@ -157,7 +157,7 @@ def test_later_tokens_change_no_earlier_bit_in_longer_sequences(path, block, reg
             assert not torch.equal(before[:, :, after + 1 :], changed[:, :, after + 1 :])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(attention_cases(causal=True), st.sampled_from(PATHS), st.integers(0, 63))
 def test_earlier_outputs_have_no_gradient_in_later_tokens(case, path: str, after: int) -> None:
     inputs, sizes, rule = case

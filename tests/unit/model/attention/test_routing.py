@@ -35,7 +35,7 @@ def route_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict]:
     return q, k, dict(topk=topk, causal=causal, **sizes, **forced)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(route_cases())
 def test_route_equals_plain_loops(case: tuple[Tensor, Tensor, dict]) -> None:
     q, k, kwargs = case
@@ -44,7 +44,7 @@ def test_route_equals_plain_loops(case: tuple[Tensor, Tensor, dict]) -> None:
     assert torch.equal(route, reference.route_regions(q, k, RouteRule(**kwargs)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(route_cases(), st.sampled_from(["affinity", "random"]))
 def test_route_holds_what_is_forced_and_nothing_from_the_future(case, router: str) -> None:
     q, k, kwargs = case
