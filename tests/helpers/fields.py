@@ -63,15 +63,15 @@ SHOWN_BY: dict[str, str] = {
     "data.tokenizer.model_path": f"{BUILD}test_with_a_given_tokenizer_only_the_changed_source_is_redone",
     "data.tokenizer.kind": f"{TOKENIZER}test_training_is_reproducible",
     "data.tokenizer.vocab_size": f"{TOKENIZER}test_training_is_reproducible",
-    "data.tokenizer.character_coverage": TOKENIZER.removesuffix("::"),
+    "data.tokenizer.character_coverage": f"{TOKENIZER}test_character_coverage_decides_which_characters_have_a_piece",
     "data.tokenizer.training_bytes": f"{BUILD}test_weights_share_out_the_tokenizers_sample",
     "data.heldout_fraction": f"{SOURCES}test_split_depends_on_the_text_alone_and_grows_with_the_fraction",
     "data.min_document_bytes": f"{SOURCES}test_dirt_is_counted_and_never_a_crash",
     "data.max_document_bytes": f"{SOURCES}test_long_documents_are_cut_after_a_newline",
     "data.tokens_per_sample": f"{BUILD}test_another_layout_keeps_the_tokenizer_and_leaves_no_stale_shard",
-    "data.samples_per_shard": f"{BUILD}test_killed_builds_continue_to_the_same_bytes",
-    "data.workers": f"{BUILD}test_bytes_do_not_depend_on_workers_or_parts",
-    "data.seed": LOADER.removesuffix("::"),
+    "data.samples_per_shard": f"{BUILD}test_shards_are_plain_tars_without_clock_or_dots",
+    "data.workers": f"{BUILD}test_killed_worker_is_one_clear_line",
+    "data.seed": f"{LOADER}test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds",
     **{
         f"optim.{name}": RUN
         for name in ("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "decay_steps")

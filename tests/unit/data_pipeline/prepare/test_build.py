@@ -318,8 +318,8 @@ def test_killed_worker_is_one_clear_line(tmp_path: Path, built: DataConfig, monk
             [child for child in psutil.Process().children() if child not in others][-1].kill()
 
     monkeypatch.setattr(encode.PartEncoder, "submit", kill_one)
-    data = built.model_copy(update={"dir": tmp_path / "d", "workers": 2})
-    with pytest.raises(UsageError, match="a tokenising process was killed"):
+    data = built.model_copy(update={"dir": tmp_path / "d", "workers": 3})
+    with pytest.raises(UsageError, match=r"data\.workers=3: a tokenising process was killed"):
         build_dataset(data, QUIET)
     monkeypatch.setattr(encode.PartEncoder, "submit", submit)
     build_dataset(data, QUIET)

@@ -76,6 +76,19 @@ def test_special_pieces_have_no_bytes_and_the_rest_has() -> None:
 def test_training_is_reproducible(kind: str) -> None:
     again = train_tokenizer(TEXTS, TokenizerConfig(kind=kind, vocab_size=600))
     assert again.fingerprint == TOKENIZERS[kind].fingerprint
+    assert TOKENIZERS["bpe"].fingerprint != TOKENIZERS["unigram"].fingerprint
+
+
+def test_character_coverage_decides_which_characters_have_a_piece() -> None:
+    """One character of a thousand is covered by 1.0 alone."""
+    texts = ["the cat sat on the mat and ate the rat " * 5 + "鼠" * (n < 5) for n in range(25)]
+
+    def pieces(coverage: float) -> int:
+        tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300, character_coverage=coverage))
+        return len(tokenizer.encode("cat鼠")) - len(tokenizer.encode("cat"))
+
+    assert pieces(0.98) == len("鼠".encode())
+    assert pieces(1.0) == 1
 
 
 def test_fingerprint_is_of_the_vocabulary_not_of_the_file(tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataCon
     assert rows(list(batches)) == rows(list(batches))
     reseeded = open_dataset(run_config(data.model_copy(update={"seed": 5}), S, train={"seed": 6}))
     assert rows(list(reseeded.heldout_batches(data_rank=0, data_size=1))) == rows(list(batches))
+    order, other_order = (opened.reader("train").sequences(np.arange(8)) for opened in (dataset, reseeded))
+    assert (order != other_order).any()
 
 
 def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
