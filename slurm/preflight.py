@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from biroute.configs.load import load_config
 from biroute.launcher.attempts.journal import fencing_token_of, given_attempt
 from biroute.launcher.attempts.run_files import PREFLIGHT, log_dir
 from biroute.launcher.ranks.environment import RankEnvironment, expand_nodes, find_rank_environment
+from biroute.launcher.ranks.gpu_check import gpu_problems
 from biroute.slurm.node_check import Findings, inspect_node, judge
 
 _CLOCK_ROUNDS = 5  # the smallest difference counts, since a busy machine may answer late but never early
@@ -162,6 +163,9 @@ def preflight(run_dir: Path, config_path: Path) -> int:
         else [f"node {rank}" for rank in range(environment.world_size)]
     )
     mine = inspect_node(environment.rank, host, run_dir, attempt, config)
+    if config.train.device == "cuda":
+        facts = {**mine.facts, "CUDA of torch": str(torch.version.cuda)}
+        mine = replace(mine, facts=facts, problems=[*mine.problems, *gpu_problems(config.slurm.ranks_per_node or 1)])
     _write(folder, nodes[environment.rank], [*mine.problems])
     try:
         bad = check_nodes(environment, nodes, mine, config.slurm.preflight_timeout_seconds)

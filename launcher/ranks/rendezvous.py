@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,11 +36,13 @@ def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
     Raises:
         UsageError: a GPU was requested and there is none, the address is unknown, or the port is in use.
     """
-    # DeepSpeed reads these variables.
-    os.environ.update(
-        RANK=str(environment.rank), LOCAL_RANK=str(environment.local_rank), WORLD_SIZE=str(environment.world_size)
-    )
     device = _choose_device(train.device, environment.local_rank)
+    # DeepSpeed reads these variables, and takes LOCAL_RANK for the number of the GPU.
+    os.environ.update(
+        RANK=str(environment.rank),
+        LOCAL_RANK=str(environment.local_rank if device.index is None else device.index),
+        WORLD_SIZE=str(environment.world_size),
+    )
     if train.threads_per_rank:
         torch.set_num_threads(train.threads_per_rank)
     _handshake(environment, "nccl" if device.type == "cuda" else "gloo", collective_timeout(train))
@@ -84,12 +87,26 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"local rank {local_rank} has no GPU: torch sees {torch.cuda.device_count()}; start one process per GPU"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = gpu_of_rank(local_rank, torch.cuda.device_count(), os.environ)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def gpu_of_rank(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
+    """Choose the GPU of a rank among the `visible` ones.
+
+    srun's `--gpus-per-task=1` and `--gpu-bind=single:1` show each rank only its own GPU, which then is number 0.
+
+    Raises:
+        UsageError: there are more ranks than GPUs.
+    """
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    by_srun = "SLURM_PROCID" in environment and "RANK" not in environment  # torchrun inside a step sets RANK
+    if by_srun and visible == 1 and on_node.isdecimal() and int(on_node) > local_rank:
+        return 0
+    if local_rank >= visible:
+        raise UsageError(f"local rank {local_rank} has no GPU: torch sees {visible}; start one process per GPU")
+    return local_rank
 
 
 def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -> None:

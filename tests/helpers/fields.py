@@ -24,7 +24,6 @@ SUBMIT = "unit/slurm/test_submit.py::test_a_request_is_what_the_configuration_sa
 JOURNAL = "unit/launcher/attempts/test_journal.py::test_what_the_batch_script_calls"
 ROUTE = "unit/model/attention/test_core.py::"
 EXCHANGE = "distributed/launcher/bench/test_exchange.py::"
-HELDOUT = "distributed/launcher/train/test_heldout.py::"
 SCRIPT = "unit/slurm/test_script.py::"
 
 # Field -> the test, below tests/.
@@ -90,7 +89,7 @@ SHOWN_BY: dict[str, str] = {
     "train.seed": f"{ENGINE}test_the_seed_draws_the_weights",
     "train.device": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",
     "train.threads_per_rank": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",
-    "train.evaluate_sequences": f"{HELDOUT}test_bits_per_byte_are_those_of_the_text",
+    "train.evaluate_sequences": f"{LOADER}test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds",
     "train.hang_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "train.startup_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "checkpoint.every_steps": RUN,

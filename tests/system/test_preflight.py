@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.ports import claim_port
 
@@ -41,9 +42,14 @@ def start(run_dir: Path, tmp_path: Path) -> Start:
         folders: Mapping[int, Path] | None = None,
         absent: tuple[int, ...] = (),
         seconds: float = 120.0,
+        device: str = "auto",
     ) -> dict[int, tuple[int, str]]:
         config = tmp_path / "config.yaml"
-        config.write_text(yaml.safe_dump({"slurm": {"preflight_timeout_seconds": seconds}}))
+        config.write_text(
+            yaml.safe_dump(
+                {"slurm": {"preflight_timeout_seconds": seconds, "ranks_per_node": 2}, "train": {"device": device}}
+            )
+        )
         port = claim_port()
         processes = {}
         for rank in set(range(number)) - set(absent):
@@ -116,6 +122,16 @@ def test_a_node_with_the_wrong_network_interface(start: Start, run_dir: Path) ->
     found = bad_nodes(log_dir(run_dir, 1))
     assert list(found) == ["n2"], found
     assert "nosuch0" in found["n2"][0]
+
+
+def test_nodes_where_torch_sees_no_gpu(start: Start, run_dir: Path) -> None:
+    """A driver that is dead, or torch without CUDA: Slurm lists the GPUs all the same."""
+    listed = {"CUDA_VISIBLE_DEVICES": "0,1"} if torch.version.cuda is None else {"CUDA_VISIBLE_DEVICES": ""}
+    answers = start(2, device="cuda", environments={0: listed, 1: listed})
+    assert {status for status, _ in answers.values()} == {1}, answers
+    found = bad_nodes(log_dir(run_dir, 1))
+    assert set(found) == {"n1", "n2"}
+    assert all("sees 0 GPUs for 2 ranks" in problems[0] for problems in found.values()), found
 
 
 def test_a_node_that_does_not_answer(start: Start, run_dir: Path) -> None:
