@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
-from biroute.model.attention.grid import RegionGrid
+from biroute.model.attention.grid import KERNEL_DEVICES, RegionGrid
 from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.attention.routing import key_descriptors, route_query_blocks, sliding_window_route
@@ -119,7 +119,7 @@ class CoreAttention(nn.Module):
             return self._dense(rotated_q, rotated_k, v)
         before = self.model.attention.descriptor == "pre_rope"
         route = self.route(q, k) if before else self.route(rotated_q, rotated_k)
-        if q.device.type == "cuda" and self._routes_everything(q):
+        if q.device.type in KERNEL_DEVICES and self._routes_everything(q):
             return self._dense(rotated_q, rotated_k, v)
         return self._routed(rotated_q, rotated_k, v, route)
 

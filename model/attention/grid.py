@@ -11,6 +11,8 @@ from torch import Tensor
 AttentionPath = Literal["auto", "masked", "query_major", "region_major", "block_sparse"]
 
 LARGEST_HEAD_OF_KERNELS = 256
+# Types of devices that run the Triton kernels. Tests add one that is emulated.
+KERNEL_DEVICES = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -42,4 +44,4 @@ def uses_kernels(grid: RegionGrid, q: Tensor) -> bool:
     """Return whether the Triton kernels are used: if named, or by default on CUDA for the inputs they support."""
     if grid.path != "auto":
         return grid.path == "block_sparse"
-    return q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[-1] <= LARGEST_HEAD_OF_KERNELS
+    return q.device.type in KERNEL_DEVICES and q.dtype != torch.float64 and q.shape[-1] <= LARGEST_HEAD_OF_KERNELS

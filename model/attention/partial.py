@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from biroute.model.attention.band import Band, band_backward, band_forward
-from biroute.model.attention.grid import RegionGrid, uses_kernels
+from biroute.model.attention.grid import KERNEL_DEVICES, RegionGrid, uses_kernels
 from biroute.model.attention.tiles import (
     LOG2_E,
     Gradients,
@@ -60,7 +60,7 @@ def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
     Returns:
         [B, H, S] in fp32, or in fp64 for fp64 inputs.
     """
-    if out.device.type == "cuda" and out.dtype != torch.float64:
+    if out.device.type in KERNEL_DEVICES and out.dtype != torch.float64:
         from biroute.model.attention.block_sparse.attention import output_delta
 
         return output_delta(out, dout)

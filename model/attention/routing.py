@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biroute.model.attention.grid import KERNEL_DEVICES
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
 # Bounds of the number of affinities in one chunk: the working memory is a fraction of the queries' memory.
@@ -44,8 +45,11 @@ def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1
     if region_size % descriptors_per_region:
         raise ValueError(f"descriptors_per_region={descriptors_per_region} does not divide region_size={region_size}")
     part_size = region_size // descriptors_per_region
-    # One sequence at a time, because the mean makes a copy in fp64.
-    return torch.stack([_exact_mean(x, (2,)) for x in k.detach().unflatten(2, (-1, part_size))])
+    parts = k.detach().unflatten(2, (-1, part_size))
+    if k.device.type != "cpu":
+        return _exact_mean(parts, (3,))
+    # One sequence at a time, because on the CPU the mean makes a copy in fp64.
+    return torch.stack([_exact_mean(x, (2,)) for x in parts])
 
 
 def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: bool) -> Tensor:
@@ -132,7 +136,7 @@ def route_query_blocks(
     per_region = rule.descriptors_per_region
     num_regions = num_descriptors // per_region
     num_blocks = q.shape[2] // lq
-    if q.device.type == "cuda" and rule.router == "affinity" and num_regions <= MOST_REGIONS_OF_KERNEL:
+    if q.device.type in KERNEL_DEVICES and rule.router == "affinity" and num_regions <= MOST_REGIONS_OF_KERNEL:
         from biroute.model.attention.block_sparse.router import fused_route
 
         dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32

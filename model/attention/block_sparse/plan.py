@@ -26,7 +26,7 @@ ROWS_OF_TILE = 64
 SHARED_FRACTION = 3 / 16
 # Elements of a region's keys that a program holds on chip; a larger region is cut into parts.
 KEYS_ON_CHIP = 64 * 128
-# Pairs that are sorted together while tiles are planned: bounds the memory of the plan.
+# Pairs that are sorted together: bounds the memory of the plan.
 PAIRS_AT_ONCE = 1 << 22
 
 
@@ -154,10 +154,12 @@ def invert(region: Tensor, num_regions: int, unit_size: int) -> Visits:
     edges = torch.arange(num_regions + 1, device=region.device, dtype=region.dtype)
     order = torch.empty(segments, pairs, dtype=torch.int32, device=region.device)
     start = torch.empty(segments, num_regions + 1, dtype=torch.int32, device=region.device)
-    for segment in range(segments):
-        sorted_region, pair = region[segment].sort(stable=True)
-        order[segment] = pair
-        start[segment] = torch.searchsorted(sorted_region, edges, out_int32=True)
+    at_once = max(1, PAIRS_AT_ONCE // max(1, pairs))
+    for first in range(0, segments, at_once):
+        part = slice(first, first + at_once)
+        sorted_region, order[part] = region[part].sort(dim=1, stable=True)
+        every = edges.expand(len(sorted_region), -1).contiguous()
+        start[part] = torch.searchsorted(sorted_region, every, out_int32=True)
     units = (start.diff(dim=1) + (unit_size - 1)) // unit_size
     unit_first, extra_first = (
         pad(x.cumsum(1, dtype=torch.int32), (1, 0)) for x in (units, (units - 1).clamp_(min=0))

@@ -46,11 +46,14 @@ def test_shared_regions_and_scattered_pairs_against_loops(heads: int, blocks: in
 def test_the_plan_does_not_depend_on_how_many_heads_are_sorted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Blocking.of(heads=4, block=1, region=16, head_size=32)
     route = random_routes(3, 20, 7, 3)
-    whole = plan_tiles(route, 7, sizes)
+    whole, visits = plan_tiles(route, 7, sizes), invert(route.flatten(1).where(route.flatten(1) >= 0, 7), 7, 4)
     monkeypatch.setattr("biroute.model.attention.block_sparse.plan.PAIRS_AT_ONCE", 1)
     one_by_one = plan_tiles(route, 7, sizes)
     assert torch.equal(whole.scattered, one_by_one.scattered)
     assert torch.equal(whole.counts, one_by_one.counts)
+    again = invert(route.flatten(1).where(route.flatten(1) >= 0, 7), 7, 4)
+    assert torch.equal(visits.order, again.order)
+    assert torch.equal(visits.start, again.start)
 
 
 def test_visits_and_units_against_loops() -> None:

@@ -1,0 +1,110 @@
+"""The layers on an emulated device: nothing mixes devices, and the host waits for the device nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import emulated_device
+from helpers.emulated_device import COUNTS, Emulation, to_device
+from helpers.pool import WorkerPool
+from torch import Tensor
+
+from biroute.configs.load import config_from_tree
+from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.rope import rotary_tables
+
+Ranks = Callable[[int], WorkerPool]
+
+
+Sizes = tuple[int, int, int]  # sequences, key/value heads, tokens
+SMALL, LARGE = (1, 2, 64), (2, 4, 128)
+
+
+def layer(sizes: Sizes, attention: dict[str, Any]) -> CoreAttention:
+    _, groups, tokens = sizes
+    shape = {"num_heads": 2 * groups, "num_kv_heads": groups, "head_size": 8, "num_layers": 1, "hidden_size": 32}
+    rule = {"region_size": 8, "topk": 3} | attention
+    tree = {"model": shape | {"sequence_length": tokens, "attention": rule}}
+    return CoreAttention(config_from_tree(tree, "test").model, 0, num_kv_heads=groups)
+
+
+def inputs(sizes: Sizes) -> list[Tensor]:
+    batch, groups, tokens = sizes
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(batch, heads, tokens, 8, generator=generator, requires_grad=True)
+        for heads in (2 * groups, groups, groups)
+    ]
+
+
+def passed(core: CoreAttention, tensors: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of a pass in both directions."""
+    out = core(*tensors)
+    gradients = torch.autograd.grad(out.square().sum(), tensors)
+    return [out.detach(), *gradients]
+
+
+def layer_job(sizes: Sizes, attention: dict[str, Any]) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Launches, waits and copies of a layer, both directions, whose results equal those on the CPU."""
+    device = emulated_device.activate()
+    expected = passed(layer(sizes, attention), inputs(sizes))
+    with Emulation():
+        core = layer(sizes, attention)
+        assert core.key_smear is not None
+        core.key_smear.share = torch.nn.Parameter(to_device(core.key_smear.share.detach()))
+        tensors = [to_device(x) for x in inputs(sizes)]
+        rotary_tables(sizes[2], 0, 8, core.model.rope_base, device)  # made once for all layers
+        COUNTS.clear()
+        found = passed(core, tensors)
+        counted = sum(COUNTS.launches.values()), dict(COUNTS.waits), dict(COUNTS.copies)
+    assert all(x.device == device for x in found)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.inner, other, rtol=1e-5, atol=1e-5)
+    return counted
+
+
+# Launches of forward and backward together. A launch costs the host some 5 us, whatever its size.
+BUDGETS = {"bi_level": 200, "sliding_window": 180, "dense": 60}
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_layer_waits_nowhere_and_keeps_its_budget_of_launches(ranks: Ranks, kind: str) -> None:
+    ((launches, waits, copies),) = ranks(1).run(layer_job, SMALL, {"kind": kind})
+    assert (waits, copies) == ({}, {})
+    assert 0.8 * BUDGETS[kind] < launches <= BUDGETS[kind]
+
+
+def test_launches_do_not_grow_with_the_input(ranks: Ranks) -> None:
+    small, large = (ranks(1).run(layer_job, sizes, {}) for sizes in (SMALL, LARGE))
+    assert small == large
+
+
+def mixing_job() -> str:
+    device = emulated_device.activate()
+    with Emulation():
+        try:
+            torch.ones(3, device=device) + torch.ones(3)
+        except RuntimeError as error:
+            return str(error)
+    return "mixed"
+
+
+def waiting_job() -> tuple[dict[str, int], dict[str, int]]:
+    device = emulated_device.activate()
+    with Emulation():
+        x = torch.ones(3, device=device)
+        x[x > 0].sum().item()
+        x.to("cpu")
+        x.tolist()
+        return dict(COUNTS.waits), dict(COUNTS.copies)
+
+
+def test_the_emulation_can_fail(ranks: Ranks) -> None:
+    """It refuses mixed devices, and sees a mask, a number and a list that the host wants, and a copy."""
+    assert "tensors on emulated and on the CPU" in ranks(1).run(mixing_job)[0]
+    ((waits, copies),) = ranks(1).run(waiting_job)
+    assert sorted(name.split()[0] for name in waits) == ["_local_scalar_dense", "index", "tolist"]
+    assert sum(copies.values()) == 1
