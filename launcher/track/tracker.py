@@ -379,6 +379,8 @@ def _is_refusal(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """Return the cause in a few words, without passwords: MLflow's own messages span many lines."""
     text = without_password(" ".join(str(error).split()))
+    if waited := re.search(r"timed out\W+read timeout=([\d.]+)", text):
+        return f"timed out after {waited.group(1)} s"
     for pattern in (r"\[Errno -?\d+\] ([^'\")]+)", r"(timed out)", r"\(sqlite3\.\w+\) ([^\[(]+)"):
         if found := re.search(pattern, text):
             return found.group(1).strip()

@@ -94,7 +94,7 @@ SHOWN_BY: dict[str, str] = {
     "train.startup_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "checkpoint.every_steps": RUN,
     "checkpoint.keep": RUN,
-    "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_the_spool",
+    "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_the_metrics_log",
     "tracking.uri": RUN,
     "tracking.experiment": RUN,
     "tracking.run_name": RUN,
@@ -116,8 +116,8 @@ SHOWN_BY: dict[str, str] = {
         )
     },
     "profile.time_limit": f"{SCRIPT}test_yaml_reads_a_time_as_text_and_numbers_as_minutes",
-    "profile.container": f"{SCRIPT}test_no_value_gets_out_of_its_quotes",
-    "profile.python": f"{SCRIPT}test_no_value_gets_out_of_its_quotes",
+    "profile.container": SUBMIT,
+    "profile.python": SUBMIT,
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def main() -> None:
             rows.append(f"| {path} | {SHOWN_BY[path]} | {'fails' if fails else 'PASSES'} |")
             sys.stdout.write(rows[-1] + "\n")
             sys.stdout.flush()
-    summary = f"{len(tried) - unseen} of {len(tried)} settings are missed by their test"
+    summary = f"{len(tried) - unseen} of {len(tried)} settings: their test fails without them"
     sys.stdout.write(summary + "\n")
     if given.out:
         given.out.write_text("\n".join([*rows, "", summary, ""]), encoding="utf-8")

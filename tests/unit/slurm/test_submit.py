@@ -13,17 +13,21 @@ from biroute.slurm.submit import Submission, prepare
 
 
 def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
-    tree = small_run(corpus, tmp_path / "run", steps=2, parallel={"data": 2}) | {"slurm": slurm}
+    tree = small_run(corpus, tmp_path / "run", steps=2, parallel={}) | {"slurm": slurm}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     return prepare(tmp_path / "run.yaml", overrides or [], tmp_path)
 
 
 def test_a_request_is_what_the_configuration_says(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text("time_limit: 24:00:00\npartition: gpu\n")
-    fields = {"nodes": 2, "ranks_per_node": 1, "time_limit": "2:00:00", "signal_seconds": 60, "requeue": False}
+    (tmp_path / "cluster.yaml").write_text(
+        "time_limit: 24:00:00\npartition: gpu\ncontainer: [apptainer, exec, image.sif]\npython: python3.12\n"
+    )
+    fields = {"nodes": 2, "ranks_per_node": 2, "time_limit": "2:00:00", "signal_seconds": 60, "requeue": False}
     found = submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml")} | fields)
     assert {name: getattr(found.request, name) for name in fields} == fields
     assert found.profile.partition == "gpu"
+    assert found.request.python == ("apptainer", "exec", "image.sif", "python3.12")
+    assert found.layout.world_size == 4
 
 
 @pytest.mark.parametrize(
