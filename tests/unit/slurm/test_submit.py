@@ -19,9 +19,9 @@ def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: l
 
 
 def test_a_request_is_what_the_configuration_says(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text(
-        "time_limit: 24:00:00\npartition: gpu\ncontainer: [apptainer, exec, image.sif]\npython: python3.12\n"
-    )
+    profile = {"time_limit": "24:00:00", "partition": "gpu", "python": "python3.12"}
+    profile |= {"container": ["apptainer", "exec", "image.sif"]}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(profile))
     fields = {"nodes": 2, "ranks_per_node": 2, "time_limit": "2:00:00", "signal_seconds": 60, "requeue": False}
     found = submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml")} | fields)
     assert {name: getattr(found.request, name) for name in fields} == fields
