@@ -26,10 +26,10 @@ from biroute.parallel.region.plan import (
     ExchangeCosts,
     ExchangePlan,
     RegionLayout,
-    Transfers,
     Way,
     plan_exchange,
 )
+from biroute.parallel.region.transfers import Transfers
 from biroute.parallel.region.transport import Pending, Transport
 
 # Expected query rows for each region of another rank from which one product per region beats one per query block.
@@ -79,12 +79,14 @@ class RoutedAttention(torch.autograd.Function):
         queries = pair_rows(q, k.shape[1], grid.query_block_size, plan)
 
         # Both payloads travel while the own regions are attended.
-        ship_U = requests.is_shipped()
+        shipped_pairs = requests.shipped
         keys = transport.start(
             layer, "keys", regions[served.table_rows(layout.regions_per_rank)],
             served.fetched_regions(), requests.fetched_regions(),
         )  # fmt: skip
-        shipped = transport.start(layer, "queries", queries[ship_U], requests.shipped_pairs(), served.shipped_pairs())
+        shipped = transport.start(
+            layer, "queries", queries[shipped_pairs], requests.shipped_pairs(), served.shipped_pairs()
+        )
         own_route = own_regions(route, layout, transport.rank)
         out, lse = partial_attention(q, k, v, own_route, grid, out_dtype=working_dtype(q))
 
@@ -111,13 +113,17 @@ class RoutedAttention(torch.autograd.Function):
         lq = grid.query_block_size
         dout = dout.contiguous()
         delta = attention_delta(out, dout)
-        ship_U = requests.is_shipped()
+        shipped_pairs = requests.shipped
         douts = pair_rows(dout, groups, lq, plan)
         offsets = torch.stack(
             [pair_rows(x[..., None], groups, lq, plan).squeeze(-1) for x in (lse, delta)], -1
         )  # [U, r, Lq, 2]
         upstream = transport.start(
-            layer, "gradients", pack(douts[ship_U], offsets[ship_U]), requests.shipped_pairs(), served.shipped_pairs()
+            layer,
+            "gradients",
+            pack(douts[shipped_pairs], offsets[shipped_pairs]),
+            requests.shipped_pairs(),
+            served.shipped_pairs(),
         )
         queries = pair_rows(q, groups, lq, plan)
         dq_rows, d_fetched = fetched_backward(queries, douts, offsets, fetched, requests, ctx.part_grid)
@@ -131,7 +137,7 @@ class RoutedAttention(torch.autograd.Function):
         )
         returned = transport.start(layer, "gradients", dq_arrived, served.shipped_pairs(), requests.shipped_pairs())
         received = keys.wait()
-        dq_rows[ship_U] = returned.wait()
+        dq_rows[shipped_pairs] = returned.wait()
         add_pair_rows(dq, dq_rows, plan, groups, lq)
         d_table = torch.stack((dk, dv)).unflatten(3, (-1, grid.region_size)).flatten(1, 3)  # [2, B*G*R, L, D]
         add_regions(d_table, d_regions, received, served, layout.regions_per_rank)
@@ -175,7 +181,7 @@ def pair_rows(x: Tensor, groups: int, query_block_size: int, plan: ExchangePlan)
     """Select the query blocks of the plan's pairs: x [B, H, S, C] -> [U, r, Lq, C]."""
     transfers = plan.transfers
     x_grNMC = x.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, query_block_size))
-    return x_grNMC.transpose(1, 2)[transfers.group.repeat_interleave(transfers.pairs), plan.pair_block]
+    return x_grNMC.transpose(1, 2)[transfers.group_of_pair, plan.pair_block]
 
 
 def add_pair_rows(x: Tensor, rows: Tensor, plan: ExchangePlan, groups: int, query_block_size: int) -> None:

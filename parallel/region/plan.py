@@ -8,19 +8,21 @@ for one key/value head of one sequence, is a *transfer*; each transfer travels t
 - *fetch*: the owner sends keys and values of the regions that were chosen, each once;
 - *ship*: the requester sends the queries that chose them, the owner returns their partial outputs and log-sum-exps.
 
-Shapes: B sequences, G key/value heads, g one of B * G, P ranks, N query blocks of this rank, K slots of a route, X
-transfers, U pairs (a query block and an owner of whose regions it chose some), W requested regions (distinct in a
-transfer), E choices of regions of other ranks.
+Shapes: B sequences, G key/value heads, g one of B * G, P ranks, N query blocks of this rank, K slots of a route,
+T = P * B * G transfers, many of them empty, U pairs (a query block and an owner of whose regions it chose some), W
+requested regions (distinct in a transfer), R regions of a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from biroute.parallel.region.transfers import Transfers, places
 
 Way = Literal["auto", "fetch", "ship"]
 
@@ -76,64 +78,6 @@ class ExchangeCosts:
 
 
 @dataclass(frozen=True)
-class Transfers:
-    """What one rank requests of the others, or they of it; ascending by the other rank, then by group b * G + g."""
-
-    num_ranks: int
-    num_groups: int  # B * G
-    peer: Tensor  # int64 [X] the other rank
-    group: Tensor  # int64 [X]
-    ship: Tensor  # bool [X]
-    pairs: Tensor  # int64 [X] pairs of each transfer; an owner counts those that are shipped to it only
-    requested: Tensor  # int64 [X] distinct regions of each transfer
-    pair_slots: Tensor  # int64 [U, K] what each pair chose: places among the transfer's regions, ascending, -1 last
-    requested_region: Tensor  # int64 [W] regions of all transfers, numbered on their owner
-
-    def __iter__(self) -> Iterator[Transfer]:
-        """Yield the transfers in order, with their places in the flat lists."""
-        pair = requested = shipped = fetched = 0
-        columns = (self.group.tolist(), self.ship.tolist(), self.pairs.tolist(), self.requested.tolist())
-        for group, ship, pairs, regions in zip(*columns, strict=True):
-            first, count = (shipped, pairs) if ship else (fetched, regions)
-            rows = slice(first, first + count)
-            yield Transfer(group, ship, slice(pair, pair + pairs), slice(requested, requested + regions), rows)
-            pair, requested = pair + pairs, requested + regions
-            shipped, fetched = shipped + pairs * ship, fetched + regions * (not ship)
-
-    def shipped_pairs(self) -> list[int]:
-        """Count the query blocks that travel to or from each rank."""
-        return self.per_rank(self.ship * self.pairs).tolist()
-
-    def fetched_regions(self) -> list[int]:
-        """Count the regions that travel from or to each rank."""
-        return self.per_rank(~self.ship * self.requested).tolist()
-
-    def is_shipped(self) -> Tensor:
-        """Return for each pair whether its transfer is shipped, bool [U]."""
-        return self.ship.repeat_interleave(self.pairs)
-
-    def table_rows(self, regions_per_rank: int) -> Tensor:
-        """Return the rows of the fetched regions in the owner's table of all groups, [B * G * R, ...]."""
-        fetched_W = ~self.ship.repeat_interleave(self.requested)
-        group_W = self.group.repeat_interleave(self.requested)
-        return (group_W * regions_per_rank + self.requested_region)[fetched_W]
-
-    def per_rank(self, per_unit: Tensor) -> Tensor:
-        """Sum a number of each transfer over the transfers of each rank: int64 [P]."""
-        return per_unit.new_zeros(self.num_ranks, dtype=torch.int64).index_add_(0, self.peer, per_unit)
-
-
-class Transfer(NamedTuple):
-    """One transfer: its group, its way, and where it stands in the flat lists."""
-
-    group: int
-    ship: bool
-    pairs: slice
-    requested: slice
-    rows: slice  # among the rows that travel its way: pairs if shipped, regions if fetched
-
-
-@dataclass(frozen=True)
 class ExchangePlan:
     """What the queries of one rank need from the others."""
 
@@ -144,18 +88,19 @@ class ExchangePlan:
     pair_block: Tensor  # int64 [U] query block of each pair, numbered on this rank
 
     def received_bytes(self) -> Tensor:
-        """Return the bytes of payload that come from each rank in forward, int64 [P]."""
-        transfers, costs = self.transfers, self.costs
-        return transfers.per_rank(
-            torch.where(transfers.ship, transfers.pairs * costs.results, transfers.requested * costs.region)
-        )
+        """Return the bytes of payload that come from each rank in forward, int64 [P] on the CPU."""
+        return self._per_rank(pairs=self.costs.results, regions=self.costs.region)
 
     def sent_bytes(self) -> Tensor:
-        """Return the bytes of queries that go to each rank in forward, int64 [P].
+        """Return the bytes of queries that go to each rank in forward, int64 [P] on the CPU.
 
         What this rank sends as an owner is in the other ranks' plans.
         """
-        return self.transfers.per_rank(self.transfers.ship * self.transfers.pairs * self.costs.queries)
+        return self._per_rank(pairs=self.costs.queries, regions=0)
+
+    def _per_rank(self, pairs: int, regions: int) -> Tensor:
+        counts = zip(self.transfers.shipped_pairs(), self.transfers.fetched_regions(), strict=True)
+        return torch.tensor([shipped * pairs + fetched * regions for shipped, fetched in counts])
 
 
 def traffic(plans: Sequence[ExchangePlan]) -> Tensor:
@@ -175,7 +120,7 @@ def plan_exchange(
 
     Args:
         route: int64 [B, G, N, K], regions of the whole sequence that each of the rank's query blocks chose,
-            ascending, -1 = empty.
+            ascending, -1 = empty and last.
         layout: which rank has which regions.
         rank: the rank.
         costs: bytes of a region, of queries and of results.
@@ -183,92 +128,50 @@ def plan_exchange(
     """
     batch, groups, num_blocks, topk = route.shape
     per_rank, num_groups = layout.regions_per_rank, batch * groups
+    size = layout.num_ranks * num_groups
     route_gNK = route.reshape(num_groups, num_blocks, topk)
+    group_g11 = torch.arange(num_groups, device=route.device)[:, None, None]
+    block_N1 = torch.arange(num_blocks, device=route.device)[:, None]
     owner_gNK = route_gNK.div(per_rank, rounding_mode="floor")
-    g_E, block_E, slot_E = ((route_gNK >= 0) & (owner_gNK != rank)).nonzero(as_tuple=True)  # E: choices elsewhere
-    owner_E, region_E = owner_gNK[g_E, block_E, slot_E], route_gNK[g_E, block_E, slot_E] % per_rank
-    transfer_E = owner_E * num_groups + g_E
+    elsewhere_gNK = (route_gNK >= 0) & (owner_gNK != rank)
+    # Transfer T, one beyond the last, takes the choices that need none.
+    transfer_gNK = torch.where(elsewhere_gNK, owner_gNK * num_groups + group_g11, size)
+    pair_gNK = transfer_gNK * num_blocks + block_N1
+    region_gNK = transfer_gNK * per_rank + torch.where(elsewhere_gNK, route_gNK % per_rank, 0)
+    pairs_TN = _marked(pair_gNK, (size + 1) * num_blocks).view(-1, num_blocks)[:size]
+    requested_TR = _marked(region_gNK, (size + 1) * per_rank).view(-1, per_rank)[:size]
 
-    pair_U, pair_of_E = torch.unique(transfer_E * num_blocks + block_E, return_inverse=True)
-    requested_W, requested_of_E = torch.unique(transfer_E * per_rank + region_E, return_inverse=True)
-    transfer_X, pairs_X = torch.unique_consecutive(pair_U // num_blocks, return_counts=True)
-    requested_X = torch.unique_consecutive(requested_W // per_rank, return_counts=True)[1]
-    place_E = requested_of_E - (requested_X.cumsum(0) - requested_X)[torch.searchsorted(transfer_X, transfer_E)]
-    shipping_X, fetching_X = pairs_X * (costs.queries + costs.results), requested_X * costs.region
-    ship_X = (
-        shipping_X < fetching_X if way == "auto" else torch.full_like(transfer_X, way == "ship", dtype=torch.bool)
+    pairs_T, requested_T = pairs_TN.sum(1), requested_TR.sum(1)
+    shipping_T, fetching_T = pairs_T * (costs.queries + costs.results), requested_T * costs.region
+    ship_T = shipping_T < fetching_T if way == "auto" else requested_T * (way == "ship") > 0
+    header = torch.stack((ship_T.long(), pairs_T, requested_T), -1).view(layout.num_ranks, num_groups, -1)
+    numbers = header.tolist()  # the only wait for the device
+    num_pairs, num_requested = (sum(group[i] for groups in numbers for group in groups) for i in (1, 2))
+
+    slots_UK = route_gNK.new_full((num_pairs + 1, topk), -1)  # the last row takes what needs no transfer
+    row_gNK = torch.where(
+        elsewhere_gNK, (pairs_TN.flatten().cumsum(0) - 1)[pair_gNK.clamp(max=size * num_blocks - 1)], num_pairs
     )
+    place_gNK = (requested_TR.cumsum(1) - 1).flatten()[region_gNK.clamp(max=size * per_rank - 1)]
+    slots_UK.view(-1).scatter_(0, (row_gNK * topk + _columns(owner_gNK)).flatten(), place_gNK.flatten())
     transfers = Transfers(
-        num_ranks=layout.num_ranks,
-        num_groups=num_groups,
-        peer=transfer_X // num_groups,
-        group=transfer_X % num_groups,
-        ship=ship_X,
-        pairs=pairs_X,
-        requested=requested_X,
-        pair_slots=_slots(pair_of_E, place_E, pair_U.numel(), topk),
-        requested_region=requested_W % per_rank,
+        header, numbers, slots_UK[:num_pairs], places(requested_TR.flatten(), num_requested) % per_rank
     )
-    return ExchangePlan(rank, layout, costs, transfers, pair_U % num_blocks)
+    return ExchangePlan(rank, layout, costs, transfers, places(pairs_TN.flatten(), num_pairs) % num_blocks)
 
 
-def _slots(pair_E: Tensor, place_E: Tensor, num_pairs: int, topk: int) -> Tensor:
-    """Return the choices of each pair, ascending, then -1: [U, K]."""
-    chosen_U = torch.bincount(pair_E, minlength=num_pairs)
-    # A route ascends, and so do the places of what it chose: in the order of pairs, columns count up.
-    order_E = pair_E.argsort(stable=True)
-    pair_E, place_E = pair_E[order_E], place_E[order_E]
-    column_E = torch.arange(pair_E.numel(), device=pair_E.device) - (chosen_U.cumsum(0) - chosen_U)[pair_E]
-    slots_UK = place_E.new_full((num_pairs, topk), -1)
-    slots_UK[pair_E, column_E] = place_E
-    return slots_UK
+def _marked(number: Tensor, size: int) -> Tensor:
+    """Return a mask [size] that is true at each of the numbers."""
+    mask = torch.zeros(size, dtype=torch.bool, device=number.device)
+    return mask.scatter_(0, number.flatten(), True)
 
 
-HEADER = 3  # numbers that announce a transfer: is it shipped, its pairs, its regions
-
-
-def pack_requests(transfers: Transfers) -> tuple[Tensor, Tensor, list[int]]:
-    """Pack a rank's requests for their owners.
-
-    Returns:
-        The header, int64 [P, B * G, 3]; the message, int32; and the length of the message for each owner. An owner's
-        part of the message has the regions of all its transfers, then the slots of those that are shipped.
-    """
-    header_Pg3 = transfers.peer.new_zeros(transfers.num_ranks, transfers.num_groups, HEADER)
-    header_Pg3[transfers.peer, transfers.group] = torch.stack(
-        (transfers.ship.long(), transfers.pairs, transfers.requested), -1
-    )
-    ship_U = transfers.is_shipped()
-    regions = transfers.requested_region.int().split(transfers.per_rank(transfers.requested).tolist())
-    slots = transfers.pair_slots[ship_U].int().split(transfers.shipped_pairs())
-    parts = [torch.cat((r, s.flatten())) for r, s in zip(regions, slots, strict=True)]
-    return header_Pg3, torch.cat(parts), [len(part) for part in parts]
-
-
-def request_lengths(header_Pg3: Tensor, topk: int) -> list[int]:
-    """Compute the length of each requester's message from the headers."""
-    ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
-    return (requested_Pg + ship_Pg * pairs_Pg * topk).sum(1).tolist()
-
-
-def unpack_requests(header_Pg3: Tensor, message: Tensor, topk: int) -> Transfers:
-    """Unpack what the others request of this rank: header [P, B * G, 3] and message, both by requester."""
-    ship_Pg, pairs_Pg, requested_Pg = header_Pg3.unbind(-1)
-    peer_X, group_X = (requested_Pg > 0).nonzero(as_tuple=True)
-    ship_X = ship_Pg[peer_X, group_X].bool()
-    parts = message.long().split(request_lengths(header_Pg3, topk))
-    cut = [part.tensor_split([regions]) for part, regions in zip(parts, requested_Pg.sum(1).tolist(), strict=True)]
-    return Transfers(
-        num_ranks=header_Pg3.shape[0],
-        num_groups=header_Pg3.shape[1],
-        peer=peer_X,
-        group=group_X,
-        ship=ship_X,
-        pairs=pairs_Pg[peer_X, group_X] * ship_X,
-        requested=requested_Pg[peer_X, group_X],
-        pair_slots=torch.cat([slots for _, slots in cut]).view(-1, topk),
-        requested_region=torch.cat([regions for regions, _ in cut]),
-    )
+def _columns(owner_gNK: Tensor) -> Tensor:
+    """Return the place of each choice among those of its query block and owner, which are neighbours."""
+    slot_K = torch.arange(owner_gNK.shape[2], device=owner_gNK.device)
+    begins_gNK = torch.ones_like(owner_gNK, dtype=torch.bool)
+    begins_gNK[..., 1:] = owner_gNK[..., 1:] != owner_gNK[..., :-1]
+    return slot_K - torch.where(begins_gNK, slot_K, 0).cummax(-1).values
 
 
 @dataclass(frozen=True)

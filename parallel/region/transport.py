@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from biroute.parallel.phase_clock import PhaseClock
-from biroute.parallel.region.plan import Transfers, pack_requests, request_lengths, unpack_requests
 from biroute.parallel.region.traffic_log import TrafficLog
+from biroute.parallel.region.transfers import Transfers, pack_requests, request_lengths, unpack_requests
 
 
 class Pending:
@@ -59,8 +59,9 @@ class Transport:
         with self.clock.phase("exchange"):
             dist.all_to_all_single(theirs, header, group=self.group)
         self.log.add_even(layer, "requests", self.rank, header[0].nbytes)
-        received = self.start(layer, "requests", message[:, None], lengths, request_lengths(theirs, topk)).wait()
-        return unpack_requests(theirs, received.flatten(), topk)
+        numbers = theirs.tolist()
+        received = self.start(layer, "requests", message[:, None], lengths, request_lengths(numbers, topk)).wait()
+        return unpack_requests(theirs, numbers, received.flatten(), topk)
 
     def gather(self, layer: int, kind: str, own: Tensor) -> Tensor:
         """[n, ...] of every rank, equally many, -> [P, n, ...]; any dtype, as bytes. Not differentiable."""

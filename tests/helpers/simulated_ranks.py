@@ -62,11 +62,10 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     from biroute.parallel.region.plan import (
         ExchangeCosts,
         RegionLayout,
-        pack_requests,
         plan_exchange,
         traffic,
-        unpack_requests,
     )
+    from biroute.parallel.region.transfers import pack_requests, unpack_requests
 
     layout, topk = RegionLayout(4 * region_ranks, 16, region_ranks), 8
     tokens = layout.num_regions * layout.region_size
@@ -77,13 +76,10 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
     plans = [plan_exchange(part, layout, rank, costs) for rank, part in enumerate(route.chunk(region_ranks, 2))]
     packed = [pack_requests(plan.transfers) for plan in plans]
     messages = [message.split(lengths) for _, message, lengths in packed]
+    headers = torch.stack([header for header, _, _ in packed], 1)  # by owner, then by requester
     served = [
-        unpack_requests(
-            torch.stack([header[owner] for header, _, _ in packed]),
-            torch.cat([parts[owner] for parts in messages]),
-            topk,
-        )
-        for owner in range(region_ranks)
+        unpack_requests(header, header.tolist(), torch.cat([parts[owner] for parts in messages]), topk)
+        for owner, header in enumerate(headers)
     ]
     return {
         "bytes": int(traffic(plans).sum()),

@@ -92,8 +92,10 @@ def _planned_row(config: RunConfig, routes: Routes, ranks: int) -> dict[str, Any
         plans = _plans(config, routes, ranks, way)
         row[way] = spread(traffic(plans) / _passes(routes))
         if way == "auto":
-            transfers = sum(plan.transfers.ship.numel() for plan in plans)
-            row["shipped_units"] = sum(int(plan.transfers.ship.sum()) for plan in plans) / max(1, transfers)
+            transfers = sum(len(plan.transfers.sizes) for plan in plans)
+            row["shipped_units"] = sum(size.ship for plan in plans for size in plan.transfers.sizes) / max(
+                1, transfers
+            )
     others = descriptor_bytes(config) * (ranks - 1) / ranks
     row["descriptors"] = {"mean": others, "worst": others}
     baselines = _baselines(config, ranks)

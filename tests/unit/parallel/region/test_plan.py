@@ -15,11 +15,9 @@ from biroute.parallel.region.plan import (
     ExchangePlan,
     RegionLayout,
     Way,
-    pack_requests,
     plan_exchange,
-    request_lengths,
-    unpack_requests,
 )
+from biroute.parallel.region.transfers import pack_requests, request_lengths, unpack_requests
 
 COSTS = ExchangeCosts.of(region_size=4, query_block_size=1, heads_per_group=2, head_size=8, element_size=4)
 
@@ -67,12 +65,12 @@ def test_owners_learn_what_is_wanted(way: Way) -> None:
     for owner in range(4):
         header = torch.stack([header[owner] for header, _, _ in packed])
         messages = [message.split(lengths)[owner] for _, message, lengths in packed]
-        assert request_lengths(header, topk) == [len(message) for message in messages]
-        served = unpack_requests(header, torch.cat(messages), topk)
+        assert request_lengths(header.tolist(), topk) == [len(message) for message in messages]
+        served = unpack_requests(header, header.tolist(), torch.cat(messages), topk)
         transfers = iter(served)
         for plan in plans:
             for number, asked in enumerate(plan.transfers):
-                if plan.transfers.peer[number] != owner:
+                if plan.transfers.sizes[number].peer != owner:
                     continue
                 given_ = next(transfers)
                 assert (given_.group, given_.ship) == (asked.group, asked.ship)
@@ -92,7 +90,7 @@ def test_slots_name_what_was_chosen() -> None:
     for number, transfer in enumerate(plan.transfers):
         requested = (
             plan.transfers.requested_region[transfer.requested]
-            + int(plan.transfers.peer[number]) * layout.regions_per_rank
+            + plan.transfers.sizes[number].peer * layout.regions_per_rank
         )
         for pair in range(transfer.pairs.start, transfer.pairs.stop):
             slots = plan.transfers.pair_slots[pair]
@@ -117,7 +115,7 @@ def test_regions_are_fetched_where_both_ways_cost_the_same() -> None:
         route[0, 0, :, 0] = 3
         route[0, 0, :blocks] = torch.tensor([0, 3])
         plan = plan_exchange(route, layout, 1, costs)
-        assert plan.transfers.ship.tolist() == [ship], blocks
+        assert [size.ship for size in plan.transfers.sizes] == [ship], blocks
 
 
 def test_the_bound_counts_the_ranks_that_a_query_can_reach() -> None:
