@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: install constraints versions train test chaos check mutate bench ui docs types clean
+.PHONY: install constraints versions train test chaos check gpu-check mutate bench ui docs types clean
 
 install: $(INSTALLED)
 
@@ -60,6 +60,13 @@ check: $(INSTALLED) types
 	$(BIN)/mypy
 	PYTHONPATH=.types $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
+
+# On a machine with a GPU: the tests of the kernels, compiled for it, and what the machine can do.
+gpu-check: $(INSTALLED)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse && \
+	    $(BIN)/biroute doctor --gpu; \
+	else echo "make gpu-check: torch sees no GPU here, so nothing was checked"; fi
 
 # Small mistakes in the core, and settings that are forgotten, one at a time: do the tests notice? About an hour.
 mutate: $(INSTALLED)

@@ -10,7 +10,9 @@ from helpers.corpus import build_corpus
 from hypothesis import HealthCheck, settings
 
 # The GPU kernels run in Triton's interpreter, program by program on the CPU. Triton looks when it is first imported.
-os.environ["TRITON_INTERPRET"] = "1"
+# `make gpu-check` runs their tests compiled, on a GPU.
+if os.environ.get("BIROUTE_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 # Examples that are drawn are the same in every run, and no busy machine makes their drawing a failure.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

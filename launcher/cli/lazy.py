@@ -22,6 +22,10 @@ class Mount(NamedTuple):
 
 MOUNTED = {
     "data": Mount("biroute.launcher.cli.data:data_app", "Build, verify and look at datasets."),
+    "doctor": Mount(
+        "biroute.launcher.doctor.command:doctor_app",
+        "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",
+    ),
     "bench": Mount("biroute.launcher.bench.commands:bench_app", "Measure what BiRoute claims, on this machine."),
     "submit": Mount(
         "biroute.slurm.commands:slurm_app", "Submit a run to Slurm; it resumes automatically until its last step."

@@ -36,7 +36,7 @@ def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
     Raises:
         UsageError: a GPU was requested and there is none, the address is unknown, or the port is in use.
     """
-    device = _choose_device(train.device, environment.local_rank)
+    device = choose_device(train.device, environment.local_rank)
     # DeepSpeed reads these variables, and takes LOCAL_RANK for the number of the GPU.
     os.environ.update(
         RANK=str(environment.rank),
@@ -81,7 +81,12 @@ def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
     return answer[0]
 
 
-def _choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Choose the device of a rank, and make it the current one.
+
+    Raises:
+        UsageError: CUDA is wanted and torch sees no GPU, or there are more ranks than GPUs.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device=cuda: torch sees no GPU here; use train.device=auto or cpu")
     if wanted == "cpu" or not torch.cuda.is_available():

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """Tensors are created on the GPU in `make gpu-check`."""
+    torch.set_default_device(os.environ.get("BIROUTE_TEST_DEVICE", "cpu"))
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)
