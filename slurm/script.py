@@ -25,12 +25,19 @@ TEMPLATE = "train.sbatch.j2"
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a job requests from Slurm. Paths are absolute; `python` is the command that starts the interpreter."""
+    """What a job requests from Slurm. Paths are absolute.
+
+    Attributes:
+        python: the command that starts the ranks' interpreter.
+        host_python: an interpreter outside of containers. It keeps the attempt journal where pyxis starts the
+            containers, because only srun's tasks are inside those.
+    """
 
     run_dir: Path
     working_dir: Path
     profile: ClusterProfile
     python: tuple[str, ...]
+    host_python: str
     nodes: int
     ranks_per_node: int
     time_limit: str | None
@@ -56,13 +63,20 @@ def render_job(request: JobRequest) -> str:
         options=list(_options(request)),
         requeue=request.requeue,
         python=request.python,
+        journal_python=(request.host_python,) if _pyxis(profile) else request.python,
         cpus_per_rank=str(profile.cpus_per_rank),
         network_interface=profile.network_interface,
         environment=sorted(profile.environment.items()),
         setup=profile.setup,
         venv=str(profile.venv) if profile.venv else None,
         srun_options=profile.srun_options,
+        container_options=_pyxis(profile),
     )
+
+
+def _pyxis(profile: ClusterProfile) -> tuple[str, ...]:
+    """Return the options of srun that start a container, which the check of the nodes needs as well."""
+    return tuple(option for option in profile.srun_options if re.match(r"--(no-)?container-", option))
 
 
 def _options(request: JobRequest) -> Iterator[str]:

@@ -58,6 +58,7 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
         working_dir=working_dir,
         profile=profile,
         python=_python(profile),
+        host_python=sys.executable,
         nodes=config.slurm.nodes,
         ranks_per_node=ranks_per_node,
         time_limit=time_limit,

@@ -34,6 +34,7 @@ def request(**changes: Any) -> JobRequest:
         working_dir=Path("/home/someone"),
         profile=ClusterProfile(),
         python=("/usr/bin/python3",),
+        host_python="/submitting/python3",
         nodes=2,
         ranks_per_node=4,
         time_limit="24:00:00",
@@ -136,6 +137,19 @@ def test_no_value_gets_out_of_its_quotes(
     start = words.index(container, words.index(f"--x={option}"))
     assert words[start : start + 4] == [container, word, "-m", "biroute.launcher.start.worker"]
     assert words[start + 4] == f"{hostile.run_dir}/submission/config.yaml"
+
+
+def test_a_container_of_pyxis_holds_the_preflight_but_not_the_journal() -> None:
+    """The batch script itself runs outside of it; other options of srun are for as many tasks as there are ranks."""
+    options = ("--container-image=/shared/biroute.sqsh", "--gpus-per-task=1", "--no-container-mount-home")
+    script = render_job(request(profile=ClusterProfile(srun_options=options), python=("python3",)))
+    assert "journal_python=(/submitting/python3)\n" in script
+    preflight = script[script.index("run_step srun") : script.index("-m biroute.slurm.preflight")]
+    ranks = script[script.index("--kill-on-bad-exit") : script.index("-m biroute.launcher.start.worker")]
+    assert [option in preflight for option in options] == [True, False, True]
+    assert all(option in ranks for option in options)
+    apptainer = render_job(request(python=("apptainer", "exec", "image.sif", "python3")))
+    assert "journal_python=(apptainer exec image.sif python3)\n" in apptainer
 
 
 def replace_texts(profile: ClusterProfile) -> ClusterProfile:
