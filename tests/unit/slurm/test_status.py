@@ -117,7 +117,7 @@ def test_following_goes_from_attempt_to_attempt_to_the_end(run: RunFolder) -> No
         if text == "step 12":  # the run goes on while it is watched
             end_attempt(run.path, 2, End(75, "SIGUSR1, stopped after step 12", 12), LIMITS)
             third = begin_attempt(run.path, nodes=["n1"], world_size=2, job="7", restart=2)
-            log_file(log_dir(run.path, third), 0).write_text("step 40\n")
+            log_file(log_dir(run.path, third), 0).write_bytes(b"step 40 \xff\n")
             end_attempt(run.path, third, End(0, "the last step is done", 40), LIMITS)
 
     follow_logs(run, rank=0, lines=1, say=say)
@@ -126,7 +126,7 @@ def test_following_goes_from_attempt_to_attempt_to_the_end(run: RunFolder) -> No
         "step 12",
         "attempt 2 ended: SIGUSR1, stopped after step 12 -> requeue",
         "==> attempt 3, job 7 on n1 <==",
-        "step 40",
+        "step 40 \ufffd",
         "attempt 3 ended: the last step is done -> finished",
         "run large: finished",
     ]

@@ -20,8 +20,10 @@ from biroute.launcher.attempts.failures import (
     Failure,
     Heartbeat,
     explain_end,
+    log_file,
     record_failure,
     record_stop,
+    tail_of_log,
     write_failure,
     write_heartbeat,
 )
@@ -81,7 +83,18 @@ def test_an_attempt_without_end_gets_one_when_the_next_begins(tmp_path: Path) ->
     assert begin_attempt(tmp_path, nodes=["n1", "n3"], world_size=4, job="7", restart=1) == 2
     first, second = read_attempts(tmp_path)
     assert (first.nodes, first.cause, first.step, first.crash) == (("n1", "n2"), NO_END, 12, False)
+    assert first.status == -1
     assert (second.restart, second.ended, second.nodes) == (1, None, ("n1", "n3"))
+
+
+def test_the_tail_of_a_log_of_any_bytes(tmp_path: Path) -> None:
+    """A rank that is killed leaves half a character, and a library may print anything."""
+    assert tail_of_log(tmp_path, 0) == ""
+    log_file(tmp_path, 0).write_bytes(b"".join(b"line %d\n" % n for n in range(40)) + b"bad \xff\xe5 byte \xe5\xba")
+    told = tail_of_log(tmp_path, 0).splitlines()
+    assert told[0] == f"last lines of {log_file(tmp_path, 0)}:"
+    assert len(told) == 1 + 25
+    assert told[-2:] == ["  line 39", "  bad \ufffd\ufffd byte \ufffd"]
 
 
 def test_the_fence_stops_the_older_attempt(tmp_path: Path) -> None:
@@ -116,7 +129,7 @@ def test_two_that_begin_at_once_get_different_numbers(tmp_path: Path) -> None:
 def test_a_torn_journal_still_tells_the_rest(tmp_path: Path) -> None:
     begin_attempt(tmp_path, nodes=["n1"], world_size=1)
     journal = tmp_path / "attempts.jsonl"
-    journal.write_bytes(journal.read_bytes() + b'not json\n{"attempt": 1, "ev')
+    journal.write_bytes(journal.read_bytes() + b'not json \xff\n{"attempt": 1, "ev')
     assert begin_attempt(tmp_path, nodes=["n2"], world_size=1) == 2
     assert [(attempt.number, attempt.cause) for attempt in read_attempts(tmp_path)] == [(1, NO_END), (2, "")]
 
