@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Memory of this process, as metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import torch
 _KIB_PER_GIB = 1 << 20
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory held so far in GiB: by the GPU's allocator, or on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / (1 << 30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _KIB_PER_GIB  # Linux counts it in KiB
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Return the memory that this process has held, in GiB, under the names that MLflow shows.
+
+    On a GPU it is the most since the last call: what tensors took, and what the allocator reserved for them, which
+    fragmentation makes more. On a CPU it is the largest resident set since the process began.
+    """
+    if device.type != "cuda":
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+        return {"memory/peak_gib": resident / _KIB_PER_GIB}
+    held = {
+        "memory/peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "memory/reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return held

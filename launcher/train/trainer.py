@@ -19,7 +19,7 @@ from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.evaluate.heldout import heldout_metrics
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.train.hooks import TrainerHook
-from biroute.launcher.train.memory import peak_memory_gib
+from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
@@ -138,14 +138,13 @@ class Trainer:
         phases = self.engine.clock.take()
         device, ranks = self.engine.device, dist.get_world_size()
         means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
-        worst = torch.tensor(
-            [sum(self._since_log) / steps, peak_memory_gib(device)], dtype=torch.float64, device=device
-        )
+        memory = memory_metrics(device)
+        worst = torch.tensor([sum(self._since_log) / steps, *memory.values()], dtype=torch.float64, device=device)
         self._since_log.clear()
         dist.all_reduce(means)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_seconds, memory = worst.tolist()
-        values = self._values(report, rate, step_seconds) | {"memory/peak_gib": memory}
+        step_seconds, *held = worst.tolist()
+        values = self._values(report, rate, step_seconds) | dict(zip(memory, held, strict=True))
         values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
         if self.engine.traffic is not None:
             values |= exchange_metrics(self.engine.traffic, steps)

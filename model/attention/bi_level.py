@@ -21,6 +21,7 @@ from biroute.model.attention.partial import (
     partial_attention,
     partial_attention_backward,
 )
+from biroute.model.attention.suffix import for_dense
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
@@ -36,6 +37,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: flo
     Returns:
         [B, H, S, D].
     """
+    k, v = for_dense(q, k, v)
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -18,6 +18,16 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def for_dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat keys and values for every query head where PyTorch's attention would otherwise need S * Sk memory.
+
+    That is fp32 on a GPU: its kernels for 32 bits take no grouped heads.
+    """
+    if q.device.type == "cpu" or q.dtype != torch.float32 or q.shape[1] == k.shape[1]:
+        return k, v
+    return tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # type: ignore[return-value]
+
+
 def suffix_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """Attend the last S of Sk tokens to all tokens (causal), or any S queries to Sk keys (not causal).
 
@@ -34,6 +44,7 @@ def suffix_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor
     Returns:
         [B, H, S, D].
     """
+    k, v = for_dense(q, k, v)
     grouped = q.shape[1] != k.shape[1]
     if not causal or q.shape[2] == k.shape[2]:
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)

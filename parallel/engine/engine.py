@@ -175,7 +175,8 @@ class DataParallelEngine(Engine):
         clock: PhaseClock,
     ) -> None:
         with partitioned_construction(config, mesh):
-            module = LayerSequence(plans)
+            # ZeRO-3 partitions a layer as it is built, and moves it as well.
+            module = LayerSequence(plans, device if config.parallel.zero_stage < 3 else None)
         super().__init__(config, mesh, device, module, clock)
         self._loss = loss
         self._module = module
@@ -277,12 +278,13 @@ class PipelineEngine(Engine):
 class LayerSequence(nn.Module):
     """The planned layers one after the other; layers of the same name are one module."""
 
-    def __init__(self, plans: list[LayerPlan]) -> None:
+    def __init__(self, plans: list[LayerPlan], device: torch.device | None = None) -> None:
+        """Build the layers, one after the other on the CPU, each moved to `device` before the next is built."""
         super().__init__()
         self.names = list(dict.fromkeys(plan.name for plan in plans))
         self.order = [self.names.index(plan.name) for plan in plans]
         first = {plan.name: plan for plan in reversed(plans)}
-        self.layers = nn.ModuleList(first[name].build() for name in self.names)
+        self.layers = nn.ModuleList(first[name].build().to(device) for name in self.names)
 
     def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters by name, equal in every layout."""
