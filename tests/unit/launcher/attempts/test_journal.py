@@ -187,15 +187,18 @@ def test_cause_is_the_earliest_failure_that_is_no_consequence(logs: Path) -> Non
 def test_cause_is_the_silent_rank_if_the_others_lost_their_connection(logs: Path) -> None:
     for rank in (0, 2):
         fail(logs, rank, 1.0, "peer")
-    cause = explain_end(logs, 143).cause
-    assert cause.startswith("rank 1 on n1 ended without recording anything")
-    assert "last seen at step 7" in cause
+    end = explain_end(logs, 143)
+    assert end.cause.startswith("rank 1 on n1 ended without recording anything")
+    assert "last seen at step 7" in end.cause
+    assert (end.status, end.step, end.crash, end.excluded) == (143, 7, True, ())
 
 
-def test_cause_where_nobody_left_a_word(logs: Path, tmp_path: Path) -> None:
+def test_cause_where_no_rank_recorded_anything(logs: Path, tmp_path: Path) -> None:
     assert "ranks 0 on n0, 1 on n1, 2 on n2 ended without recording anything" in explain_end(logs, 137).cause
     assert explain_end(logs, 137).cause.endswith("the job ended by SIGKILL")
-    assert "before any rank" in explain_end(tmp_path / "nothing", 1).cause
+    nothing = explain_end(tmp_path / "nothing", 1)
+    assert "before any rank" in nothing.cause
+    assert nothing.crash
 
 
 def test_cause_of_a_stop(logs: Path) -> None:
@@ -217,7 +220,7 @@ def test_cause_of_a_bad_node(logs: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"host": host, "problems": problems}))
     end = explain_end(logs, 1)
-    assert end.excluded == ("n2",)
+    assert (end.status, end.crash, end.excluded) == (1, True, ("n2",))
     assert end.cause == "preflight: node n2: clock 31 s ahead, run folder not writable"
 
 
