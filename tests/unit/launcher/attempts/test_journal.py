@@ -190,7 +190,7 @@ def test_cause_is_the_silent_rank_if_the_others_lost_their_connection(logs: Path
     end = explain_end(logs, 143)
     assert end.cause.startswith("rank 1 on n1 ended without recording anything")
     assert "last seen at step 7" in end.cause
-    assert (end.status, end.step, end.crash, end.excluded) == (143, 7, True, ())
+    assert (end.status, end.step, end.crash, end.excluded) == (143, 8, True, ())
 
 
 def test_cause_where_no_rank_recorded_anything(logs: Path, tmp_path: Path) -> None:
