@@ -83,5 +83,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m biroute.configs.reference > docs/configuration.md
 	$(BIN)/python docs/draw_packages.py
 
+# Keeps data and runs: a trained model is nothing to clean away.
 clean:
-	rm -rf $(VENV) .types build *.egg-info data/demo runs
+	rm -rf $(VENV) .venv-oldest .venv-newest .types build *.egg-info
+	@echo "kept: data and runs; remove those yourself"

@@ -22,6 +22,21 @@ class _Loader(yaml.SafeLoader):
     """A YAML loader that reads `24:00:00` as text; YAML 1.1 takes it for the base-60 number 86400."""
 
 
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """Refuse a key that is given twice: YAML would drop the first one without a word."""
+    lines: dict[Any, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise yaml.YAMLError(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}; join them")
+        lines[key.value] = line
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
 # Resolvers are grouped by first character. Base-60 numbers are the only scalars with a colon that are not dates.
 _Loader.yaml_implicit_resolvers = {
     first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *resolvers]
@@ -120,7 +135,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UsageError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
     try:
-        value = parse_yaml(text)
+        value = text if _has_comment(text) else parse_yaml(text)
     except yaml.YAMLError:
         raise UsageError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     branch = tree
@@ -132,6 +147,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UsageError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         branch = inner
     branch[keys[-1]] = value
+
+
+def _has_comment(text: str) -> bool:
+    """Would YAML cut a plain value off at a `#`? In an override nothing is a comment."""
+    node = yaml.compose(text, _Loader)
+    if node is None:
+        return bool(text.strip())
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.end_mark.index < len(text.rstrip())
 
 
 def _explain(problem: Any, section: type[BaseModel]) -> str:

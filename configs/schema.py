@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
@@ -18,7 +18,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """Base of every section. Unknown keys are errors, and values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, values: Any) -> Any:
+        """`tensor: true` would be taken for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+                raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
+        return values
 
 
 class AttentionConfig(Section):
@@ -290,7 +300,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute the activations of each block in the backward pass to save memory"
     )
-    seed: int = Field(0, description="seed of the initial weights and of masking")
+    seed: int = Field(0, ge=0, lt=2**46, description="seed of the initial weights and of masking")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
     threads_per_rank: int = Field(
         0, ge=0, description="CPU threads per rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks"

@@ -8,6 +8,7 @@ names the file.
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
 from biroute.configs.errors import UsageError
@@ -65,14 +67,21 @@ class SourceCounts:
 
 
 def resolve_files(source: SourceConfig) -> list[SourceFile]:
-    """Find the files of a source, in the order of its patterns, with the matches of a pattern sorted; each file once.
+    """Find the files of a source, in the order of its patterns, with the matches of a pattern sorted.
+
+    Each file comes once, however many patterns and links lead to it.
 
     Raises:
-        UsageError: a pattern matches no file, a path is a folder, or a file is of an unknown kind.
+        UsageError: a pattern matches no file or is a URL, a path is a folder or no regular file, or a file is of an
+            unknown kind.
     """
     field = f"data.sources[{source.name}].paths"
     found: dict[str, SourceFile] = {}
+    seen: dict[tuple[int, int], str] = {}
     for pattern in source.paths:
+        if "://" in pattern:
+            raise UsageError(f"{field}: {pattern!r} is not on this machine; copy it first, and name the local files")
+        pattern = str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
@@ -83,8 +92,13 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
             try:
                 stat = Path(name).stat()
             except OSError as error:  # a dangling link
+                if error.errno == errno.ELOOP:  # links that lead in a circle: what they hold is found without them
+                    continue
                 raise UsageError(f"{field}: {name} cannot be read ({error.strerror})") from None
-            found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
+            if not S_ISREG(stat.st_mode):
+                raise UsageError(f"{field}: {name} is not a regular file; name files with text")
+            if seen.setdefault((stat.st_dev, stat.st_ino), name) == name:  # a link to a file is the same file
+                found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
     return list(found.values())
 
 
@@ -115,8 +129,8 @@ def read_documents(
                 parts = _txt_documents(stream, data.max_document_bytes, counts)
             else:
                 parts = _jsonl_documents(stream, source.text_field, data.max_document_bytes, counts)
-            for text in parts:
-                document = _accept(text, data, counts)
+            for text, cut in parts:
+                document = _accept(text, cut, data, counts)
                 if document is not None:
                     yield document
     if counts.documents == 0:
@@ -135,12 +149,13 @@ def _why_nothing(source: SourceConfig, counts: SourceCounts) -> str:
     )
 
 
-def _accept(text: str, data: DataConfig, counts: SourceCounts) -> Document | None:
-    if not text or text.isspace():
+def _accept(text: str, cut: bool, data: DataConfig, counts: SourceCounts) -> Document | None:
+    """Make a document of a text; `cut`: it is a part of a longer one, of which nothing is left out."""
+    if not cut and (not text or text.isspace()):
         counts.empty_documents += 1
         return None
     encoded = text.encode("utf-8")
-    if len(encoded) < data.min_document_bytes:
+    if not cut and len(encoded) < data.min_document_bytes:
         counts.short_documents += 1
         return None
     counts.documents += 1
@@ -150,7 +165,7 @@ def _accept(text: str, data: DataConfig, counts: SourceCounts) -> Document | Non
     return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
 
 
-def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCounts) -> Iterator[str]:
+def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCounts) -> Iterator[tuple[str, bool]]:
     for number, line in enumerate(stream):
         if number == 0:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -172,25 +187,28 @@ def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCou
         yield from _cut(value, limit, counts)
 
 
-def _cut(text: str, limit: int, counts: SourceCounts) -> Iterator[str]:
+def _cut(text: str, limit: int, counts: SourceCounts) -> Iterator[tuple[str, bool]]:
+    """Yield a text in parts of at most `limit` bytes, and whether it had to be cut."""
     if len(text) * 4 <= limit:  # a character has at most 4 bytes
-        yield text
+        yield text, False
         return
     encoded = text.encode("utf-8")
-    counts.cut_documents += len(encoded) > limit
+    cut = len(encoded) > limit
+    counts.cut_documents += cut
     start = 0
     while start < len(encoded):
         end = _cut_position(encoded, start, limit)
-        yield encoded[start:end].decode("utf-8")
+        yield encoded[start:end].decode("utf-8"), cut
         start = end
 
 
-def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterator[str]:
-    """Yield the file in parts of at most `limit` bytes, with little more than that in memory."""
+def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterator[tuple[str, bool]]:
+    """Yield the file in parts of at most `limit` bytes, with little more in memory, and whether it is cut."""
     rest = stream.read(max(_BLOCK_BYTES, 2 * limit)).removeprefix(codecs.BOM_UTF8)
     if not rest:
-        yield ""
-    counts.cut_documents += len(rest) > limit
+        yield "", False
+    cut = len(rest) > limit
+    counts.cut_documents += cut
     file_counts = SourceCounts()  # a file is one document, and counts once even if several parts are invalid
     while rest:
         start = 0
@@ -198,7 +216,8 @@ def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterat
         while len(rest) - start > limit or (not block and start < len(rest)):
             end = _cut_position(rest, start, limit)
             # Decoding may lengthen a part, since U+FFFD takes 3 bytes, so it is cut again.
-            yield from _cut(_decode(rest[start:end], file_counts), limit, SourceCounts())
+            for text, again in _cut(_decode(rest[start:end], file_counts), limit, SourceCounts()):
+                yield text, cut or again
             start = end
         rest = rest[start:] + block
     counts.invalid_utf8_documents += file_counts.invalid_utf8_documents > 0

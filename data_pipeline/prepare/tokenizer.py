@@ -92,11 +92,13 @@ class Tokenizer:
             )
         self._mark_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode("utf-8")]
         for probe in _PROBES:
-            if self.decode(self.encode(probe)) != probe:
+            found = self.decode(self.encode(probe))
+            if found != probe:
+                place = next((n for n, (x, y) in enumerate(zip(found, probe, strict=False)) if x != y), len(probe))
+                near = slice(max(0, place - 4), place + 8)
                 raise UsageError(
-                    f"{origin}: the model changes texts ({probe[:16]!r} comes back as "
-                    f"{self.decode(self.encode(probe))[:16]!r}); train it with normalization_rule_name=identity, "
-                    "add_dummy_prefix=false, remove_extra_whitespaces=false"
+                    f"{origin}: the model changes texts ({probe[near]!r} comes back as {found[near]!r}); train it "
+                    "with normalization_rule_name=identity, add_dummy_prefix=false, remove_extra_whitespaces=false"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -196,6 +198,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
+        "required_chars": SPACE_MARK,  # text without a single space must not leave it out
         "user_defined_symbols": list(_USER_PIECES),
         "control_symbols": [MASK],
         "unk_id": 0,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,6 +117,17 @@ def _check_digest(folder: Path, shard: ShardEntry) -> None:
         )
 
 
+def _samples(folder: Path, shard: ShardEntry) -> Iterator[dict[str, Any]]:
+    """Yield what webdataset reads from a shard, undecoded, as decoding would unpickle content of an untrusted shard.
+
+    webdataset gets the open file: it would take a path for a URL, and a URL can be a command that it runs.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with open_shard(folder, shard) as file:
+        yield from group_by_keys(tar_file_expander([{"url": shard.file, "stream": file}]))
+
+
 def _check_samples(
     folder: Path, shard: ShardEntry, first_key: str, manifest: Manifest, token_bytes: np.ndarray, begins: bool
 ) -> bool:
@@ -122,13 +135,10 @@ def _check_samples(
 
     `begins` tells whether the shard starts with a new document, and the result tells whether the next one does.
     """
-    import webdataset
-
     path = folder / shard.file
     prefix, _, digits = first_key.rpartition("-")
     samples = tokens = documents = text_bytes = 0
-    # Samples are not decoded by webdataset, since that would unpickle content of an untrusted shard.
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
+    for sample in _samples(folder, shard):
         expected = f"{prefix}-{int(digits) + samples:09d}"
         if sample["__key__"] != expected:
             raise UsageError(f"{path}: sample {sample['__key__'][:60]!r} where {expected!r} belongs; {_REMEDY}")

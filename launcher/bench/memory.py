@@ -84,7 +84,7 @@ def _row(path: Path, wanted: Sequence[str], ranks: int, sequence_length: int) ->
     say(f"training with {ranks} region rank(s)")
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
         run_dir = Path(folder, "run")
-        command = [sys.executable, "-m", "biroute.launcher.cli.main", "train", str(path), *wanted]
+        command = [sys.executable, "-P", "-m", "biroute.launcher.cli.main", "train", str(path), *wanted]
         done = subprocess.run([*command, f"train.run_dir={run_dir}"], stdout=sys.stderr, check=False)
         if done.returncode:
             raise UsageError(f"training with parallel.region={ranks} ended with exit status {done.returncode}")

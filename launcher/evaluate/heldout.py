@@ -39,5 +39,5 @@ def heldout_metrics(engine: Engine, batches: Iterable[Batch], between: Callable[
     return {
         "heldout/loss": loss,
         "heldout/perplexity": math.exp(min(loss, 100.0)),
-        "heldout/bits_per_byte": loss * targets / target_bytes / math.log(2),
+        "heldout/bits_per_byte": loss * targets / target_bytes / math.log(2) if target_bytes else math.nan,
     }

@@ -122,7 +122,10 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -
     try:
         dist.init_process_group(
             backend,
-            init_method=f"file://{Path(environment.file).resolve()}" if environment.file else "env://",
+            # A path, not a URL, in which some characters mean something else.
+            store=dist.FileStore(str(Path(environment.file).resolve()), environment.world_size)
+            if environment.file
+            else None,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,

@@ -12,7 +12,12 @@ from types import FrameType
 
 from biroute.configs.errors import EXIT_STOPPED, StoppedError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def handled_signals() -> list[signal.Signals]:
+    """Return the stop signals that are not ignored, as `nohup` ignores SIGHUP."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class StopRequest:
@@ -23,7 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        for number in STOP_SIGNALS:
+        for number in handled_signals():
             signal.signal(number, self._remember)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 

@@ -16,7 +16,7 @@ from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USA
 from biroute.launcher.attempts.failures import ending, first_failure, log_file, tail_of_log
 from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE
-from biroute.launcher.ranks.stop_signal import STOP_SIGNALS
+from biroute.launcher.ranks.stop_signal import STOP_SIGNALS, handled_signals
 
 GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
 POLL_SECONDS = 0.1
@@ -32,7 +32,7 @@ def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attemp
         # Blocked until the handlers that forward them are set; the ranks inherit this and unblock them when ready.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         ranks = [_start(arguments, rank, processes, Path(folder), logs, attempt) for rank in range(processes)]
-        previous = {number: signal.signal(number, _forwarder(ranks)) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, _forwarder(ranks)) for number in handled_signals()}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             return _watch(ranks, logs)
@@ -59,7 +59,8 @@ def _start(
         # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
     }
-    command = [sys.executable, "-m", "biroute.launcher.start.worker", *arguments]
+    # -P: a file of the user's such as random.py must not be imported for the library's.
+    command = [sys.executable, "-P", "-m", "biroute.launcher.start.worker", *arguments]
     if rank == 0:
         return subprocess.Popen(command, env=environment)
     with open(log_file(logs, rank), "ab") as log:

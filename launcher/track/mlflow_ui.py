@@ -52,7 +52,7 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
     check_uri(uri, "--uri")
     if uri.startswith("http"):
         raise UsageError(f"--uri={without_password(uri)} is a server already; open it in a browser")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", uri]
     database = sqlite_path(uri)
     if database is not None:
         if not database.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,9 @@ from biroute.parallel.checkpoint.meta import Fingerprint, read_meta
 
 PREFIX = "step-"
 PARTIAL = ".partial"  # ending of a folder that is being written
+# Exactly the names that a save writes: whatever else lies there belongs to the user.
+_NAME = re.compile(PREFIX + r"\d{8,}")
+_PARTIAL_NAME = re.compile(PREFIX + r"\d{8,}" + re.escape(PARTIAL))
 
 
 class Owner(Protocol):
@@ -27,8 +31,8 @@ class Owner(Protocol):
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """List the finished checkpoints, newest first."""
-    found = [path for path in directory.glob(f"{PREFIX}*") if path.is_dir() and not path.name.endswith(PARTIAL)]
-    return sorted(found, reverse=True)
+    found = [path for path in directory.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
 
 
 def check_same_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -61,5 +65,6 @@ def fingerprint(path: Path) -> Fingerprint:
 
 def prune(directory: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints, and what was never finished."""
-    for path in [*list_checkpoints(directory)[keep:], *directory.glob(f"{PREFIX}*{PARTIAL}")]:
+    unfinished = [path for path in directory.glob(f"{PREFIX}*{PARTIAL}") if _PARTIAL_NAME.fullmatch(path.name)]
+    for path in [*list_checkpoints(directory)[keep:], *unfinished]:
         shutil.rmtree(path, ignore_errors=True)

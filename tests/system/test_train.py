@@ -97,7 +97,24 @@ def test_a_whole_run_and_what_mlflow_shows(config_file: Path, run_dir: Path, com
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_files_that_lie_about_are_not_imported_and_odd_folders_are_no_urls(config_file: Path, tmp_path: Path) -> None:
+    """Modules named like the library's where the command is run, and a temporary folder with a `#`."""
+    for name in ("random", "queue", "torch", "numpy", "biroute"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    odd = tmp_path / "odd #?% folder"
+    odd.mkdir()
+    command = [Path(sys.executable).with_name("biroute"), "train", config_file, f"train.run_dir={odd}/run"]
+    for steps in (2, 3):  # what the first start leaves must not disturb the second one
+        answer = subprocess.run(
+            [*command, "parallel.data=2", "tracking.enabled=false", f"train.steps={steps}"],
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(odd)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stderr
+    assert training_steps(odd / "run") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_saves_and_the_same_command_goes_on(
     number: signal.Signals, config_file: Path, run_dir: Path, start: Any, command: Command
 ) -> None:

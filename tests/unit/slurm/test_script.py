@@ -135,8 +135,8 @@ def test_no_value_gets_out_of_its_quotes(
     assert words[-4:] == [str(hostile.run_dir), value, interface, interface]
     assert f"--x={option}" in words
     start = words.index(container, words.index(f"--x={option}"))
-    assert words[start : start + 4] == [container, word, "-m", "biroute.launcher.start.worker"]
-    assert words[start + 4] == f"{hostile.run_dir}/submission/config.yaml"
+    assert words[start : start + 5] == [container, word, "-P", "-m", "biroute.launcher.start.worker"]
+    assert words[start + 5] == f"{hostile.run_dir}/submission/config.yaml"
 
 
 def test_a_container_of_pyxis_holds_the_preflight_but_not_the_journal() -> None:

@@ -104,6 +104,49 @@ def test_invalid_utf8_in_txt_is_counted_once_a_file(tmp_path: Path) -> None:
     assert "".join(document.text for document in documents) == "\ufffd\n" * 3000
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_no_part_of_a_cut_document_is_too_short(tmp_path: Path, suffix: str) -> None:
+    text = "A" * 100 + "tail"
+    path = tmp_path / f"a{suffix}"
+    path.write_text(text if suffix == ".txt" else json.dumps({"text": text}))
+    documents, counts = read(path, max_document_bytes=50, min_document_bytes=10)
+    assert [document.text for document in documents] == ["A" * 50, "A" * 50, "tail"]
+    assert counts == SourceCounts(documents=3, cut_documents=1)
+
+
+def files_of(*paths: Path | str) -> list[str]:
+    return [file.path for file in resolve_files(SourceConfig(name="s", paths=tuple(map(str, paths))))]
+
+
+def test_a_file_comes_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
+    folder = tmp_path / "tree" / "sub"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("text")
+    (tmp_path / "tree" / "loop").symlink_to(".")
+    (folder / "again.txt").symlink_to("a.txt")
+    (folder / "hard.txt").hardlink_to(folder / "a.txt")
+    assert len(files_of(tmp_path / "tree/**/*.txt")) == 1
+    assert len(files_of(folder / "a.txt", folder / "again.txt")) == 1
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UsageError, match=r"pipe\.txt is not a regular file"):
+        files_of(tmp_path / "*.txt")
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a.txt", "https://host/a.jsonl.gz"])
+def test_a_url_is_not_on_this_machine(path: str) -> None:
+    with pytest.raises(UsageError, match="is not on this machine; copy it first"):
+        files_of(path)
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    assert files_of("~/*.txt") == [str(tmp_path / "a.txt")]
+
+
 def test_nothing_but_malformed_lines_names_the_field(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["one", "two"], field="content")
     with pytest.raises(UsageError, match=r"none of the 2 lines of .*a\.jsonl .* text field 'text'"):

@@ -79,6 +79,32 @@ def test_training_is_reproducible(kind: str) -> None:
     assert TOKENIZERS["bpe"].fingerprint != TOKENIZERS["unigram"].fingerprint
 
 
+def drawn(alphabet: str, length: int = 20_000) -> str:
+    return "".join(random.Random(0).choices(alphabet, k=length))
+
+
+ODD_TEXTS = {
+    "Chinese without a space": "".join(chinese_texts(400)).replace(" ", "").replace("\n", ""),
+    "lines of Chinese": "".join(chinese_texts(400)).replace(" ", ""),
+    "no space, no newline": "".join(english_texts(150)).replace(" ", "_").replace("\n", "-"),
+    "digits alone": drawn("0123456789"),
+    "emoji alone": drawn("".join(chr(0x1F600 + n) for n in range(60))),
+    "Hangul alone": drawn("".join(chr(0xAC00 + n) for n in range(60))),
+    "Arabic alone": drawn("".join(chr(0x627 + n) for n in range(36))),
+}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("name", ODD_TEXTS)
+def test_any_text_makes_a_tokenizer_that_changes_no_text(name: str, kind: str) -> None:
+    """Also one in which no space, newline, digit or Latin letter ever occurs."""
+    text = ODD_TEXTS[name]
+    pieces = [text[n : n + 500] for n in range(0, len(text), 500)]
+    tokenizer = train_tokenizer(pieces, TokenizerConfig(kind=kind, vocab_size=350))
+    for probe in (*pieces[:20], *TEXTS[:5], "".join(AWKWARD)):
+        assert tokenizer.decode(tokenizer.encode(probe)) == probe
+
+
 def test_character_coverage_decides_which_characters_have_a_piece() -> None:
     """One character of a thousand is covered by 1.0 alone."""
     texts = ["the cat sat on the mat and ate the rat " * 5 + "鼠" * (n < 5) for n in range(25)]

@@ -130,3 +130,15 @@ def test_counting_sees_what_a_forged_checksum_hides(built: DataConfig, tmp_path:
     (data.dir / "manifest.json").write_text(text)
     with pytest.raises(UsageError, match="holds no tokens of this vocabulary"):
         verify_dataset(data.dir, deep=True)
+
+
+@pytest.mark.parametrize("name", ["pipe:touch started;echo ", "a::pipe:touch started", "exp:1", "a{1..3}b", "file:x",
+                                  "http:x", "x#y?z%41", "with space"])  # fmt: skip
+def test_no_name_of_a_folder_is_more_than_a_name(
+    built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """webdataset takes a path for a URL, and `pipe:` for a command."""
+    monkeypatch.chdir(tmp_path)
+    data = copy_of(built, Path(name) / "dataset")
+    verify_dataset(data.dir, deep=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name.partition("/")[0]]
