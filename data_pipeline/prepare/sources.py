@@ -125,6 +125,7 @@ def read_documents(
     for file in resolve_files(source):
         kind = _kind_of(file.path)
         with _open_bytes(file.path, on_bytes) as stream:
+            _check_begin(file.path, stream.peek(4)[:4])
             if kind == ".txt":
                 parts = _txt_documents(stream, data.max_document_bytes, counts)
             else:
@@ -135,6 +136,23 @@ def read_documents(
                     yield document
     if counts.documents == 0:
         raise UsageError(_why_nothing(source, counts))
+
+
+# How files begin that are no UTF-8 text, and what to do with them.
+_OTHER_CONTENT = {
+    b"\x1f\x8b": "gzip data where text belongs; unpack it",
+    b"\x28\xb5\x2f\xfd": "zstd data where text belongs; unpack it",
+    b"\xff\xfe": "UTF-16 or UTF-32 text; convert it to UTF-8, such as with iconv",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8, such as with iconv",
+    b"\0\0\xfe\xff": "UTF-32 text; convert it to UTF-8, such as with iconv",
+}
+
+
+def _check_begin(path: str, begin: bytes) -> None:
+    """Refuse a file whose first bytes say that it is no UTF-8 text, which would become one senseless document."""
+    for mark, what in _OTHER_CONTENT.items():
+        if begin.startswith(mark):
+            raise UsageError(f"{path}: {what}")
 
 
 def _why_nothing(source: SourceConfig, counts: SourceCounts) -> str:
@@ -280,7 +298,7 @@ class _ZstdFile(io.RawIOBase):
         import zstandard
 
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31` is the most
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
@@ -309,7 +327,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 @contextmanager
-def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[BinaryIO]:
+def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[io.BufferedReader]:
     """Open a file to read its decompressed bytes; errors while reading become a UsageError that names the file."""
     import zstandard
 

@@ -75,6 +75,10 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     Raises:
         UsageError: the tokenizer is missing, damaged or another one.
     """
+    if not (folder / TOKENIZER_NAME).exists():
+        raise UsageError(
+            f"{folder / TOKENIZER_NAME}: the tokenizer is missing; run `biroute data build` to make it again"
+        )
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UsageError(

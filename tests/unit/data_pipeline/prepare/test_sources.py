@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,31 @@ def test_no_part_of_a_cut_document_is_too_short(tmp_path: Path, suffix: str) -> 
     documents, counts = read(path, max_document_bytes=50, min_document_bytes=10)
     assert [document.text for document in documents] == ["A" * 50, "A" * 50, "tail"]
     assert counts == SourceCounts(documents=3, cut_documents=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.txt.zst.gz", gzip.compress(zstandard.compress(b"some text")), "zstd data where text belongs; unpack it"),
+        ("a.txt", gzip.compress(b"some text"), "gzip data where text belongs; unpack it"),
+        ("a.txt.zst", zstandard.compress(gzip.compress(b"some text")), "gzip data where text belongs"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 or UTF-32 text; convert it to UTF-8"),
+        ("a.txt", b"\xfe\xff" + "some text".encode("utf-16-be"), "UTF-16 text; convert it to UTF-8"),
+        ("a.txt", b"\0\0\xfe\xff" + "some text".encode("utf-32-be"), "UTF-32 text"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=re.escape(f"{tmp_path / name}: {what}")):
+        read(tmp_path / name)
+
+
+def test_zstd_with_the_longest_window(tmp_path: Path) -> None:
+    """As public dumps of forums are packed."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.txt.zst").write_bytes(compressor.compress(b"some text") + compressor.flush())
+    assert texts_of(tmp_path / "a.txt.zst") == ["some text"]
 
 
 def files_of(*paths: Path | str) -> list[str]:

@@ -79,7 +79,7 @@ DAMAGE = {
     "manifest missing": (lambda path: (path.parents[1] / "manifest.json").unlink(), "holds no dataset"),
     "tokenizer missing": (
         lambda path: (path.parents[1] / "tokenizer.model").unlink(),
-        r"tokenizer\.model: .*cannot be",
+        r"tokenizer\.model: the tokenizer is missing; run `biroute data build`",
     ),
     "another tokenizer": (other_tokenizer, r"tokenizer\.model: fingerprint \w+, but the shards were made with"),
 }
