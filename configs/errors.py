@@ -18,5 +18,9 @@ class StoppedError(Exception):
     """Training stopped on a signal after saving its state. Exit status 75."""
 
 
+class DivergedError(Exception):
+    """Training has diverged: gradients or weights are no longer finite. Exit status 1."""
+
+
 class FencedError(Exception):
     """Another attempt has taken over the run folder; this one has written nothing since then and must end."""

@@ -275,6 +275,9 @@ class OptimConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     gradient_clip: float = Field(1.0, ge=0, description="clip the gradient to this global norm; 0: no clipping")
+    max_skipped_steps: PositiveInt = Field(
+        10, description="a step whose gradient is not finite is skipped; after this many in a row the run ends"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:

@@ -14,6 +14,7 @@ from biroute.configs.errors import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USAGE_ERROR,
+    DivergedError,
     FencedError,
     StoppedError,
     UsageError,
@@ -36,6 +37,10 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
         return EXIT_STOPPED
     except FencedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        failed(error)
         return EXIT_FAILURE
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import StoppedError
+from biroute.configs.errors import DivergedError, StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
 from biroute.launcher.attempts.watchdog import Watchdog
@@ -46,11 +45,13 @@ class Trainer:
     _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
+    _skipped: int = 0  # steps whose gradient was not finite, since the run began
+    _skipped_in_a_row: int = 0
 
     def resume(self, progress: TrainingProgress) -> None:
         """Continue from the progress of a loaded checkpoint."""
         self.step = self._saved_step = progress.step
-        self._evaluation_pending = progress.evaluation_pending
+        self._evaluation_pending, self._skipped = progress.evaluation_pending, progress.skipped_steps
         self.watchdog.resumed(progress.step)
         self._say(f"resumed after step {progress.step}")
 
@@ -61,6 +62,7 @@ class Trainer:
             StoppedError: a signal asked to stop; the state is saved.
             FencedError: another attempt owns the run folder; nothing is written.
             UsageError: a checkpoint could not be written.
+            DivergedError: too many steps in a row had no finite gradient, or a weight is not finite.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
         if self._evaluation_pending:
@@ -75,9 +77,12 @@ class Trainer:
             self._stop_if_agreed()
             self._train_one_step()
             last = self.step == train.steps
+            if last and self._skipped_in_a_row:
+                raise DivergedError(self._explain_skipped("it is the last one"))
             if last or _due(self.step, train.evaluate_every):
                 self._evaluate()
-            if last or _due(self.step, checkpoint.every_steps):
+            # While steps are skipped, the state may be a bad one, which must not take the place of a good one.
+            if (last or _due(self.step, checkpoint.every_steps)) and not self._skipped_in_a_row:
                 self._save()
 
     def _stop_if_agreed(self) -> None:
@@ -99,10 +104,10 @@ class Trainer:
                 Microbatch.of(*batch.arrays, mesh=self.engine.mesh, device=self.engine.device)
                 for batch in self.loader.step()
             ]
+        first = self.loader.position - self.config.train.global_batch_size
         report = self.engine.train_step(microbatches, rate)
         self.engine.clock.end_step()
-        if not math.isfinite(report.loss):
-            self._say(f"warning: the loss of step {self.step} is {report.loss}")
+        self._count_skipped(report, first)
         seconds = time.perf_counter() - started
         self._since_log.append(seconds)
         self.watchdog.reached("training", self.step)
@@ -112,6 +117,26 @@ class Trainer:
                 hook.on_step(self.step, values)
         if self._to_log(self.step):
             self._log(report, rate)
+
+    def _count_skipped(self, report: StepReport, first: int) -> None:
+        """Count a step that changed nothing, and say which sequences it had: `first` and those after it."""
+        self._skipped += report.skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
+        if not report.skipped:
+            return
+        last, limit = first + self.config.train.global_batch_size - 1, self.config.optim.max_skipped_steps
+        self._say(
+            f"warning: step {self.step} is skipped, its gradient is not finite (loss {report.loss:g}, sequences "
+            f"{first} to {last} of the training order)"
+        )
+        if self._skipped_in_a_row >= limit:
+            raise DivergedError(self._explain_skipped(f"optim.max_skipped_steps={limit}"))
+
+    def _explain_skipped(self, why: str) -> str:
+        return (
+            f"no finite gradient in {self._skipped_in_a_row} steps in a row, up to step {self.step} ({why}); the "
+            "checkpoints before them are kept: resume with a lower optim.learning_rate, or look at the data"
+        )
 
     def _to_log(self, step: int) -> bool:
         train = self.config.train
@@ -125,6 +150,7 @@ class Trainer:
             "train/loss": report.loss,
             "optim/learning_rate": rate,
             "optim/grad_norm": report.gradient_norm,
+            "optim/skipped_steps": float(self._skipped),
             "progress/tokens": float(self.step * self.config.tokens_per_step),
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tokens_per_second_per_rank": tokens_per_second / ranks,
@@ -175,7 +201,10 @@ class Trainer:
         if self._saved_step == self.step:
             return
         progress = TrainingProgress(
-            step=self.step, sequences=self.loader.position, evaluation_pending=self._evaluation_pending
+            step=self.step,
+            skipped_steps=self._skipped,
+            sequences=self.loader.position,
+            evaluation_pending=self._evaluation_pending,
         )
         saving = f"saving after step {self.step}"
         self.watchdog.reached(saving)

@@ -87,4 +87,4 @@ def _read_parameters(engine: Engine, path: Path, meta: CheckpointMeta) -> None:
                 for key in shards[0]
             }
         engine.state.write(parameter, state)
-    engine.state.finish_writing(meta.progress.step)
+    engine.state.finish_writing(meta.progress.step - meta.progress.skipped_steps)

@@ -20,7 +20,8 @@ class _Record(BaseModel):
 class TrainingProgress(_Record):
     """How far training has come; with the weights, all that a run needs to resume."""
 
-    step: int  # optimizer steps done
+    step: int  # optimizer steps done, those skipped included
+    skipped_steps: int = 0  # their gradient was not finite, so AdamW knows nothing of them
     sequences: int  # global position in the data
     evaluation_pending: bool = False  # a stop cut off the evaluation that is due after this step
 

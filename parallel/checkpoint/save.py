@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import DISK_FULL, FencedError, UsageError
+from biroute.configs.errors import DISK_FULL, DivergedError, FencedError, UsageError
 from biroute.configs.files import HashingWriter, sync_folder
 from biroute.parallel.checkpoint.files import PARTIAL, PREFIX, Owner, prune
 from biroute.parallel.checkpoint.meta import (
@@ -51,6 +51,7 @@ def save_checkpoint(
 
     Raises:
         UsageError: the disk is full or not writable; older checkpoints are untouched.
+        DivergedError: a weight or moment is not finite; older checkpoints are untouched.
         FencedError: another attempt owns the run; on all ranks, and nothing that it sees has changed.
     """
     final = directory / f"{PREFIX}{progress.step:08d}"
@@ -61,6 +62,8 @@ def save_checkpoint(
     if problem is None:
         try:
             written = _write_rank_files(engine, partial, reached)
+        except DivergedError as error:
+            problem = error
         except OSError as error:
             problem = _explain_write(error, partial)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -85,15 +88,21 @@ def save_checkpoint(
 
 
 def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None]) -> dict[str, Any]:
-    """Write this rank's files; their fingerprints, and where each parameter of this rank is."""
+    """Write this rank's files; returns their fingerprints, and where each parameter of this rank is.
+
+    Raises:
+        DivergedError: a value that this rank keeps is not finite.
+        OSError: the disk refused.
+    """
     mesh = engine.mesh
     part, parts = mesh.groups.dp_cp.rank(), mesh.groups.dp_cp.size()
-    mine = {}
+    mine, infinite = {}, list[str]()
     for position, (name, parameter) in enumerate(engine.named_parameters()):
         # Collective: every data rank takes part, one keeps it.
         keep = position % parts == part
         state = engine.state.read(parameter, keep)
         reached()
+        infinite += [f"{kind} of {name}" for kind, value in state.items() if not value.isfinite().all()]
         if keep:
             mine[name] = {
                 "state": state,
@@ -103,6 +112,11 @@ def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None])
                     else None
                 ),
             }
+    if infinite:  # only now, because reading is collective
+        raise DivergedError(
+            f"{infinite[0]} is not finite, so no checkpoint is written: resume from an older one with a lower "
+            "optim.learning_rate, or look at the data since then"
+        )
     file = f"weights-pipe{mesh.at.pipe:02d}-tensor{mesh.at.tensor:02d}-part{part:02d}.pt"
     return {
         "files": {file: write_file(folder / file, mine)},

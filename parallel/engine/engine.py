@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class StepReport:
     """Result of one optimizer step, equal on all ranks."""
 
     loss: float  # nats per target token, mean over the whole step
-    gradient_norm: float  # of the whole gradient, before clipping
+    gradient_norm: float  # of the whole gradient, before clipping; NaN if it is not finite
+    skipped: bool = False  # the gradient is not finite, so no weight and no moment was changed
 
 
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
@@ -110,20 +112,24 @@ class Engine:
         self.device = device
         self.clock = clock
         self._adam = _adam(config, module, device)
-        self._gradient_norm = 0.0
+        self._gradient_norm, self._skipped = 0.0, False
         if config.parallel.zero_stage == 0:
             self._adam.register_step_pre_hook(lambda *_: self._clip_gradients())
         self.deepspeed = start_engine(config, mesh, module, self._adam)
         self.state = OptimizerState(self.deepspeed, self._adam, config.parallel.zero_stage)
 
     def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepReport:
-        """Take one optimizer step over this data rank's microbatches. Collective."""
+        """Take one optimizer step over this data rank's microbatches. Collective.
+
+        In every layout a step whose gradient is not finite changes nothing, and does not count for AdamW.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self._forward_backward_step(microbatches)
         if self.config.parallel.zero_stage > 0:
-            self._gradient_norm = float(self.deepspeed.get_global_grad_norm())
-        return StepReport(loss=float(loss), gradient_norm=self._gradient_norm)
+            self._skipped = not self.deepspeed.was_step_applied()
+            self._gradient_norm = math.nan if self._skipped else float(self.deepspeed.get_global_grad_norm())
+        return StepReport(loss=float(loss), gradient_norm=self._gradient_norm, skipped=self._skipped)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         """Return the mean loss in nats per target token over all data ranks' microbatches. Collective."""
@@ -141,7 +147,7 @@ class Engine:
         raise NotImplementedError
 
     def _clip_gradients(self) -> None:
-        """ZeRO 0: norm over all ranks, each parameter counted once, then clipping.
+        """ZeRO 0: norm over all ranks, each parameter counted once, then clipping; no step if it is not finite.
 
         DeepSpeed's own clipping without ZeRO counts tied weights of a pipeline twice and drops the norms' weights
         of its later stages.
@@ -157,6 +163,12 @@ class Engine:
         dist.all_reduce(mine, group=self.mesh.groups.pp)
         norm = mine.sqrt()
         self._gradient_norm = float(norm)
+        self._skipped = not math.isfinite(self._gradient_norm)
+        if self._skipped:
+            self._gradient_norm = math.nan
+            for _, parameter in self.named_parameters():
+                parameter.grad = None  # AdamW passes over what has no gradient
+            return
         limit = self.config.optim.gradient_clip
         if limit > 0:
             torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))

@@ -79,6 +79,7 @@ SHOWN_BY: dict[str, str] = {
         f"optim.{name}": f"{ENGINE}test_a_setting_of_adamw_arrives"
         for name in ("weight_decay", "beta1", "beta2", "epsilon", "gradient_clip")
     },
+    "optim.max_skipped_steps": "system/test_divergence.py::test_a_run_without_finite_gradients_ends",
     **{
         f"train.{name}": RUN
         for name in ("run_dir", "steps", "global_batch_size", "log_every", "evaluate_every")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,9 @@ def merge(ranks: list[Shards]) -> dict[str, dict[str, Tensor]]:
     return merged
 
 
-def plain_torch_run(config: RunConfig, steps: int) -> tuple[list[tuple[float, float]], dict[str, dict[str, Tensor]]]:
+def plain_torch_run(
+    config: RunConfig, steps: int | Sequence[int]
+) -> tuple[list[tuple[float, float]], dict[str, dict[str, Tensor]]]:
     """The same training with torch alone, one process, whole batch at once: what every layout must equal."""
     mesh = build_mesh(resolve_layout(config, 1))
     module = LayerSequence(plan_layers(config, mesh.groups))
@@ -152,7 +154,7 @@ def plain_torch_run(config: RunConfig, steps: int) -> tuple[list[tuple[float, fl
         eps=optim.epsilon,
     )
     loss_of, reports, gradients = loss_function(config.model), [], {}
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1) if isinstance(steps, int) else steps:
         batch = batch_of_step(config, step)
         loss = loss_of(module(batch.inputs), *batch.targets)
         adam.zero_grad()
