@@ -23,11 +23,18 @@ from biroute.parallel.mesh.mesh import Mesh
 
 def start() -> None:
     """Let DeepSpeed adopt the process group that torch already has."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_is_news)
     # A C++ extension for inference on CPU, which it would compile here: 20 s and a compiler for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quietly():
         deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop DeepSpeed's word on a skipped step: the trainer names the step and its sequences."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
 
 
 def start_engine(config: RunConfig, mesh: Mesh, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
