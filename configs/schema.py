@@ -400,6 +400,12 @@ class RunConfig(Section):
                 "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed keeps fp32 master weights only from "
                 "ZeRO 1 on; set parallel.zero_stage=1 (with one data rank it shards nothing)"
             )
+        optim, steps = self.optim, self.train.steps
+        if optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+            raise ValueError(
+                f"optim.warmup_steps={optim.warmup_steps} and optim.decay_steps={optim.decay_steps} together exceed "
+                f"train.steps={steps}, so the learning rate would jump; lower one of them"
+            )
         return self
 
     @property

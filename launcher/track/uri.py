@@ -20,9 +20,16 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
     """Return the MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the parent of the run folder.
 
     Raises:
-        UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
+        UsageError: malformed URI, unsupported scheme, a file that is not an SQLite database, or a folder that the URI of
+            an SQLite file cannot name.
     """
-    uri = config.tracking.uri or f"sqlite:///{run_dir.absolute().parent / DATABASE_NAME}"
+    folder = run_dir.absolute().parent
+    if not config.tracking.uri and config.tracking.enabled and (odd := re.search(r"[?%]", str(folder))):
+        raise UsageError(
+            f"train.run_dir={run_dir}: {DATABASE_NAME} would be in {folder}, but {odd.group()!r} has a meaning in "
+            "its URI; choose another folder, or set tracking.uri"
+        )
+    uri = config.tracking.uri or f"sqlite:///{folder / DATABASE_NAME}"
     check_uri(uri)
     return uri
 

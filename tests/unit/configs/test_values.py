@@ -31,6 +31,13 @@ def test_nothing_in_an_override_is_a_comment(file: Path, text: str) -> None:
     assert str(load_config(file, [f"train.run_dir={text}"]).train.run_dir) == text
 
 
+def test_a_schedule_whose_parts_overlap_is_refused(file: Path) -> None:
+    wsd = ["optim.schedule=wsd", "optim.warmup_steps=5"]
+    with pytest.raises(UsageError, match=r"warmup_steps=5 and optim\.decay_steps=8 together exceed train\.steps=10"):
+        load_config(file, [*wsd, "optim.decay_steps=8"])
+    assert load_config(file, [*wsd, "optim.decay_steps=5"]).optim.decay_steps == 5
+
+
 def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
     assert str(load_config(file, ["train.run_dir='a # b'"]).train.run_dir) == "a # b"
     assert load_config(file, ["model.dense_layers=[0, 1]"]).model.dense_layers == (0, 1)

@@ -180,6 +180,15 @@ def test_default_uri_is_shared_by_the_runs_of_a_folder(tmp_path: Path) -> None:
     assert sqlite_path(uris.pop()) == tmp_path / "mlflow.db"
 
 
+@pytest.mark.parametrize("name", ["what?", "a%41b"])
+def test_a_folder_that_an_sqlite_uri_cannot_name(name: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / name / "run"
+    with pytest.raises(UsageError, match=r"has a meaning in its URI; choose another folder, or set tracking\.uri"):
+        tracking_uri(config_from_tree({}, "test"), run_dir)
+    given = {"tracking": {"uri": "http://host:5000"}}
+    assert tracking_uri(config_from_tree(given, "test"), run_dir) == "http://host:5000"
+
+
 def test_passwords_are_not_shown() -> None:
     text = "http://me:secret@server:5055/path and postgresql://you:word@db/x"
     assert without_password(text) == "http://me:***@server:5055/path and postgresql://you:***@db/x"
