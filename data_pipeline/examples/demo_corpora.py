@@ -31,6 +31,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from biroute.configs.errors import EXIT_USAGE_ERROR
+
 ENGLISH_NAME = "english.jsonl.zst"
 CHINESE_NAME = "chinese.jsonl.zst"
 NPM_PACKAGE = "chinese-poetry@2.0.1"
@@ -301,6 +303,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chinese-mb", type=float, default=12.0, help="megabytes of Chinese text (default 12)")
     options = parser.parse_args(arguments)
     collect(options.out_dir, options.english_mb, options.chinese_mb)
+    missing = [name for name in (ENGLISH_NAME, CHINESE_NAME) if not (options.out_dir / name).exists()]
+    if missing:
+        print(
+            f"error: {options.out_dir / missing[0]} could not be made, see the warnings above; run the same command "
+            "again when npm or pip reaches its package index",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USAGE_ERROR)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
     """Return the MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the parent of the run folder.
 
     Raises:
-        UsageError: malformed URI, unsupported scheme, a file that is not an SQLite database, or a folder that the URI of
-            an SQLite file cannot name.
+        UsageError: malformed URI, unsupported scheme, a file that is not an SQLite database, or a folder that its URI
+            cannot name.
     """
     folder = run_dir.absolute().parent
     if not config.tracking.uri and config.tracking.enabled and (odd := re.search(r"[?%]", str(folder))):

