@@ -303,7 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chinese-mb", type=float, default=12.0, help="megabytes of Chinese text (default 12)")
     options = parser.parse_args(arguments)
     collect(options.out_dir, options.english_mb, options.chinese_mb)
-    missing = [name for name in (ENGLISH_NAME, CHINESE_NAME) if not (options.out_dir / name).exists()]
+    wanted = {ENGLISH_NAME: options.english_mb, CHINESE_NAME: options.chinese_mb}
+    missing = [name for name, megabytes in wanted.items() if megabytes > 0 and not (options.out_dir / name).exists()]
     if missing:
         print(
             f"error: {options.out_dir / missing[0]} could not be made, see the warnings above; run the same command "

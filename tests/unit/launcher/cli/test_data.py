@@ -114,7 +114,7 @@ def documents(path: Path) -> list[dict[str, str]]:
 def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_corpora, "chinese_documents", lambda size: iter(()))
     for name in ("one", "two"):
-        demo_corpora.main([str(tmp_path / name), "--english-mb", "0.3"])
+        demo_corpora.main([str(tmp_path / name), "--english-mb", "0.3", "--chinese-mb", "0"])
     found = documents(tmp_path / "one" / "english.jsonl.zst")
     assert found == documents(tmp_path / "two" / "english.jsonl.zst")
     assert sum(len(document["text"].encode()) for document in found) == pytest.approx(3e5, rel=0.2)
