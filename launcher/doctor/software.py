@@ -1,4 +1,4 @@
-"""Checks that need no torch: versions, compiler, fabric, memory, the shared folder."""
+"""Checks of what surrounds torch: versions, compiler, fabric, memory, the shared folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from biroute.launcher.doctor.check import Check
+from biroute.launcher.ranks.gpu_check import c_compiler
 
 _SHOWN = ("torch", "deepspeed", "megatron-core", "triton", "numpy", "sentencepiece", "webdataset", "mlflow")
 _TRIAL_MIB = 16
@@ -54,7 +55,7 @@ def version_checks() -> Iterator[Check]:
 
 def compiler_check() -> Check:
     """Look for the C compiler that Triton calls where there is a GPU."""
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    found = c_compiler()
     gpus = any(Path("/proc/driver/nvidia/gpus").glob("*"))
     missing = "Triton needs one on a GPU; install gcc, or load the cluster's module" if gpus and not found else ""
     return Check("C compiler", found or "none", missing)

@@ -21,9 +21,14 @@ def gpu_problems(ranks: int) -> list[str]:
         reason = without_cuda if torch.version.cuda is None else "see nvidia-smi, the driver, and --nv of a container"
         return [f"torch {torch.__version__} sees {count} GPUs for {ranks} ranks: {reason}"]
     problems = [problem for index in range(count) if (problem := _product_problem(index))]
-    if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
+    if c_compiler() is None:
         problems.append("no C compiler (cc, gcc or clang) in PATH; Triton needs one to load its kernels")
     return problems
+
+
+def c_compiler() -> str | None:
+    """Return the path of a C compiler, which Triton calls to load its kernels; None if there is none."""
+    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
 def _product_problem(index: int) -> str:

@@ -79,13 +79,12 @@ class RoutedAttention(torch.autograd.Function):
         queries = pair_rows(q, k.shape[1], grid.query_block_size, plan)
 
         # Both payloads travel while the own regions are attended.
-        shipped_pairs = requests.shipped
         keys = transport.start(
             layer, "keys", regions[served.table_rows(layout.regions_per_rank)],
             served.fetched_regions(), requests.fetched_regions(),
         )  # fmt: skip
         shipped = transport.start(
-            layer, "queries", queries[shipped_pairs], requests.shipped_pairs(), served.shipped_pairs()
+            layer, "queries", queries[requests.shipped], requests.shipped_pairs(), served.shipped_pairs()
         )
         own_route = own_regions(route, layout, transport.rank)
         out, lse = partial_attention(q, k, v, own_route, grid, out_dtype=working_dtype(q))
@@ -113,7 +112,6 @@ class RoutedAttention(torch.autograd.Function):
         lq = grid.query_block_size
         dout = dout.contiguous()
         delta = attention_delta(out, dout)
-        shipped_pairs = requests.shipped
         douts = pair_rows(dout, groups, lq, plan)
         offsets = torch.stack(
             [pair_rows(x[..., None], groups, lq, plan).squeeze(-1) for x in (lse, delta)], -1
@@ -121,7 +119,7 @@ class RoutedAttention(torch.autograd.Function):
         upstream = transport.start(
             layer,
             "gradients",
-            pack(douts[shipped_pairs], offsets[shipped_pairs]),
+            pack(douts[requests.shipped], offsets[requests.shipped]),
             requests.shipped_pairs(),
             served.shipped_pairs(),
         )
@@ -137,7 +135,7 @@ class RoutedAttention(torch.autograd.Function):
         )
         returned = transport.start(layer, "gradients", dq_arrived, served.shipped_pairs(), requests.shipped_pairs())
         received = keys.wait()
-        dq_rows[shipped_pairs] = returned.wait()
+        dq_rows[requests.shipped] = returned.wait()
         add_pair_rows(dq, dq_rows, plan, groups, lq)
         d_table = torch.stack((dk, dv)).unflatten(3, (-1, grid.region_size)).flatten(1, 3)  # [2, B*G*R, L, D]
         add_regions(d_table, d_regions, received, served, layout.regions_per_rank)
