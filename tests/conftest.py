@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,12 @@ settings.register_profile(
 settings.load_profile("repeatable")
 # Where this is set, as in continuous integration, a test that would be skipped fails instead.
 NO_SKIPS = "BIROUTE_NO_SKIPS"
+
+# `nohup make test` and a job in the background of a script begin with signals ignored, and programs that are started
+# inherit that. A handler that does nothing keeps the tests as deaf, and gives what they start the usual behaviour.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
