@@ -82,6 +82,7 @@ ui: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m biroute.configs.reference > docs/configuration.md
 	$(BIN)/python docs/draw_packages.py
+	$(BIN)/python docs/draw_run.py
 
 # Keeps data and runs: a trained model is nothing to clean away.
 clean:

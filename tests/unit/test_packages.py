@@ -15,9 +15,8 @@ PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 
 
-@pytest.fixture(scope="module")
-def drawing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("draw_packages", ROOT / "docs" / "draw_packages.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,10 +43,19 @@ def test_every_folder_is_in_the_import_contract() -> None:
     assert set(PROJECT["importlinter"]["root_packages"]) == {f"biroute.{part}" for part in PARTS}
 
 
-def test_the_picture_is_up_to_date_and_holds_every_room(drawing: ModuleType) -> None:
+def test_the_picture_of_the_packages_is_up_to_date_and_holds_every_room() -> None:
+    drawing = script("draw_packages")
     rooms = drawing.rooms()
     assert sorted(room for floor in drawing.floors(rooms) for room in floor) == sorted(rooms)
     assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.draw(), "run make docs"
+
+
+def test_the_picture_of_a_run_is_up_to_date_and_follows_the_imports() -> None:
+    drawing = script("draw_run")
+    assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.draw(), "run make docs"
+    drawing.PROCESSES = {"a process": ("launcher.cli.main", "model.block")}
+    with pytest.raises(ValueError, match="main neither imports nor starts model.block"):
+        drawing.draw()
 
 
 @pytest.mark.parametrize("guide", ["CONTRIBUTING.md", "docs/architecture.md", "docs/testing.md", "README.md"])
