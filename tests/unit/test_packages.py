@@ -54,7 +54,7 @@ def test_the_picture_of_a_run_is_up_to_date_and_follows_the_imports() -> None:
     drawing = script("draw_run")
     assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.draw(), "run make docs"
     drawing.PROCESSES = {"a process": ("launcher.cli.main", "model.block")}
-    with pytest.raises(ValueError, match="main neither imports nor starts model.block"):
+    with pytest.raises(ValueError, match=r"main neither imports nor starts model\.block"):
         drawing.draw()
 
 
