@@ -46,6 +46,7 @@ CORE: dict[str, list[str]] = {
     "model/flops.py": ["tests/distributed/model"],
     "model/norm.py": ["tests/distributed/model/test_oracles.py", "tests/distributed/parallel/test_layouts.py"],
     "parallel/region/plan.py": ["tests/unit/parallel/region", "tests/distributed/parallel/region"],
+    "parallel/region/transfers.py": ["tests/unit/parallel/region", "tests/distributed/parallel/region"],
     "parallel/region/attention.py": ["tests/distributed/parallel/region"],
     "parallel/region/transport.py": ["tests/distributed/parallel/region"],
     "parallel/region/shard.py": ["tests/distributed/parallel/region"],
