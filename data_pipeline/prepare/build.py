@@ -136,7 +136,7 @@ class _Build:
             samples_per_shard=self._data.samples_per_shard,
             settings=dataset_settings(self._data),
             sources=tuple(entries),
-        )
+        ).sealed()
         self._remove_stale_shards(manifest)
         write_atomically(self._folder / MANIFEST_NAME, to_json(manifest))
         shutil.rmtree(self._work)
@@ -192,7 +192,7 @@ class _Build:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if self._previous is not None and any(entry.name == name for entry in self._previous.sources):
             kept = tuple(entry for entry in self._previous.sources if entry.name != name)
-            self._previous = self._previous.model_copy(update={"sources": kept})
+            self._previous = self._previous.model_copy(update={"sources": kept}).sealed()
             write_atomically(self._work / MANIFEST_NAME, to_json(self._previous))
 
     def _remove_stale_shards(self, manifest: Manifest) -> None:

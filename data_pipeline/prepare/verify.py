@@ -25,7 +25,7 @@ from biroute.data_pipeline.read.manifest import (
     ShardEntry,
     load_manifest,
 )
-from biroute.data_pipeline.read.token_stream import check_header, open_shard, sample_key
+from biroute.data_pipeline.read.token_stream import TokenStream, check_header, open_shard, sample_key
 
 _REMEDY = "remove it and run `biroute data build` to make it again"
 
@@ -102,11 +102,11 @@ def _verify_deep(folder: Path, manifest: Manifest, tokenizer: Tokenizer, progres
     with progress.stage("verifying shards", sum(shard.size_bytes for shard in manifest.shards())) as update:
         for source in manifest.sources:
             for split in SPLITS:
-                begins = True
+                begins, stream = True, TokenStream(folder, manifest, source, split)
                 for number, shard in enumerate(source.splits[split].shards):
                     _check_digest(folder, shard)
                     first = sample_key(source.name, split, number * manifest.samples_per_shard)
-                    begins = _check_samples(folder, shard, first, manifest, token_bytes, begins)
+                    begins = _check_samples(folder, shard, first, stream, token_bytes, begins)
                     done += shard.size_bytes
                     update(done)
 
@@ -133,13 +133,13 @@ def _samples(folder: Path, shard: ShardEntry) -> Iterator[dict[str, Any]]:
 
 
 def _check_samples(
-    folder: Path, shard: ShardEntry, first_key: str, manifest: Manifest, token_bytes: np.ndarray, begins: bool
+    folder: Path, shard: ShardEntry, first_key: str, stream: TokenStream, token_bytes: np.ndarray, begins: bool
 ) -> bool:
-    """Check what webdataset reads from a shard.
+    """Check what webdataset reads from a shard, and that training reads the same from `stream`.
 
     `begins` tells whether the shard starts with a new document, and the result tells whether the next one does.
     """
-    path = folder / shard.file
+    path, manifest = folder / shard.file, stream.manifest
     prefix, _, digits = first_key.rpartition("-")
     samples = tokens = documents = text_bytes = 0
     for sample in _samples(folder, shard):
@@ -154,6 +154,13 @@ def _check_samples(
         if json.loads(sample["json"])["documents"] != in_sample:
             raise UsageError(f"{path}: sample {expected!r} does not hold as many documents as it claims; {_REMEDY}")
         begins = bool(ends[-1])
+        start = (int(digits) + samples) * manifest.tokens_per_sample
+        if not np.array_equal(stream.read(start, start + len(array)), array):
+            raise UsageError(
+                f"{path}: training would read other tokens than sample {expected!r} holds: first_data_offset="
+                f"{shard.first_data_offset} or sample_stride={shard.sample_stride} in {MANIFEST_NAME} is wrong; "
+                f"{_REMEDY}"
+            )
         samples += 1
         tokens += len(array)
         documents += in_sample

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.data_pipeline.read.manifest import Manifest, Split
+from biroute.data_pipeline.read.manifest import SPLITS, Manifest, Split
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
@@ -61,7 +61,6 @@ class SequenceReader:
         Raises:
             UsageError: there are too few tokens for one sequence, or the weights name other sources than the dataset.
         """
-        layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
         self.folder = folder
         self.split: Split = split
         self.sequence_length = sequence_length
@@ -77,7 +76,7 @@ class SequenceReader:
             num_sequences = max(0, entry.tokens - 1) // sequence_length
             if num_sequences:
                 sizes.append(SourceSize(source.name, num_sequences))
-                self._streams.append(TokenStream(folder, source.name, split, entry, manifest.dtype, layout))
+                self._streams.append(TokenStream(folder, manifest, source, split))
             elif weights is not None:
                 raise UsageError(self._too_short(f"the {split} split of source {source.name}", entry.tokens))
         if not sizes:
@@ -107,6 +106,19 @@ class SequenceReader:
             start = number * self.sequence_length
             row[:] = self._streams[source].read(start, start + self.sequence_length + 1)
         return out
+
+
+def left_out(manifest: Manifest, sequence_length: int) -> list[str]:
+    """Return a warning for each source that no run with sequences of this length ever reads: it is too short for one."""
+    wanted = sequence_length + 1
+    return [
+        f"warning: source {source.name} is left out of {'training' if split == 'train' else 'evaluation'}: its "
+        f"{source.splits[split].tokens:,} tokens of {manifest.tokens(split):,} are fewer than one sequence and one to "
+        f"predict (model.sequence_length={sequence_length})"
+        for source in manifest.sources
+        for split in SPLITS
+        if 0 < source.splits[split].tokens < wanted
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Two numbers are the index of a shard: samples are equally spaced in the tar file
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,48 @@ class Manifest(_Entry):
     samples_per_shard: PositiveInt
     settings: dict[str, str]
     sources: tuple[SourceEntry, ...]
+    checksum: str = ""  # of all the fields above; set by `sealed`
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        itemsize = 2 if self.dtype == "uint16" else 4
+        if self.vocab_size > 1 << 8 * itemsize or self.eos_id >= self.vocab_size:
+            raise ValueError(f"vocab_size={self.vocab_size} does not fit dtype={self.dtype} and eos_id={self.eos_id}")
+        for source in self.sources:
+            for split in SPLITS:
+                shards = source.splits[split].shards
+                for number, shard in enumerate(shards):
+                    self._check_index(shard, itemsize, last=number + 1 == len(shards))
+                    if shard.file != f"{source.name}/{split}-{number:06d}.tar":
+                        raise ValueError(f"{shard.file} is listed as shard {number} of {source.name}/{split}")
+        return self
+
+    def _check_index(self, shard: ShardEntry, itemsize: int, *, last: bool) -> None:
+        """Check that the samples of a shard, as training computes their places, lie in its file one after another."""
+        whole = shard.samples * self.tokens_per_sample
+        fewest = whole - self.tokens_per_sample + 1 if last else whole
+        full = shard.samples == self.samples_per_shard or (last and shard.samples < self.samples_per_shard)
+        if not (full and fewest <= shard.tokens <= whole):
+            raise ValueError(
+                f"{shard.file}: {shard.samples} samples of {shard.tokens} tokens do not fit samples_per_shard="
+                f"{self.samples_per_shard} and tokens_per_sample={self.tokens_per_sample}"
+            )
+        before = (shard.samples - 1) * self.tokens_per_sample  # tokens of all samples but the last
+        end = shard.first_data_offset + (shard.samples - 1) * shard.sample_stride + (shard.tokens - before) * itemsize
+        if end > shard.size_bytes or (before and shard.sample_stride < self.tokens_per_sample * itemsize):
+            raise ValueError(
+                f"{shard.file}: first_data_offset={shard.first_data_offset} and sample_stride={shard.sample_stride} "
+                "lead outside of the file or into the sample before"
+            )
+
+    def content_checksum(self) -> str:
+        """Return the SHA-256 of all fields but the checksum itself."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """Return the same manifest with the right checksum."""
+        return self.model_copy(update={"checksum": self.content_checksum()})
 
     def tokens(self, split: Split) -> int:
         """Return the number of tokens of a split over all sources."""
@@ -101,7 +144,7 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         state = "is not finished" if (folder / WORK_NAME).exists() else "holds no dataset"
         raise UsageError(f"data.dir={folder} {state}; run `biroute data build` with this configuration") from None
@@ -113,6 +156,12 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    if manifest.checksum != manifest.content_checksum():
+        raise UsageError(
+            f"{path}: damaged, changed by hand or of another version (its checksum does not fit its content); remove "
+            "it and run `biroute data build`"
+        )
+    return manifest
 
 
 def to_json(entry: BaseModel) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import mmap
 import os
 from collections import OrderedDict
@@ -12,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.data_pipeline.read.manifest import ShardEntry, SplitEntry
+from biroute.data_pipeline.read.manifest import MANIFEST_NAME, Manifest, ShardEntry, SourceEntry, Split
 
 _TAR_BLOCK = 512
 # Maps that one reader keeps open; Linux allows a process 65,530.
@@ -27,46 +29,46 @@ def sample_key(source: str, split: str, index: int) -> str:
 class TokenStream:
     """Random access to the tokens of one split of a source, through memory maps of its shards."""
 
-    def __init__(self, folder: Path, name: str, split: str, entry: SplitEntry, dtype: str, layout: tuple[int, int]):
+    def __init__(self, folder: Path, manifest: Manifest, source: SourceEntry, split: Split):
         """Open a split.
 
         Args:
             folder: the dataset's folder.
-            name: name of the source.
+            manifest: its manifest.
+            source: the source's entry in the manifest.
             split: "train" or "heldout".
-            entry: the split's entry in the manifest.
-            dtype: data type of the stored tokens.
-            layout: tokens per sample and samples per shard, as in the manifest.
         """
         self._folder = folder
-        self._name = name
+        self.manifest = manifest
+        self._name = source.name
         self._split = split
-        self._shards = entry.shards
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._tokens_per_sample, self._samples_per_shard = layout
+        self._shards = source.splits[split].shards
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
-        self.num_tokens = entry.tokens
+        self.num_tokens = source.splits[split].tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens start ... stop - 1 of the stream: [stop - start] int64.
 
         Raises:
             IndexError: the range is not inside the stream.
-            UsageError: a shard was removed or replaced.
+            UsageError: a shard was removed, replaced or damaged, or the dataset was built again.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} ... {stop} of a stream of {self.num_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
         position = start
         while position < stop:
-            sample, offset = divmod(position, self._tokens_per_sample)
-            count = min(stop - position, self._tokens_per_sample - offset)
+            sample, offset = divmod(position, self.manifest.tokens_per_sample)
+            count = min(stop - position, self.manifest.tokens_per_sample - offset)
             out[position - start : position - start + count] = self._read_sample(sample, offset, count)
             position += count
+        if len(out) and out.max() >= self.manifest.vocab_size:
+            raise UsageError(self._explain_token(out, start))
         return out
 
     def _read_sample(self, sample: int, offset: int, count: int) -> np.ndarray:
-        number, index = divmod(sample, self._samples_per_shard)
+        number, index = divmod(sample, self.manifest.samples_per_shard)
         shard = self._shards[number]
         begin = shard.first_data_offset + index * shard.sample_stride + offset * self._dtype.itemsize
         return np.frombuffer(self._map(number), dtype=self._dtype, count=count, offset=begin)
@@ -77,12 +79,48 @@ class TokenStream:
             return self._maps[number]
         shard = self._shards[number]
         with open_shard(self._folder, shard) as file:
-            first = sample_key(self._name, self._split, number * self._samples_per_shard)
+            first = sample_key(self._name, self._split, number * self.manifest.samples_per_shard)
             check_header(file, self._folder / shard.file, first)
+            # After opening: a build takes the manifest away before it touches a shard.
+            check_not_rebuilt(self._folder, self.manifest, shard)
             self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._maps) > _MAX_OPEN_SHARDS:
             self._maps.popitem(last=False)  # unmapped when the last array that uses it is freed
         return self._maps[number]
+
+    def _explain_token(self, tokens: np.ndarray, start: int) -> str:
+        """Describe the first of `tokens`, which begin at `start`, that is not in the vocabulary."""
+        place = int(np.argmax(tokens >= self.manifest.vocab_size))
+        sample, offset = divmod(start + place, self.manifest.tokens_per_sample)
+        shard = self._shards[sample // self.manifest.samples_per_shard]
+        with open_shard(self._folder, shard) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        damage = f"checksum {found[:12]} instead of {shard.sha256[:12]}: the shard is damaged"
+        if found == shard.sha256:
+            damage = "its checksum is right, so it was made with another vocabulary"
+        return (
+            f"{self._folder / shard.file}: token {tokens[place]} at place {offset} of sample "
+            f"{sample_key(self._name, self._split, sample)} is not in the vocabulary of {self.manifest.vocab_size}; "
+            f"{damage}; remove it and run `biroute data build` to make it again"
+        )
+
+
+def check_not_rebuilt(folder: Path, manifest: Manifest, shard: ShardEntry) -> None:
+    """Check that the dataset in `folder` still is the one that `manifest` describes.
+
+    Raises:
+        UsageError: it was built again, or is being built; the message names `shard`.
+    """
+    try:
+        found = json.loads((folder / MANIFEST_NAME).read_bytes()).get("checksum")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if found != manifest.checksum:
+        what = "was built again" if found else "is being built again, or its manifest was removed"
+        raise UsageError(
+            f"{folder / shard.file}: data.dir={folder} {what} since this command began; a run must not read "
+            "two datasets: build the new one in another folder"
+        )
 
 
 def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:

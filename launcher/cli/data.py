@@ -11,6 +11,7 @@ from biroute.configs.load import load_config
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
+    from biroute.configs.schema import RunConfig
     from biroute.data_pipeline.read.manifest import Manifest
 
 data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at datasets.")
@@ -24,8 +25,10 @@ def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     """
     from biroute.data_pipeline.prepare.build import build_dataset
 
-    data = load_config(config, overrides or []).data
+    loaded = load_config(config, overrides or [])
+    data = loaded.data
     result = build_dataset(data)
+    _warn_of_left_out(result.manifest, loaded)
     answer: dict[str, Any] = {
         "dir": str(data.dir),
         "seconds": round(result.seconds, 3),
@@ -79,6 +82,7 @@ def inspect(
     from biroute.data_pipeline.dataset import open_dataset
 
     dataset = open_dataset(load_config(config, overrides or []))
+    _warn_of_left_out(dataset.manifest, dataset.config)
     reader = dataset.reader("train")
     texts = [dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in range(sequences)]
     summary = _summary(dataset.manifest)
@@ -113,6 +117,13 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
         f"{score.target_tokens:,} held-out tokens ({score.target_bytes:,} bytes); "
         f"counted on {score.training_tokens:,} tokens, {score.distinct_bigrams:,} distinct bigrams"
     )
+
+
+def _warn_of_left_out(manifest: Manifest, config: RunConfig) -> None:
+    from biroute.data_pipeline.read.loader import left_out
+
+    for warning in left_out(manifest, config.model.sequence_length):
+        typer.echo(warning, err=True)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

@@ -93,11 +93,7 @@ def train_bigram(dataset: Dataset) -> tuple[BigramModel, int, int]:
         UsageError: the training split contains no bigram.
     """
     manifest = dataset.manifest
-    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
-    streams = (
-        TokenStream(dataset.config.data.dir, source.name, "train", source.splits["train"], manifest.dtype, layout)
-        for source in manifest.sources
-    )
+    streams = (TokenStream(dataset.config.data.dir, manifest, source, "train") for source in manifest.sources)
     keys, counts, num_tokens = count_bigrams(streams, manifest.vocab_size)
     if not len(keys):
         raise UsageError(f"data.dir={dataset.config.data.dir}: the training split is too small for a bigram model")

@@ -27,7 +27,7 @@ from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.prepare.verify import verify_dataset
-from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, load_manifest
+from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, SourceEntry, SplitEntry, load_manifest, to_json
 from biroute.data_pipeline.read.token_stream import TokenStream
 
 QUIET = Progress(quiet=True)
@@ -62,9 +62,7 @@ def expected_streams(data: DataConfig, tokenizer: Tokenizer) -> dict[tuple[str, 
 
 
 def stream_of(data: DataConfig, manifest: Manifest, name: str, split: Any) -> TokenStream:
-    entry = next(source for source in manifest.sources if source.name == name).splits[split]
-    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
-    return TokenStream(data.dir, name, split, entry, manifest.dtype, layout)
+    return TokenStream(data.dir, manifest, next(entry for entry in manifest.sources if entry.name == name), split)
 
 
 def test_webdataset_and_the_memory_map_read_exactly_the_documents(built: DataConfig) -> None:
@@ -130,7 +128,14 @@ def test_four_byte_shards_read_back(tmp_path: Path) -> None:
         lambda n: None,
         lambda n, e: None,
     )
-    stream = TokenStream(tmp_path, "s", "train", entry, "uint32", (64, 2))
+    empty = SplitEntry(documents=0, tokens=0, text_bytes=0, shards=())
+    source = SourceEntry(name="s", key="", counts={}, splits={"train": entry, "heldout": empty})
+    manifest = Manifest(
+        tokenizer_fingerprint="", tokenizer_key="", vocab_size=80_000, eos_id=70_256, dtype="uint32",
+        tokens_per_sample=64, samples_per_shard=2, settings={}, sources=(source,),
+    ).sealed()  # fmt: skip
+    (tmp_path / "manifest.json").write_bytes(to_json(manifest))
+    stream = TokenStream(tmp_path, manifest, source, "train")
     assert stream.read(0, 257).tolist() == tokens.tolist()
     assert (len(entry.shards), entry.documents, entry.text_bytes) == (3, 1, 257)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.corpora import copy_of, tree_bytes
@@ -54,6 +57,16 @@ def edit_manifest(path: Path) -> None:
     tree = json.loads(manifest.read_text())
     tree["sources"][0]["splits"]["train"]["shards"][1]["tokens"] += 1
     manifest.write_text(json.dumps(tree))
+
+
+def forge(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest and give it the checksum that belongs to the change."""
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_text())
+    edit(tree)
+    del tree["checksum"]
+    checksum = hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    path.write_text(json.dumps(tree | {"checksum": checksum}))
 
 
 def other_tokenizer(path: Path) -> None:
@@ -118,6 +131,72 @@ def test_a_flipped_byte_is_seen_by_the_checksum(built: DataConfig, tmp_path: Pat
     verify_dataset(data.dir, deep=True)
 
 
+def shard_of(tree: dict[str, Any]) -> dict[str, Any]:
+    shard: dict[str, Any] = tree["sources"][0]["splits"]["train"]["shards"][1]
+    return shard
+
+
+def test_a_manifest_that_was_changed_by_hand_is_refused(built: DataConfig, tmp_path: Path) -> None:
+    """One byte further on lies another token of the same vocabulary: only the checksum can tell."""
+    data = copy_of(built, tmp_path / "d")
+    path = data.dir / "manifest.json"
+    tree = json.loads(path.read_text())
+    shard_of(tree)["first_data_offset"] += 2
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UsageError, match=r"manifest\.json: damaged, changed by hand"):
+        load_manifest(data.dir)
+    del tree["checksum"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UsageError, match=r"manifest\.json: damaged, changed by hand"):
+        load_manifest(data.dir)
+
+
+def test_verify_reads_by_the_index_that_training_uses(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    forge(data.dir, lambda tree: shard_of(tree).update(first_data_offset=shard_of(tree)["first_data_offset"] - 2))
+    verify_dataset(data.dir)
+    with pytest.raises(UsageError, match=r"train-000001\.tar: (training would read other tokens|token \d+ at place)"):
+        verify_dataset(data.dir, deep=True)
+
+
+ABSURD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "offset": (lambda tree: shard_of(tree).update(first_data_offset=999_999_999), "lead outside of the file"),
+    "stride": (lambda tree: shard_of(tree).update(sample_stride=10), "into the sample before"),
+    "long stride": (lambda tree: shard_of(tree).update(sample_stride=1 << 60), "lead outside of the file"),
+    "tokens per sample": (lambda tree: tree.update(tokens_per_sample=1), "do not fit samples_per_shard"),
+    "one token less": (lambda tree: tree.update(tokens_per_sample=999), "do not fit samples_per_shard"),
+    "samples per shard": (lambda tree: tree.update(samples_per_shard=10**12), "do not fit samples_per_shard"),
+    "eos": (lambda tree: tree.update(eos_id=10**9), "does not fit dtype=uint16 and eos_id=1000000000"),
+    "vocabulary": (lambda tree: tree.update(vocab_size=70_000), "vocab_size=70000 does not fit dtype=uint16"),
+    "another shard": (
+        lambda tree: shard_of(tree).update(file="english/train-000002.tar"),
+        "train-000002.tar is listed as shard 1",
+    ),
+    "outside": (lambda tree: shard_of(tree).update(file="../train-000001.tar"), "should match pattern"),
+    "negative": (lambda tree: shard_of(tree).update(first_data_offset=-1), "greater than 0"),
+    "text": (lambda tree: tree.update(vocab_size="many"), "valid integer"),
+}
+
+
+@pytest.mark.parametrize("kind", ABSURD)
+def test_an_absurd_manifest_is_refused_whatever_its_checksum(built: DataConfig, tmp_path: Path, kind: str) -> None:
+    data = copy_of(built, tmp_path / "d")
+    edit, message = ABSURD[kind]
+    forge(data.dir, edit)
+    with pytest.raises(UsageError, match=r"manifest\.json: damaged .*" + re.escape(message)) as error:
+        load_manifest(data.dir)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 200_000, b"\xff\xfe{}", b"null", b'{"format": 3}'])
+def test_a_manifest_of_anything_is_refused_in_one_line(built: DataConfig, tmp_path: Path, content: bytes) -> None:
+    data = copy_of(built, tmp_path / "d")
+    (data.dir / "manifest.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"manifest\.json: damaged or of another version") as error:
+        load_manifest(data.dir)
+    assert "\n" not in str(error.value)
+
+
 def test_counting_sees_what_a_forged_checksum_hides(built: DataConfig, tmp_path: Path) -> None:
     data = copy_of(built, tmp_path / "d")
     path = data.dir / "english" / "train-000001.tar"
@@ -126,8 +205,7 @@ def test_counting_sees_what_a_forged_checksum_hides(built: DataConfig, tmp_path:
     shard = manifest.sources[0].splits["train"].shards[1]
     content[shard.first_data_offset : shard.first_data_offset + 2] = b"\xff\xff"  # a token beyond the vocabulary
     path.write_bytes(content)
-    text = (data.dir / "manifest.json").read_text().replace(shard.sha256, hashlib.sha256(content).hexdigest())
-    (data.dir / "manifest.json").write_text(text)
+    forge(data.dir, lambda tree: shard_of(tree).update(sha256=hashlib.sha256(content).hexdigest()))
     with pytest.raises(UsageError, match="holds no tokens of this vocabulary"):
         verify_dataset(data.dir, deep=True)
 

@@ -27,9 +27,10 @@ from biroute.data_pipeline.read.loader import (
     MicrobatchLoader,
     Objective,
     SequenceReader,
+    left_out,
     make_batch,
 )
-from biroute.data_pipeline.read.manifest import Split, load_manifest
+from biroute.data_pipeline.read.manifest import Split, load_manifest, to_json
 from biroute.data_pipeline.read.token_stream import TokenStream
 from biroute.launcher.evaluate import bigram
 from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
@@ -55,10 +56,7 @@ def dataset(data: DataConfig) -> Dataset:
 
 
 def stream(dataset: Dataset, source: int, split: Any) -> np.ndarray:
-    manifest = dataset.manifest
-    entry = manifest.sources[source]
-    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
-    tokens = TokenStream(dataset.config.data.dir, entry.name, split, entry.splits[split], manifest.dtype, layout)
+    tokens = TokenStream(dataset.config.data.dir, dataset.manifest, dataset.manifest.sources[source], split)
     return tokens.read(0, tokens.num_tokens)
 
 
@@ -114,6 +112,17 @@ def test_too_few_tokens_for_a_sequence(data: DataConfig) -> None:
         )
     with pytest.raises(UsageError, match="weights for french"):
         open_reader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
+
+
+def test_a_source_that_is_too_short_for_one_sequence_is_named(data: DataConfig) -> None:
+    manifest = load_manifest(data.dir)
+    chinese = manifest.sources[1]
+    tokens = chinese.splits["heldout"].tokens
+    assert left_out(manifest, tokens - 1) == []
+    expected = f"source chinese is left out of evaluation: its {tokens:,} tokens of {manifest.tokens('heldout'):,}"
+    (warning,) = left_out(manifest, tokens)
+    assert expected in warning
+    assert "chinese" not in open_reader(data.dir, "heldout", sequence_length=tokens, seed=0).shares
 
 
 # Objectives
@@ -251,6 +260,45 @@ def test_errors_of_the_thread_reach_the_consumer(data: DataConfig, tmp_path: Pat
     assert threading.active_count() == before
 
 
+def test_a_token_outside_of_the_vocabulary_names_its_shard(data: DataConfig, tmp_path: Path) -> None:
+    """The size and the first sample of the shard are right, so nothing notices before training reads it."""
+    shutil.copytree(data.dir, tmp_path / "d")
+    opened = open_dataset(run_config(data.model_copy(update={"dir": tmp_path / "d"}), S))
+    shard = next(opened.manifest.shards())
+    with (tmp_path / "d" / shard.file).open("r+b") as file:
+        file.seek(shard.first_data_offset + 6)
+        file.write(b"\xff\x7f")
+    expected = (
+        rf"{shard.file}: token 32767 at place 3 of sample \S+-train-000000000 is not in the vocabulary of 512; "
+        rf"checksum [0-9a-f]{{12}} instead of {shard.sha256[:12]}: the shard is damaged; remove it and run"
+    )
+    reader = opened.reader("train")
+    with pytest.raises(UsageError, match=expected):
+        reader.sequences(np.arange(20 * reader.num_sequences))
+
+
+@pytest.mark.parametrize("moment", ["while it is built", "afterwards", "with the same content"])
+def test_a_dataset_that_is_built_again_is_not_read(data: DataConfig, tmp_path: Path, moment: str) -> None:
+    """Shards that are open stay what they were; a new one must not be mixed in, though size and name may fit."""
+    shutil.copytree(data.dir, tmp_path / "d")
+    config = run_config(data.model_copy(update={"dir": tmp_path / "d"}), S)
+    reader = open_dataset(config).reader("train")
+    manifest = tmp_path / "d" / "manifest.json"
+    if moment == "while it is built":
+        manifest.rename(tmp_path / "manifest.json")
+    elif moment == "afterwards":
+        other = load_manifest(data.dir).model_copy(update={"tokenizer_key": "another"}).sealed()
+        manifest.write_bytes(to_json(other))
+    else:
+        content = manifest.read_bytes()
+        manifest.unlink()
+        manifest.write_bytes(content)
+        reader.sequences(np.arange(4))
+        return
+    with pytest.raises(UsageError, match=r"\.tar: data\.dir=.*/d (was built|is being built) again"):
+        reader.sequences(np.arange(4))
+
+
 def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataConfig, dataset: Dataset) -> None:
     reader = dataset.reader("heldout")
     expected = Counter(row.tobytes() for row in reader.sequences(np.arange(8))[:, :-1])
@@ -361,11 +409,7 @@ def test_bigram_is_a_distribution_on_any_tiny_text(tokens: list[int]) -> None:
 def test_bigram_counts_every_pair_across_chunks(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 777)
     manifest = dataset.manifest
-    layout = (manifest.tokens_per_sample, manifest.samples_per_shard)
-    streams = [
-        TokenStream(dataset.config.data.dir, entry.name, "train", entry.splits["train"], manifest.dtype, layout)
-        for entry in manifest.sources
-    ]
+    streams = [TokenStream(dataset.config.data.dir, manifest, entry, "train") for entry in manifest.sources]
     keys, counts, num_tokens = count_bigrams(iter(streams), 512)
     expected: Counter[int] = Counter()
     for source in (0, 1):
