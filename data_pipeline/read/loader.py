@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.data_pipeline.read.manifest import SPLITS, Manifest, Split
+from biroute.data_pipeline.read.manifest import Manifest, Split
 from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
@@ -106,19 +106,6 @@ class SequenceReader:
             start = number * self.sequence_length
             row[:] = self._streams[source].read(start, start + self.sequence_length + 1)
         return out
-
-
-def left_out(manifest: Manifest, sequence_length: int) -> list[str]:
-    """Return a warning for each source that no run with sequences of this length ever reads: it is too short for one."""
-    wanted = sequence_length + 1
-    return [
-        f"warning: source {source.name} is left out of {'training' if split == 'train' else 'evaluation'}: its "
-        f"{source.splits[split].tokens:,} tokens of {manifest.tokens(split):,} are fewer than one sequence and one to "
-        f"predict (model.sequence_length={sequence_length})"
-        for source in manifest.sources
-        for split in SPLITS
-        if 0 < source.splits[split].tokens < wanted
-    ]
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,17 @@ class Manifest(_Entry):
         """Return the number of tokens of a split over all sources."""
         return sum(source.splits[split].tokens for source in self.sources)
 
+    def left_out(self, sequence_length: int) -> list[str]:
+        """Return a warning for each source that is too short for one sequence, so that no run ever reads it."""
+        return [
+            f"warning: source {source.name} is left out of {'training' if split == 'train' else 'evaluation'}: its "
+            f"{source.splits[split].tokens:,} tokens of {self.tokens(split):,} are fewer than one sequence and one "
+            f"to predict (model.sequence_length={sequence_length})"
+            for source in self.sources
+            for split in SPLITS
+            if 0 < source.splits[split].tokens <= sequence_length
+        ]
+
     def shards(self) -> Iterator[ShardEntry]:
         """Yield every shard, source by source, training before held-out."""
         for source in self.sources:

@@ -120,9 +120,7 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 def _warn_of_left_out(manifest: Manifest, config: RunConfig) -> None:
-    from biroute.data_pipeline.read.loader import left_out
-
-    for warning in left_out(manifest, config.model.sequence_length):
+    for warning in manifest.left_out(config.model.sequence_length):
         typer.echo(warning, err=True)
 
 

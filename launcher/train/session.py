@@ -12,7 +12,6 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import dump_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
-from biroute.data_pipeline.read.loader import left_out
 from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
@@ -66,7 +65,7 @@ def run(
     cause = "an error on rank 0"
     try:
         prepare_megatron(place.device)
-        for line in (describe(config, layout), *left_out(dataset.manifest, config.model.sequence_length)):
+        for line in (describe(config, layout), *dataset.manifest.left_out(config.model.sequence_length)):
             say(line)
         mesh = build_mesh(layout, collective_timeout(config.train))
         engine = build_engine(config, mesh, place.device)

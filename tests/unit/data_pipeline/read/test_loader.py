@@ -27,7 +27,6 @@ from biroute.data_pipeline.read.loader import (
     MicrobatchLoader,
     Objective,
     SequenceReader,
-    left_out,
     make_batch,
 )
 from biroute.data_pipeline.read.manifest import Split, load_manifest, to_json
@@ -118,9 +117,9 @@ def test_a_source_that_is_too_short_for_one_sequence_is_named(data: DataConfig) 
     manifest = load_manifest(data.dir)
     chinese = manifest.sources[1]
     tokens = chinese.splits["heldout"].tokens
-    assert left_out(manifest, tokens - 1) == []
+    assert manifest.left_out(tokens - 1) == []
     expected = f"source chinese is left out of evaluation: its {tokens:,} tokens of {manifest.tokens('heldout'):,}"
-    (warning,) = left_out(manifest, tokens)
+    (warning,) = manifest.left_out(tokens)
     assert expected in warning
     assert "chinese" not in open_reader(data.dir, "heldout", sequence_length=tokens, seed=0).shares
 
