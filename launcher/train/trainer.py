@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import DivergedError, StoppedError
+from biroute.configs.errors import DivergedError, FencedError, StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
 from biroute.launcher.attempts.watchdog import Watchdog
@@ -21,8 +21,9 @@ from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.schedule import learning_rate
 from biroute.model.flops import train_flops_per_step
+from biroute.parallel.checkpoint.files import folder_of_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
-from biroute.parallel.checkpoint.save import save_checkpoint
+from biroute.parallel.checkpoint.save import note_evaluation, save_checkpoint
 from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
 from biroute.parallel.phase_clock import PHASES
 from biroute.parallel.region.traffic_metrics import exchange_metrics
@@ -79,11 +80,13 @@ class Trainer:
             last = self.step == train.steps
             if last and self._skipped_in_a_row:
                 raise DivergedError(self._explain_skipped("it is the last one"))
-            if last or _due(self.step, train.evaluate_every):
-                self._evaluate()
-            # While steps are skipped, the state may be a bad one, which must not take the place of a good one.
+            # First the checkpoint, so that nothing in an evaluation can cost the steps before it. While steps are
+            # skipped, the state may be a bad one, which must not take the place of a good one.
+            self._evaluation_pending = last or _due(self.step, train.evaluate_every)
             if (last or _due(self.step, checkpoint.every_steps)) and not self._skipped_in_a_row:
                 self._save()
+            if self._evaluation_pending:
+                self._evaluate()
 
     def _stop_if_agreed(self) -> None:
         """Save and raise StoppedError, on all ranks, if any rank was asked to stop. Collective."""
@@ -182,7 +185,6 @@ class Trainer:
 
         A stop interrupts the evaluation between two batches; the next attempt then begins with it.
         """
-        self._evaluation_pending = True
         values = heldout_metrics(self.engine, self.heldout, self._between_batches)
         self._evaluation_pending = False
         self._say(
@@ -192,6 +194,18 @@ class Trainer:
         for hook in self.hooks:
             hook.on_point(self.step, values)
             hook.on_evaluate(self.step, values)
+        if self._saved_step == self.step and dist.get_rank() == 0:
+            self._note_evaluation()
+
+    def _note_evaluation(self) -> None:
+        """Write into the checkpoint of this step that it is evaluated. If that fails, a resume evaluates it again."""
+        path = folder_of_step(self.checkpoints, self.step)
+        try:
+            note_evaluation(path, self.stop_consensus.fencing_token)
+        except (OSError, ValueError) as error:
+            self._say(f"warning: {path}: not marked as evaluated ({error}); a resume from it evaluates again")
+        except FencedError:
+            pass  # the stop consensus ends this attempt on all ranks together
 
     def _between_batches(self) -> None:
         self._stop_if_agreed()

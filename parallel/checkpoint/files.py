@@ -16,7 +16,7 @@ PREFIX = "step-"
 PARTIAL = ".partial"  # ending of a folder that is being written
 # Exactly the names that a save writes: whatever else lies there belongs to the user.
 _NAME = re.compile(PREFIX + r"\d{8,}")
-_PARTIAL_NAME = re.compile(PREFIX + r"\d{8,}" + re.escape(PARTIAL))
+_PARTIAL_NAME = re.compile(PREFIX + r"\d{8,}\.attempt-\d{4,}" + re.escape(PARTIAL))
 
 
 class Owner(Protocol):
@@ -33,6 +33,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """List the finished checkpoints, newest first."""
     found = [path for path in directory.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+
+
+def folder_of_step(directory: Path, step: int) -> Path:
+    """Return the folder of a finished checkpoint."""
+    return directory / f"{PREFIX}{step:08d}"
+
+
+def unfinished_folder(directory: Path, step: int, attempt: int) -> Path:
+    """Return where an attempt writes a checkpoint. Each has its own: one that is refused must not touch another's."""
+    return directory / f"{PREFIX}{step:08d}.attempt-{attempt:04d}{PARTIAL}"
 
 
 def check_same_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> None:

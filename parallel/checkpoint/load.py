@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def load_checkpoint(
     """
     damaged = []
     for path in list_checkpoints(directory):
-        problem = verify_checkpoint(path)
+        problem = verify_checkpoint(path, [name for name, _ in engine.named_parameters()])
         if problem is not None:
             damaged.append(problem)
             if dist.get_rank() == 0:
@@ -44,11 +44,18 @@ def load_checkpoint(
     return None
 
 
-def verify_checkpoint(path: Path) -> str | None:
-    """Check every file of a checkpoint; what is wrong with it, or None. Collective: the ranks split the reading."""
+def verify_checkpoint(path: Path, names: Sequence[str]) -> str | None:
+    """Check every file of a checkpoint, and that it has the parameters `names`, which may differ between ranks.
+
+    Returns what is wrong with it, or None. Collective: the ranks split the reading.
+    """
     problem = None
     try:
-        files = sorted(read_meta(path).files.items())
+        meta = read_meta(path)
+        missing = [name for name in names if name not in meta.parameters]
+        if missing:
+            problem = f"{path}: {META_NAME} does not say where {missing[0]} is"
+        files = sorted(meta.files.items())
         for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
             if fingerprint(path / name) != expected:
                 problem = f"{path / name}: size or checksum differs from {META_NAME}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, model_validator
 
 from biroute.configs.errors import UsageError
 
 FORMAT: Literal[1] = 1
 META_NAME = "meta.json"
+# Exactly the names that a save writes: no other file of a machine is ever opened for what meta.json says.
+FileName = Annotated[str, StringConstraints(pattern=r"^weights-pipe\d{2,}-tensor\d{2,}-part\d{2,}\.pt$")]
 
 
 class _Record(BaseModel):
@@ -20,23 +22,23 @@ class _Record(BaseModel):
 class TrainingProgress(_Record):
     """How far training has come; with the weights, all that a run needs to resume."""
 
-    step: int  # optimizer steps done, those skipped included
-    skipped_steps: int = 0  # their gradient was not finite, so AdamW knows nothing of them
-    sequences: int  # global position in the data
-    evaluation_pending: bool = False  # a stop cut off the evaluation that is due after this step
+    step: NonNegativeInt  # optimizer steps done, those skipped included
+    skipped_steps: NonNegativeInt = 0  # their gradient was not finite, so AdamW knows nothing of them
+    sequences: NonNegativeInt  # global position in the data
+    evaluation_pending: bool = False  # the evaluation that is due after this step is not done
 
 
 class Fingerprint(_Record):
     """Size and SHA-256 of a file."""
 
-    bytes: int
+    bytes: NonNegativeInt
     sha256: str
 
 
 class ParameterFiles(_Record):
     """Where the parts of one parameter are."""
 
-    files: dict[int, str]  # tensor rank -> file
+    files: dict[int, str] = Field(min_length=1)  # tensor rank -> file
     split: tuple[int, int] | None  # dimension and stride that tensor ranks cut it along; None: each has all of it
 
 
@@ -46,8 +48,20 @@ class CheckpointMeta(_Record):
     format: Literal[1] = FORMAT
     progress: TrainingProgress
     about: dict[str, Any]  # `about["model"]` is what a loading run is checked against
-    files: dict[str, Fingerprint]
+    files: dict[FileName, Fingerprint]
     parameters: dict[str, ParameterFiles]
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointMeta:
+        if not isinstance(self.about.get("model"), dict):
+            raise ValueError("about.model is missing")
+        for name, parameter in self.parameters.items():
+            for file in parameter.files.values():
+                if file not in self.files:
+                    raise ValueError(f"{name} is in {file!r}, which has no checksum in files")
+            if sorted(parameter.files) != list(range(len(parameter.files))) and parameter.split is not None:
+                raise ValueError(f"{name}: parts of tensor ranks {sorted(parameter.files)} only")
+        return self
 
     @property
     def model(self) -> dict[str, Any]:
@@ -67,10 +81,7 @@ def read_meta(path: Path) -> CheckpointMeta:
     found = _AnyFormat.model_validate_json(text).format
     if found != FORMAT:
         raise UsageError(f"{path}: checkpoint format {found}, this BiRoute reads {FORMAT}")
-    meta = CheckpointMeta.model_validate_json(text)
-    if not isinstance(meta.about.get("model"), dict):
-        raise ValueError("about.model is missing")
-    return meta
+    return CheckpointMeta.model_validate_json(text)
 
 
 class _AnyFormat(BaseModel):

@@ -22,14 +22,15 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.errors import DISK_FULL, DivergedError, FencedError, UsageError
-from biroute.configs.files import HashingWriter, sync_folder
-from biroute.parallel.checkpoint.files import PARTIAL, PREFIX, Owner, prune
+from biroute.configs.files import HashingWriter, sync_folder, write_atomically
+from biroute.parallel.checkpoint.files import Owner, folder_of_step, prune, unfinished_folder
 from biroute.parallel.checkpoint.meta import (
     META_NAME,
     CheckpointMeta,
     Fingerprint,
     ParameterFiles,
     TrainingProgress,
+    read_meta,
 )
 from biroute.parallel.engine.engine import Engine
 
@@ -54,9 +55,8 @@ def save_checkpoint(
         DivergedError: a weight or moment is not finite; older checkpoints are untouched.
         FencedError: another attempt owns the run; on all ranks, and nothing that it sees has changed.
     """
-    final = directory / f"{PREFIX}{progress.step:08d}"
-    # Each attempt has its own: one that is about to be refused must not touch another's.
-    partial = final.with_name(f"{final.name}.attempt-{owner.attempt if owner else 0:04d}{PARTIAL}")
+    final = folder_of_step(directory, progress.step)
+    partial = unfinished_folder(directory, progress.step, owner.attempt if owner else 0)
     problem = _agree(_make_folder(partial) if dist.get_rank() == 0 else None)
     written: dict[str, Any] = {}
     if problem is None:
@@ -85,6 +85,20 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise problem
     return final
+
+
+def note_evaluation(path: Path, owner: Owner) -> None:
+    """Record in a checkpoint that the evaluation after its step is done, so that a resume does not repeat it.
+
+    Raises:
+        OSError: the file could not be written; the checkpoint is as it was.
+        ValueError: its meta.json is damaged.
+        FencedError: another attempt owns the run.
+    """
+    with owner.writing():
+        meta = read_meta(path)
+        progress = meta.progress.model_copy(update={"evaluation_pending": False})
+        write_atomically(path / META_NAME, _json(meta.model_copy(update={"progress": progress})))
 
 
 def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None]) -> dict[str, Any]:
@@ -139,11 +153,11 @@ def _write_meta(
         files={name: found for rank in ranks for name, found in rank["files"].items()},
         parameters={name: ParameterFiles(files=files, split=splits[name]) for name, files in places.items()},
     )
-    with open(partial / META_NAME, "w", encoding="utf-8") as file:
-        json.dump(meta.model_dump(mode="json"), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(partial)
+    write_atomically(partial / META_NAME, _json(meta))
+
+
+def _json(meta: CheckpointMeta) -> bytes:
+    return json.dumps(meta.model_dump(mode="json"), indent=1).encode("utf-8")
 
 
 def _publish(partial: Path, final: Path) -> None:

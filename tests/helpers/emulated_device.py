@@ -110,7 +110,7 @@ def to_device(x: torch.Tensor) -> torch.Tensor:
 def caller() -> str:
     """File and line of the innermost frame of the product."""
     for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
+        path = Path(frame.filename).resolve()  # a package may lie behind a link
         if (
             path.is_relative_to(OUR_CODE)
             and not path.is_relative_to(OUR_CODE / "tests")

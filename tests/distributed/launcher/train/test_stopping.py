@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers.corpus import small_run
 from helpers.job import points_of, run_job, until
-from helpers.pool import WorkerPool
+from helpers.pool import RankFailedError, WorkerPool
 from helpers.training import small_config, start_engine, train
 
 from biroute.configs.errors import FencedError
@@ -95,6 +95,41 @@ def test_stopped_in_evaluation_and_in_a_save(
     assert len(read_attempts(run_dir)) == 3
     stopped = json.loads((log_dir(run_dir, 1) / "stopped.json").read_text())
     assert stopped == {"step": 3, "signal": "SIGTERM"}, "although rank 0 did not get it"
+
+
+def failing_job(tree: dict[str, Any]) -> str:
+    """Run, and fail on one rank in the middle of the first evaluation."""
+    import torch.distributed as dist
+
+    from biroute.data_pipeline.read.loader import HeldoutBatches
+
+    batches = HeldoutBatches.__iter__
+
+    def fail_in_between(self: HeldoutBatches) -> Iterator[Batch]:
+        for index, batch in enumerate(batches(self)):
+            if index == 2 and dist.get_rank() == 1:
+                raise MemoryError("no room for an evaluation")
+            yield batch
+
+    HeldoutBatches.__iter__ = fail_in_between  # type: ignore[method-assign]
+    return run_job(tree)
+
+
+def test_a_failed_evaluation_costs_no_checkpoint_and_is_repeated(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
+    pool, run_dir = ranks(2), tmp_path / "run"
+    tree = tree_of(corpus, run_dir, {"data": 2})
+    tree["checkpoint"]["every_steps"] = 3
+    with pytest.raises(RankFailedError, match="no room for an evaluation"):
+        pool.run(failing_job, tree)
+    (checkpoint,) = list_checkpoints(run_dir / "checkpoints")
+    progress = read_meta(checkpoint).progress
+    assert (progress.step, progress.evaluation_pending) == (3, True)
+    assert points_of(run_dir, "heldout/loss") == []
+
+    assert set(pool.run(run_job, tree)) == {"finished"}
+    assert [step for step, _ in points_of(run_dir, "heldout/loss")] == [3, STEPS]
+    done = list_checkpoints(run_dir / "checkpoints")
+    assert [read_meta(path).progress.evaluation_pending for path in done] == [False, False]
 
 
 def starving_job(tree: dict[str, Any], blocked: Path) -> str:

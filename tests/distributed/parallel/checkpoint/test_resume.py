@@ -165,7 +165,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "half of meta.json": lambda path: (path / "meta.json").write_text((path / "meta.json").read_text()[:200]),
     "an empty meta.json": lambda path: (path / "meta.json").write_text("{}"),
     "a list as meta.json": lambda path: (path / "meta.json").write_text("[]"),
+    "a lost parameter": lambda path: forget_a_parameter(path),
 }
+
+
+def forget_a_parameter(path: Path) -> None:
+    meta = json.loads((path / "meta.json").read_text())
+    meta["parameters"].popitem()
+    (path / "meta.json").write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
