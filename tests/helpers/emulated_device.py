@@ -111,11 +111,7 @@ def caller() -> str:
     """File and line of the innermost frame of the product."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename).resolve()  # a package may lie behind a link
-        if (
-            path.is_relative_to(OUR_CODE)
-            and not path.is_relative_to(OUR_CODE / "tests")
-            and ".venv" not in path.parts[:5]
-        ):
+        if path.is_relative_to(OUR_CODE) and not path.relative_to(OUR_CODE).parts[0].startswith((".venv", "tests")):
             return f"{path.relative_to(OUR_CODE)}:{frame.lineno}"
     return "?"
 
