@@ -40,9 +40,11 @@ class Rank:
                 record_stop(log_dir(run_dir, attempt), None, signal_name)
 
         with self._stop.ending_at_once(note):
+            from biroute.launcher.ranks.agreement import check_same, run_facts
             from biroute.launcher.ranks.rendezvous import begin_joint_attempt, join_processes
 
             place = join_processes(environment, config.train)
+            check_same(run_facts(config))
         if attempt is None:
             attempt = begin_joint_attempt(run_dir, environment.world_size)
             self._began = FencingToken(run_dir, attempt) if environment.rank == 0 else None

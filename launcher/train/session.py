@@ -16,6 +16,7 @@ from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
+from biroute.launcher.ranks.agreement import check_same
 from biroute.launcher.ranks.rendezvous import Place, collective_timeout
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.ranks.stop_signal import StopRequest
@@ -49,6 +50,7 @@ def run(
     """
     layout = resolve_layout(config, place.world_size)
     dataset = open_dataset(config)
+    check_same({"checksum of the dataset's manifest": dataset.manifest.checksum[:12]})
     stop_consensus = StopConsensus(stop, fencing_token, place.device)
     stop_consensus.check_before_training()
     logs = log_dir(config.train.run_dir, fencing_token.attempt)

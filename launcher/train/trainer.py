@@ -46,12 +46,14 @@ class Trainer:
     _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
+    _tokens: int = 0  # trained on since the run began
     _skipped: int = 0  # steps whose gradient was not finite, since the run began
     _skipped_in_a_row: int = 0
 
     def resume(self, progress: TrainingProgress) -> None:
         """Continue from the progress of a loaded checkpoint."""
         self.step = self._saved_step = progress.step
+        self._tokens = progress.tokens
         self._evaluation_pending, self._skipped = progress.evaluation_pending, progress.skipped_steps
         self.watchdog.resumed(progress.step)
         self._say(f"resumed after step {progress.step}")
@@ -101,6 +103,7 @@ class Trainer:
     def _train_one_step(self) -> None:
         started = time.perf_counter()
         self.step += 1
+        self._tokens += self.config.tokens_per_step
         rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
         with self.engine.clock.phase("data"):
             microbatches = [
@@ -154,7 +157,7 @@ class Trainer:
             "optim/learning_rate": rate,
             "optim/grad_norm": report.gradient_norm,
             "optim/skipped_steps": float(self._skipped),
-            "progress/tokens": float(self.step * self.config.tokens_per_step),
+            "progress/tokens": float(self._tokens),
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/tokens_per_second_per_rank": tokens_per_second / ranks,
             "throughput/tflops_per_rank": train_flops_per_step(self.config) / step_seconds / ranks / 1e12,
@@ -218,6 +221,7 @@ class Trainer:
             step=self.step,
             skipped_steps=self._skipped,
             sequences=self.loader.position,
+            tokens=self._tokens,
             evaluation_pending=self._evaluation_pending,
         )
         saving = f"saving after step {self.step}"

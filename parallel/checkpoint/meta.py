@@ -25,6 +25,7 @@ class TrainingProgress(_Record):
     step: NonNegativeInt  # optimizer steps done, those skipped included
     skipped_steps: NonNegativeInt = 0  # their gradient was not finite, so AdamW knows nothing of them
     sequences: NonNegativeInt  # global position in the data
+    tokens: NonNegativeInt = 0  # trained on; counted, since a run may go on with another batch size
     evaluation_pending: bool = False  # the evaluation that is due after this step is not done
 
 

@@ -232,7 +232,8 @@ def test_meta_names_every_file(checkpoints: Path) -> None:
     newest = list_checkpoints(checkpoints)[0]
     meta = json.loads((newest / "meta.json").read_text())
     assert set(meta["files"]) == {path.name for path in newest.iterdir()} - {"meta.json"}
-    assert meta["progress"] == {"step": 3, "skipped_steps": 0, "sequences": 24, "evaluation_pending": False}
+    expected = {"step": 3, "skipped_steps": 0, "sequences": 24, "tokens": 0, "evaluation_pending": False}
+    assert meta["progress"] == expected
 
 
 @pytest.mark.parametrize(("stride", "parts"), [(1, 2), (2, 2), (2, 4), (2, 1)])

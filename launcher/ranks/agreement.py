@@ -1,0 +1,65 @@
+"""Do all ranks run the same? Ranks that were started by hand, or on nodes with different copies, may not."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Mapping
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch.distributed as dist
+
+from biroute.configs.errors import UsageError
+from biroute.configs.load import flatten
+from biroute.configs.schema import RunConfig
+
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "triton")
+_CODE = ("configs", "model", "parallel", "data_pipeline", "launcher")
+_SHOWN = 3  # differences in the message
+# A dataset may lie in another folder on each node; its manifest's checksum is compared instead.
+_OF_A_NODE = ("data.dir",)
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compare `facts` (what, such as a field of the configuration -> value) of all ranks. Collective.
+
+    Raises:
+        UsageError: a rank has another value than rank 0, or lacks it; raised on all ranks with the rank, its node and
+            the values.
+    """
+    everyone: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+    host, expected = everyone[0]
+    for rank, (node, found) in enumerate(everyone):
+        differing = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]
+        if differing:
+            there = ", ".join(f"{name}={found.get(name, 'nothing')}" for name in differing[:_SHOWN])
+            here = ", ".join(f"{name}={expected.get(name, 'nothing')}" for name in differing[:_SHOWN])
+            more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+            raise UsageError(
+                f"the ranks differ: rank {rank} on {node} has {there}{more}, but rank 0 on {host} has {here}; start "
+                "all ranks with one configuration, one copy of the code and one environment"
+            )
+
+
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """Return what must be the same on all ranks before they build anything: configuration, code and versions."""
+    facts = {name: value for name, value in flatten(config).items() if name not in _OF_A_NODE}
+    for package in _PACKAGES:
+        try:
+            facts[f"version of {package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # Triton is not everywhere
+            facts[f"version of {package}"] = "none"
+    return facts | {"checksum of BiRoute's code": code_checksum()}
+
+
+def code_checksum() -> str:
+    """Return a hash of all modules that a rank may import from BiRoute."""
+    digest = hashlib.sha256()
+    for part in _CODE:
+        folder = Path(str(import_module(f"biroute.{part}").__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{part}/{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
