@@ -10,7 +10,8 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import explain_problems, parse_yaml
-from biroute.configs.schema import Section, SlurmTime
+from biroute.configs.section import Section
+from biroute.configs.slurm_section import SlurmTime
 
 SHIPPED = "profiles"
 

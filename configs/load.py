@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
-import typing
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
+from biroute.configs.section import section_of
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,10 +177,3 @@ def _known_keys(section: type[BaseModel], location: Sequence[int | str]) -> list
         if isinstance(part, str):
             model = section_of(model.model_fields[part].annotation)
     return list(model.model_fields)
-
-
-def section_of(annotation: Any) -> Any:
-    """Return the Section inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        return next(section_of(inner) for inner in typing.get_args(annotation) if inner not in (type(None), ...))
-    return annotation

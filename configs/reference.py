@@ -12,13 +12,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from biroute.configs.cluster_profile import ClusterProfile
-from biroute.configs.load import section_of
-from biroute.configs.schema import RunConfig, Section
+from biroute.configs.schema import RunConfig
+from biroute.configs.section import Section, on_resume, section_of
 
 _HEAD = """# Configuration reference
 
 Made from `configs/schema.py` by `make docs`; do not edit.
 A configuration is a YAML file with these sections. Any field can be set on the command line as `section.field=value`.
+
+What may change when a run resumes from its checkpoint: *identity* makes it another run and is refused, unless
+`train.accept_changes` names the field; *recipe* is taken and said; *free* is taken. The sources and how they became a
+dataset are compared by the checksums of its shards, so `data.sources` and `data.tokenizer` are free by themselves.
 """
 
 _PROFILE = """
@@ -46,10 +50,11 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
 
 
 def _fields(section: type[Section]) -> Iterator[str]:
-    yield "| field | type | default | meaning |\n| --- | --- | --- | --- |\n"
+    yield "| field | type | default | on resume | meaning |\n| --- | --- | --- | --- | --- |\n"
     for name, field in section.model_fields.items():
         if _nested(field) is None:
-            yield f"| `{name}` | {_type(field)} | {_default(field)} | {field.description} |\n"
+            change = on_resume(section, field)
+            yield f"| `{name}` | {_type(field)} | {_default(field)} | {change} | {field.description} |\n"
 
 
 def _nested(field: FieldInfo) -> type[Section] | None:

@@ -6,33 +6,22 @@ Sizes that follow from others are properties, never fields of their own.
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from biroute.configs.section import IDENTITY, RECIPE, OnResume, Section, fields_on_resume
+from biroute.configs.slurm_section import SlurmConfig
+
+DATASET = "data"  # stands, in `train.accept_changes`, for everything that a dataset was built with
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section. Unknown keys are errors, and values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, values: Any) -> Any:
-        """`tensor: true` would be taken for 1."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
-                raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
-        return values
 
 
 class AttentionConfig(Section):
     """Which tokens a token attends to. The algorithm is described in docs/architecture.md."""
+
+    on_resume: ClassVar[OnResume] = "identity"
 
     kind: Literal["bi_level", "dense", "sliding_window"] = Field(
         "bi_level",
@@ -75,6 +64,8 @@ class AttentionConfig(Section):
 
 class ModelConfig(Section):
     """The transformer: embedding, blocks (RMSNorm, attention with RoPE, SwiGLU), norm, head."""
+
+    on_resume: ClassVar[OnResume] = "identity"
 
     hidden_size: PositiveInt = Field(256, description="width of the residual stream")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
@@ -213,7 +204,10 @@ class SourceConfig(Section):
         min_length=1, description="files or globs: .txt (one document per file) or .jsonl; each also .gz or .zst"
     )
     weight: float | None = Field(
-        None, gt=0, description="relative weight in training; empty: in proportion to its number of tokens"
+        None,
+        gt=0,
+        description="relative weight in training; empty: in proportion to its number of tokens",
+        json_schema_extra=IDENTITY,
     )
     text_field: str = Field("text", description="field of a .jsonl line that contains the document")
 
@@ -245,7 +239,11 @@ class DataConfig(Section):
     tokens_per_sample: PositiveInt = Field(65_536, description="tokens per WebDataset sample")
     samples_per_shard: PositiveInt = Field(64, description="WebDataset samples per shard")
     workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")
-    seed: int = Field(0, description="seed of the training order; the held-out split does not depend on it")
+    seed: int = Field(
+        0,
+        description="seed of the training order; the held-out split does not depend on it",
+        json_schema_extra=IDENTITY,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -260,6 +258,8 @@ class DataConfig(Section):
 
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
+
+    on_resume: ClassVar[OnResume] = "recipe"
 
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(3e-5, ge=0, description="learning rate at the last step")
@@ -294,25 +294,37 @@ class TrainConfig(Section):
     """Length, batch, precision and intervals of a run."""
 
     run_dir: Path = Field(Path("runs/default"), description="folder of the run: config, logs, checkpoints, metrics")
-    steps: PositiveInt = Field(1000, description="optimizer steps")
-    global_batch_size: PositiveInt = Field(16, description="sequences per step, over all ranks")
+    steps: PositiveInt = Field(1000, description="optimizer steps", json_schema_extra=RECIPE)
+    global_batch_size: PositiveInt = Field(
+        16, description="sequences per step, over all ranks", json_schema_extra=RECIPE
+    )
     microbatch_size: PositiveInt = Field(4, description="sequences per data rank and forward pass")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of training; bf16 keeps fp32 master weights and accumulates gradients in fp32"
+        "fp32",
+        description="precision of training; bf16 keeps fp32 master weights and accumulates gradients in fp32",
+        json_schema_extra=RECIPE,
     )
     activation_checkpointing: bool = Field(
         False, description="recompute the activations of each block in the backward pass to save memory"
     )
-    seed: int = Field(0, ge=0, lt=2**46, description="seed of the initial weights and of masking")
+    seed: int = Field(
+        0, ge=0, lt=2**46, description="seed of the initial weights and of masking", json_schema_extra=IDENTITY
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is a GPU, else cpu")
     threads_per_rank: int = Field(
         0, ge=0, description="CPU threads per rank; 0: OMP_NUM_THREADS, or the cores divided by the ranks"
+    )
+    accept_changes: tuple[str, ...] = Field(
+        (),
+        description="fields, such as model.rope_base, that may differ from the checkpoint that the run resumes from",
     )
     log_every: PositiveInt = Field(10, description="steps between log lines and metric points")
     evaluate_every: int = Field(
         200, ge=0, description="steps between held-out evaluations; 0: only after the last step"
     )
-    evaluate_sequences: PositiveInt = Field(64, description="held-out sequences per evaluation, over all ranks")
+    evaluate_sequences: PositiveInt = Field(
+        64, description="held-out sequences per evaluation, over all ranks", json_schema_extra=RECIPE
+    )
     hang_seconds: float = Field(
         900.0,
         ge=0,
@@ -341,46 +353,6 @@ class TrackingConfig(Section):
     flush_seconds: float = Field(30.0, ge=0, description="longest wait at the end for metrics not yet sent")
 
 
-_SLURM_TIME = r"\d+|\d+:\d\d?|\d+:\d\d?:\d\d?|\d+-\d+(:\d\d?){0,2}|UNLIMITED|INFINITE"
-
-
-def _check_slurm_time(value: object) -> str:
-    text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not re.fullmatch(_SLURM_TIME, text):
-        raise ValueError("not a time that Slurm accepts; use minutes, hours:minutes:seconds or days-hours")
-    return text
-
-
-SlurmTime = Annotated[str, BeforeValidator(_check_slurm_time)]
-
-
-class SlurmConfig(Section):
-    """What `biroute submit` requests from a Slurm cluster. Settings of the whole cluster are in its profile."""
-
-    profile: str | None = Field(
-        None, description="cluster profile: a YAML file, or the name of a shipped one; required by `biroute submit`"
-    )
-    nodes: PositiveInt = Field(1, description="nodes to train on")
-    ranks_per_node: PositiveInt | None = Field(
-        None,
-        description="ranks per node; empty: the profile's GPUs per node, or the layout's ranks divided by the nodes",
-    )
-    time_limit: SlurmTime | None = Field(
-        None, description="time limit of a job in sbatch's format (24:00:00, 2-0, minutes); empty: the profile's"
-    )
-    signal_seconds: int = Field(
-        120, ge=10, description="seconds before the time limit at which to save and stop; Slurm may be a minute early"
-    )
-    requeue: bool = Field(True, description="queue the job again after a stop, a crash or the loss of a node")
-    max_restarts: int = Field(20, ge=0, description="how often a job is queued again after crashes and hangs")
-    max_crashes_at_same_step: PositiveInt = Field(
-        3, description="after this many crashes at the same step, a job is not queued again"
-    )
-    preflight_timeout_seconds: float = Field(
-        300.0, gt=0, description="time limit of the check of all nodes before training"
-    )
-
-
 class RunConfig(Section):
     """Everything that a run depends on."""
 
@@ -399,6 +371,13 @@ class RunConfig(Section):
             raise ValueError(
                 "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed keeps fp32 master weights only from "
                 "ZeRO 1 on; set parallel.zero_stage=1 (with one data rank it shards nothing)"
+            )
+        refusable = {name for name, kind in fields_on_resume(RunConfig) if kind == "identity"} | {DATASET}
+        wrong = [name for name in self.train.accept_changes if name not in refusable]
+        if wrong:
+            raise ValueError(
+                f"train.accept_changes={wrong[0]}: not a field that a resume refuses to change; those "
+                f"are marked as identity in docs/configuration.md, and {DATASET} stands for the dataset"
             )
         optim, steps = self.optim, self.train.steps
         if optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:

@@ -121,6 +121,15 @@ class Manifest(_Entry):
         content = json.dumps(self.model_dump(mode="json", exclude={"checksum"}), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode("utf-8")).hexdigest()
 
+    def tokens_checksum(self) -> str:
+        """Return a hash of the sources' names and shards: of everything that training reads, however it was built."""
+        names = [
+            (source.name, split, [shard.sha256 for shard in source.splits[split].shards])
+            for source in self.sources
+            for split in SPLITS
+        ]
+        return hashlib.sha256(json.dumps(names).encode("utf-8")).hexdigest()
+
     def sealed(self) -> Manifest:
         """Return the same manifest with the right checksum."""
         return self.model_copy(update={"checksum": self.content_checksum()})

@@ -21,7 +21,7 @@ from biroute.launcher.start.local import run_local_ranks
 from biroute.launcher.start.worker import train_rank
 from biroute.launcher.track.tracker import close_after_crash
 from biroute.launcher.track.uri import tracking_uri
-from biroute.launcher.train.identity import model_identity
+from biroute.launcher.train.identity import about_run
 from biroute.parallel.checkpoint.files import check_newest
 
 
@@ -39,7 +39,7 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     dataset = open_dataset(config)
     dataset.heldout_batches(data_rank=0, data_size=layout.data)  # is there enough held-out text?
     make_run_dir(config.train.run_dir)
-    check_newest(config.train.run_dir / CHECKPOINTS, model_identity(config, dataset))
+    check_newest(config.train.run_dir / CHECKPOINTS, about_run(config, dataset))
     if config.tracking.enabled:
         tracking_uri(config, config.train.run_dir)  # reports a bad URI now rather than in a minute
     return _run_attempt(config, world_size)

@@ -26,6 +26,7 @@ _PACKAGES = (
 _PLACEMENT = (
     "parallel.",
     "train.run_dir",
+    "train.accept_changes",
     "train.device",
     "train.threads_per_rank",
     "data.dir",

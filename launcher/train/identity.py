@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from biroute.configs.changes import settings_to_compare
 from biroute.configs.layout import Layout
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import Dataset
@@ -30,6 +31,15 @@ def model_identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         **{f"model.{name}": model[name] for name in _SHAPE_FIELDS},
         "vocabulary": config.padded_vocab_size,
         "tokenizer fingerprint": dataset.manifest.tokenizer_fingerprint[:12],
+    }
+
+
+def about_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: its model, and the settings that a resume compares."""
+    return {
+        "model": model_identity(config, dataset),
+        "settings": settings_to_compare(config, dataset.manifest.tokens_checksum()[:12]),
+        "accepted": list(config.train.accept_changes),
     }
 
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from biroute.configs.changes import compare_settings
 from biroute.configs.errors import UsageError
 from biroute.parallel.checkpoint.meta import Fingerprint, read_meta
 
@@ -55,14 +56,27 @@ def check_same_model(path: Path, saved: dict[str, Any], ours: dict[str, Any]) ->
         )
 
 
+def check_same_run(path: Path, saved: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Compare what a checkpoint says of its run, `about` in its meta.json, with ours; returns what else has changed.
+
+    Raises:
+        UsageError: it is of another model, or of another run and `ours["accepted"]` does not name what differs.
+    """
+    check_same_model(path, saved["model"], ours["model"])
+    try:
+        return compare_settings(saved.get("settings", {}), ours.get("settings", {}), ours.get("accepted", []))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
 def check_newest(directory: Path, ours: dict[str, Any]) -> None:
-    """Before any rank is started: raise a UsageError if the newest readable checkpoint is of another model."""
+    """Before any rank is started: raise a UsageError if no run may go on with the newest readable checkpoint."""
     for path in list_checkpoints(directory):
         try:
-            saved = read_meta(path).model
+            saved = read_meta(path).about
         except (OSError, ValueError):
             continue  # loading skips it, too, and reports it
-        check_same_model(path, saved, ours)
+        check_same_run(path, saved, ours)
         return
 
 

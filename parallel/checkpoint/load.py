@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from biroute.configs.errors import UsageError
-from biroute.parallel.checkpoint.files import check_same_model, fingerprint, list_checkpoints
+from biroute.parallel.checkpoint.files import check_same_run, fingerprint, list_checkpoints
 from biroute.parallel.checkpoint.meta import META_NAME, CheckpointMeta, TrainingProgress, read_meta
 from biroute.parallel.checkpoint.reshard import reshard
 from biroute.parallel.engine.engine import Engine
@@ -25,7 +25,7 @@ def load_checkpoint(
     Damaged ones are passed over, each with a line to `report` on rank 0.
 
     Raises:
-        UsageError: the newest valid checkpoint is of another model, or there are only damaged ones.
+        UsageError: the newest valid checkpoint is of another model or run, or there are only damaged ones.
     """
     damaged = []
     for path in list_checkpoints(directory):
@@ -36,7 +36,8 @@ def load_checkpoint(
                 report(f"{problem}; trying the one before it")
             continue
         meta = read_meta(path)
-        check_same_model(path, meta.model, about["model"])
+        for line in check_same_run(path, meta.about, about):
+            report(line)
         _read_parameters(engine, path, meta)
         return meta.progress
     if damaged:

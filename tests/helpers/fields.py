@@ -9,7 +9,8 @@ import typing
 from collections.abc import Iterator
 
 from biroute.configs.cluster_profile import ClusterProfile
-from biroute.configs.schema import RunConfig, Section
+from biroute.configs.schema import RunConfig
+from biroute.configs.section import Section
 
 MODEL = "distributed/model/test_fields.py::"
 ENGINE = "distributed/parallel/engine/test_settings.py::"
@@ -90,6 +91,7 @@ SHOWN_BY: dict[str, str] = {
     "train.seed": f"{ENGINE}test_the_seed_draws_the_weights",
     "train.device": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",
     "train.threads_per_rank": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",
+    "train.accept_changes": "distributed/launcher/train/test_resuming.py::test_another_run_is_refused_or_accepted",
     "train.evaluate_sequences": f"{LOADER}test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds",
     "train.hang_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "train.startup_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",

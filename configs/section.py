@@ -1,0 +1,60 @@
+"""What all sections of a configuration have in common, and what may change when a run resumes."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic.fields import FieldInfo
+
+# identity: another value makes it another run, so a resume refuses it unless train.accept_changes names the field.
+# recipe: how training goes on; taken, and said. free: where and how the same training runs.
+OnResume = Literal["identity", "recipe", "free"]
+# For `json_schema_extra` of fields that are not of their section's kind.
+IDENTITY: dict[str, JsonValue] = {"on_resume": "identity"}
+RECIPE: dict[str, JsonValue] = {"on_resume": "recipe"}
+
+
+class Section(BaseModel):
+    """Base of every section. Unknown keys are errors, and values do not change after loading."""
+
+    on_resume: ClassVar[OnResume] = "free"  # of the fields that do not say otherwise
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, values: Any) -> Any:
+        """`tensor: true` would be taken for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+                raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
+        return values
+
+
+def fields_on_resume(section: type[Section], prefix: str = "") -> Iterator[tuple[str, OnResume]]:
+    """Yield (dotted name, kind) of every field below a section."""
+    for name, field in section.model_fields.items():
+        nested = section_of(field.annotation)
+        if isinstance(nested, type) and issubclass(nested, Section):
+            yield from fields_on_resume(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name, on_resume(section, field)
+
+
+def on_resume(section: type[Section], field: FieldInfo) -> OnResume:
+    """Return of which kind a field of `section` is."""
+    extra = field.json_schema_extra
+    own = extra.get("on_resume") if isinstance(extra, dict) else None
+    return own or section.on_resume  # type: ignore[return-value]
+
+
+def section_of(annotation: Any) -> Any:
+    """Return the Section inside an annotation such as `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return next(section_of(inner) for inner in typing.get_args(annotation) if inner not in (type(None), ...))
+    return annotation
