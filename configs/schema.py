@@ -236,6 +236,10 @@ class DataConfig(Section):
     heldout_fraction: Fraction = Field(0.01, description="fraction of the documents held out from training")
     min_document_bytes: PositiveInt = Field(1, description="documents with fewer bytes are skipped and counted")
     max_document_bytes: int = Field(1_000_000, ge=16, description="documents with more bytes are cut into parts")
+    max_malformed_fraction: Fraction = Field(
+        0.01,
+        description="lines of .jsonl files without a document are skipped and named; more than these are an error",
+    )
     tokens_per_sample: PositiveInt = Field(65_536, description="tokens per WebDataset sample")
     samples_per_shard: PositiveInt = Field(64, description="WebDataset samples per shard")
     workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")

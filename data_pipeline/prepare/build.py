@@ -347,6 +347,8 @@ class _SourceBuild:
                     encoder.submit(path, texts, read_bytes)
             encoder.drain()
             update(total)
+        for example in counts.examples:
+            self._build._progress.note(f"warning: {example}; the line is skipped")
         return number, counts
 
     def _write_split(self, split: Split, num_parts: int) -> SplitEntry:

@@ -13,22 +13,26 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.prepare.json_lines import read_records
 
 _SUFFIXES = (".txt", ".jsonl")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
+_ZSTD_INPUT_BYTES = 1 << 10  # at most some 32 MiB of output at a time: four bytes can stand for 128 KiB
+_EXAMPLES = 5
+_MALFORMED_OF_FEW = 1  # this many are never too many
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A fixed key instead of the user's seed, so that a document stays held out when the training order changes.
 _SPLIT_KEY = b"biroute held-out split 1"
@@ -60,10 +64,26 @@ class SourceCounts:
     short_documents: int = 0
     cut_documents: int = 0
     invalid_utf8_documents: int = 0
-    malformed_lines: int = 0
+    malformed_lines: int = 0  # the sum of the four below
+    not_json_lines: int = 0
+    no_object_lines: int = 0
+    no_text_lines: int = 0
+    too_long_lines: int = 0
+    records: int = field(default=0, compare=False)  # of .jsonl files, the malformed ones included
+    examples: list[str] = field(default_factory=list)  # file, line and reason of the first malformed ones
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        """Return the counts that a manifest keeps."""
+        return {name: count for name, count in asdict(self).items() if name not in ("records", "examples")}
+
+    def skip_line(self, path: str, number: int, reason: str, details: str) -> None:
+        """Count a line without a document, and remember the first ones; `reason` is the name of its count."""
+        self.records += 1
+        self.malformed_lines += 1
+        name = f"{reason}_lines"
+        setattr(self, name, getattr(self, name) + 1)
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(f"{path}:{number}: {details}")
 
 
 def resolve_files(source: SourceConfig) -> list[SourceFile]:
@@ -75,18 +95,18 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
         UsageError: a pattern matches no file or is a URL, a path is a folder or no regular file, or a file is of an
             unknown kind.
     """
-    field = f"data.sources[{source.name}].paths"
+    where = f"data.sources[{source.name}].paths"
     found: dict[str, SourceFile] = {}
     seen: dict[tuple[int, int], str] = {}
     for pattern in source.paths:
         if "://" in pattern:
-            raise UsageError(f"{field}: {pattern!r} is not on this machine; copy it first, and name the local files")
+            raise UsageError(f"{where}: {pattern!r} is not on this machine; copy it first, and name the local files")
         pattern = str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
             what = "is a folder; name its files, such as" if matches else "matches no file; correct it, such as"
-            raise UsageError(f"{field}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
+            raise UsageError(f"{where}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
         for name in files:
             _kind_of(name)
             try:
@@ -94,9 +114,9 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
             except OSError as error:  # a dangling link
                 if error.errno == errno.ELOOP:  # links that lead in a circle: what they hold is found without them
                     continue
-                raise UsageError(f"{field}: {name} cannot be read ({error.strerror})") from None
+                raise UsageError(f"{where}: {name} cannot be read ({error.strerror})") from None
             if not S_ISREG(stat.st_mode):
-                raise UsageError(f"{field}: {name} is not a regular file; name files with text")
+                raise UsageError(f"{where}: {name} is not a regular file; name files with text")
             if seen.setdefault((stat.st_dev, stat.st_ino), name) == name:  # a link to a file is the same file
                 found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
     return list(found.values())
@@ -129,13 +149,19 @@ def read_documents(
             if kind == ".txt":
                 parts = _txt_documents(stream, data.max_document_bytes, counts)
             else:
-                parts = _jsonl_documents(stream, source.text_field, data.max_document_bytes, counts)
+                parts = _jsonl_documents(stream, file.path, source.text_field, data.max_document_bytes, counts)
             for text, cut in parts:
                 document = _accept(text, cut, data, counts)
                 if document is not None:
                     yield document
     if counts.documents == 0:
         raise UsageError(_why_nothing(source, counts))
+    if counts.malformed_lines > max(_MALFORMED_OF_FEW, data.max_malformed_fraction * counts.records):
+        raise UsageError(
+            f"data.sources[{source.name}]: {counts.malformed_lines:,} of {counts.records:,} lines hold no document, "
+            f"more than data.max_malformed_fraction={data.max_malformed_fraction}: {'; '.join(counts.examples)}; "
+            "correct the files or raise that fraction"
+        )
 
 
 # How files begin that are no UTF-8 text, and what to do with them.
@@ -159,7 +185,7 @@ def _why_nothing(source: SourceConfig, counts: SourceCounts) -> str:
     if counts.malformed_lines:
         return (
             f"data.sources[{source.name}]: none of the {counts.malformed_lines} lines of {source.paths[0]} is a JSON "
-            f"object with a text field {source.text_field!r}; correct its text_field or the file"
+            f"object with a text field {source.text_field!r} ({counts.examples[0]}); correct its field or the file"
         )
     return (
         f"data.sources[{source.name}]: {source.paths[0]} holds no document "
@@ -183,22 +209,18 @@ def _accept(text: str, cut: bool, data: DataConfig, counts: SourceCounts) -> Doc
     return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
 
 
-def _jsonl_documents(stream: BinaryIO, field: str, limit: int, counts: SourceCounts) -> Iterator[tuple[str, bool]]:
-    for number, line in enumerate(stream):
-        if number == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        text = _decode(line, counts)
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            counts.malformed_lines += 1
-            continue
-        value = record.get(field) if isinstance(record, dict) else None
+def _jsonl_documents(
+    stream: BinaryIO, path: str, text_field: str, limit: int, counts: SourceCounts
+) -> Iterator[tuple[str, bool]]:
+    def skipped(number: int, reason: str, details: str) -> None:
+        counts.skip_line(path, number, reason, details)
+
+    for number, record in read_records(stream, lambda line: _decode(line, counts), skipped):
+        value = record.get(text_field)
         if not isinstance(value, str):
-            counts.malformed_lines += 1
+            skipped(number, "no_text", f"no text in field {text_field!r}")
             continue
+        counts.records += 1
         if _SURROGATE.search(value):  # "\ud800" is valid JSON but not valid Unicode text
             counts.invalid_utf8_documents += 1
             value = _SURROGATE.sub("\ufffd", value)
@@ -309,7 +331,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._output:
             if not self._input:
-                self._input = self._raw.read(1 << 17)
+                self._input = self._raw.read(_ZSTD_INPUT_BYTES)
                 if not self._input:
                     if self._frame is not None:
                         raise EOFError("the last zstd frame is not complete")
@@ -331,17 +353,27 @@ def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[i
     """Open a file to read its decompressed bytes; errors while reading become a UsageError that names the file."""
     import zstandard
 
+    decompressed: gzip.GzipFile | None = None
     try:
         with Path(path).open("rb", buffering=0) as raw:
             counted: Any = io.BufferedReader(_CountingFile(raw, on_bytes), _BLOCK_BYTES)  # type: ignore[arg-type]
             if path.lower().endswith(".gz"):
-                counted = gzip.GzipFile(fileobj=counted, mode="rb")
+                counted = decompressed = gzip.GzipFile(fileobj=counted, mode="rb")
             elif path.lower().endswith(".zst"):
                 counted = _ZstdFile(counted)
             yield io.BufferedReader(counted, _BLOCK_BYTES)  # type: ignore[return-value]
     except EOFError:
         raise UsageError(f"{path}: the compressed file is truncated; fetch or write it again") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except gzip.BadGzipFile as error:
+        if decompressed is not None and decompressed.tell():
+            raise UsageError(
+                f"{path}: something else follows the gzip data ({' '.join(str(error).split())}); take it away, such "
+                f"as with: zcat {shlex.quote(path)} 2>/dev/null | gzip > intact.gz"
+            ) from None
+        raise UsageError(
+            f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
+        ) from None
+    except (zlib.error, zstandard.ZstdError) as error:
         raise UsageError(
             f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
         ) from None

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,7 +87,7 @@ def test_dirt_is_counted_and_never_a_crash(tmp_path: Path) -> None:
         + b"[" * 5000
         + b'\n{"text": "last, without newline"}'
     )
-    documents, counts = read(path, min_document_bytes=5)
+    documents, counts = read(path, min_document_bytes=5, max_malformed_fraction=1.0)
     assert [document.text for document in documents] == [
         "first after a byte order mark",
         "bad \ufffd\ufffd byte",
@@ -93,8 +95,83 @@ def test_dirt_is_counted_and_never_a_crash(tmp_path: Path) -> None:
         "last, without newline",
     ]
     assert counts == SourceCounts(
-        documents=4, empty_documents=2, short_documents=1, invalid_utf8_documents=2, malformed_lines=5
+        documents=4, empty_documents=2, short_documents=1, invalid_utf8_documents=2, malformed_lines=5,
+        no_text_lines=2, no_object_lines=1, not_json_lines=2, records=12,
+        examples=[
+            f"{path}:9: no text in field 'text'",
+            f"{path}:10: no text in field 'text'",
+            f"{path}:11: no JSON object",
+            f"{path}:12: not JSON (Expecting value at character 1)",
+            f"{path}:13: not JSON (nested too deep)",
+        ],
+    )  # fmt: skip
+
+
+def test_objects_are_found_where_careless_tools_put_them(tmp_path: Path) -> None:
+    """An array on a line, and files that were joined with their byte order marks."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'[{"text": "one"}, {"text": "two"}]\r\n\xef\xbb\xbf{"text": "three"}\n'
+        b'{"text": "4"}{"text": "5"}\n\0{"text": "6"}'
     )
+    documents, counts = read(path, max_malformed_fraction=0.5)
+    assert [document.text for document in documents] == ["one", "two", "three"]
+    assert counts.examples == [
+        f"{path}:3: not JSON (Extra data at character 14)", f"{path}:4: not JSON (Expecting value at character 1)",
+    ]  # fmt: skip
+
+
+def test_too_many_malformed_lines_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, ["text"] * 197)
+    with path.open("a") as file:
+        file.write("x\n" * 2)
+    assert read(path, max_malformed_fraction=2 / 199)[1].malformed_lines == 2
+    with pytest.raises(
+        UsageError, match=r"2 of 199 lines hold no document.*fraction=0\.01: .*a\.jsonl:198: not JSON"
+    ) as e:
+        read(path)
+    assert "a.jsonl:199" in str(e.value)
+    write_jsonl(path, ["text"])
+    with path.open("a") as file:
+        file.write("x\n")
+    assert read(path)[1].malformed_lines == 1, "one is no reason to stop, however few the lines"
+
+
+def test_a_line_of_any_length_takes_little_memory(tmp_path: Path) -> None:
+    """A few kilobytes of zstd can hold gigabytes; here a line and a text of 300 MB each."""
+    size = 300_000_000
+    line = b'{"text": "' + b"x" * size + b'"}\n{"text": "after it"}\n'
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"x" * size))
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 100_000
+    del line
+    program = """
+import resource, sys
+from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
+counts = SourceCounts()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+source = SourceConfig(name="s", paths=(sys.argv[1],))
+texts = sum(document.size_bytes for document in read_documents(source, DataConfig(), counts))
+print(texts, counts.too_long_lines, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    for name, total, too_long in (("a.jsonl.zst", len("after it"), 1), ("b.txt.zst", size, 0)):
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert answer[:2] == [str(total), str(too_long)]
+        assert int(answer[2]) < 250, f"{answer[2]} MiB more in memory"
+
+
+def test_what_follows_gzip_data_is_named_with_a_remedy_that_works(tmp_path: Path) -> None:
+    path = tmp_path / "a b.txt.gz"
+    path.write_bytes(gzip.compress(b"the text") + b"garbage")
+    with pytest.raises(UsageError, match="something else follows the gzip data") as error:
+        read(path)
+    command = str(error.value).partition("such as with: ")[2]
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    (tmp_path / "intact.gz").rename(path)
+    assert texts_of(path) == ["the text"]
 
 
 def test_invalid_utf8_in_txt_is_counted_once_a_file(tmp_path: Path) -> None:
