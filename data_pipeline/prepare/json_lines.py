@@ -1,4 +1,4 @@
-"""Read JSON Lines as they are found in the wild: what is no record is skipped and named by its line, never an error."""
+"""Read JSON Lines as they are found in the wild: what is no record is skipped and named by its line, no error."""
 
 from __future__ import annotations
 
