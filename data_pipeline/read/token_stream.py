@@ -19,6 +19,8 @@ from biroute.data_pipeline.read.manifest import MANIFEST_NAME, Manifest, ShardEn
 _TAR_BLOCK = 512
 # Maps that one reader keeps open; Linux allows a process 65,530.
 _MAX_OPEN_SHARDS = 512
+# Manifest and checksum -> state of the file that had it, so that a long manifest is not parsed again for each shard.
+_found_right: dict[tuple[Path, str], tuple[int, int, int, int]] = {}
 
 
 def sample_key(source: str, split: str, index: int) -> str:
@@ -111,10 +113,17 @@ def check_not_rebuilt(folder: Path, manifest: Manifest, shard: ShardEntry) -> No
     Raises:
         UsageError: it was built again, or is being built; the message names `shard`.
     """
+    path, found = folder / MANIFEST_NAME, None
     try:
-        found = json.loads((folder / MANIFEST_NAME).read_bytes()).get("checksum")
+        stat = path.stat()
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if _found_right.get((path, manifest.checksum)) == state:
+            return
+        found = json.loads(path.read_bytes()).get("checksum")
+        if found == manifest.checksum:
+            _found_right[path, manifest.checksum] = state
     except (OSError, ValueError, AttributeError):
-        found = None
+        pass
     if found != manifest.checksum:
         what = "was built again" if found else "is being built again, or its manifest was removed"
         raise UsageError(
