@@ -1,7 +1,7 @@
-"""Run all tests as two pytest processes side by side: `make test`.
+"""Run all tests as three pytest processes side by side: `make test`.
 
-The tests through the command line mostly wait, for processes to start and for Slurm's daemons, while the others
-compute. Arguments are passed on to both, `-k name` say.
+The tests on a Slurm cluster mostly wait for its daemons, and those through the command line for processes to start,
+while the others compute. Arguments are passed on to all of them, `-k name` say.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-PARTS = {"system": ["system"], "others": ["unit", "distributed"]}
+# Name -> the folders that pytest runs, and those in them that it leaves to another part.
+PARTS: dict[str, tuple[list[str], list[str]]] = {
+    "slurm": (["system/slurm"], []),
+    "system": (["system"], ["system/slurm"]),
+    "others": (["unit", "distributed"], []),
+}
 NOTHING_COLLECTED = 5  # pytest's exit status where `-k` leaves no test of a part
 
 
-def start(name: str, folders: list[str], arguments: list[str]) -> tuple[subprocess.Popen[str], threading.Thread]:
-    """Start pytest on some folders; a thread prints its lines behind its name."""
-    paths = (str(TESTS / folder) for folder in folders)
+def start(name: str, arguments: list[str]) -> tuple[subprocess.Popen[str], threading.Thread]:
+    """Start pytest on a part; a thread prints its lines behind its name."""
+    folders, left_out = PARTS[name]
+    paths = [str(TESTS / folder) for folder in folders] + [f"--ignore={TESTS / folder}" for folder in left_out]
     command = [sys.executable, "-m", "pytest", "--durations=15", *paths, *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -38,7 +44,7 @@ def start(name: str, folders: list[str], arguments: list[str]) -> tuple[subproce
 
 def main() -> int:
     began = time.monotonic()
-    running = {name: start(name, folders, sys.argv[1:]) for name, folders in PARTS.items()}
+    running = {name: start(name, sys.argv[1:]) for name in PARTS}
     statuses = {}
     for name, (process, thread) in running.items():
         statuses[name] = process.wait()
