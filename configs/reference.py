@@ -35,7 +35,7 @@ A YAML file of its own, named by `slurm.profile`; every field is optional. Made 
 
 def reference() -> str:
     """Return the whole reference as Markdown."""
-    return _HEAD + "".join(_section("", RunConfig)) + _PROFILE + "".join(_fields(ClusterProfile))
+    return _HEAD + "".join(_section("", RunConfig)) + _PROFILE + "".join(_fields(ClusterProfile, resume=False))
 
 
 def _section(prefix: str, section: type[Section]) -> Iterator[str]:
@@ -49,12 +49,15 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
             yield from _section(f"{prefix}{name}{mark}.", nested)
 
 
-def _fields(section: type[Section]) -> Iterator[str]:
-    yield "| field | type | default | on resume | meaning |\n| --- | --- | --- | --- | --- |\n"
+def _fields(section: type[Section], resume: bool = True) -> Iterator[str]:
+    """Yield a table of the fields; `resume`: also say what may change on a resume."""
+    columns = ["field", "type", "default", *(["on resume"] if resume else []), "meaning"]
+    yield f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n"
     for name, field in section.model_fields.items():
         if _nested(field) is None:
-            change = on_resume(section, field)
-            yield f"| `{name}` | {_type(field)} | {_default(field)} | {change} | {field.description} |\n"
+            kind = [on_resume(section, field)] if resume else []
+            cells = [f"`{name}`", _type(field), _default(field), *kind, str(field.description)]
+            yield f"| {' | '.join(cells)} |\n"
 
 
 def _nested(field: FieldInfo) -> type[Section] | None:
