@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import re
 from collections.abc import Sequence
@@ -36,9 +37,11 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-# Resolvers are grouped by first character. Base-60 numbers are the only scalars with a colon that are not dates.
+# Resolvers are grouped by first character. Base-60 numbers are the only scalars with a colon that are not dates; a
+# number with a leading zero is octal in YAML 1.1, and `Section` refuses it where a number belongs.
+_TEXT = re.compile(r"^[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-9_]+)$")
 _Loader.yaml_implicit_resolvers = {
-    first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *resolvers]
+    first: [("tag:yaml.org,2002:str", _TEXT), *resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -135,6 +138,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
     try:
         value = text if _has_comment(text) else parse_yaml(text)
+        if _is_text(keys) and isinstance(value, int | float | datetime.date):
+            value = text  # a run may be called 2024 or 010
     except yaml.YAMLError:
         raise UsageError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     branch = tree
@@ -146,6 +151,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UsageError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         branch = inner
     branch[keys[-1]] = value
+
+
+def _is_text(keys: Sequence[str]) -> bool:
+    """Does this field of a configuration hold a text or a path?"""
+    model: Any = RunConfig
+    for key in keys:
+        if not (isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields):
+            return False
+        model = section_of(model.model_fields[key].annotation)
+    return model in (str, Path)
 
 
 def _has_comment(text: str) -> bool:
@@ -165,10 +180,32 @@ def _explain(problem: Any, section: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {name}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _what_is_wanted(problem["type"], problem["input"]) or problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict | BaseModel):
         return f"{name}: {message}" if name else message
-    return f"{name}={problem['input']!r}: {message}"
+    return f"{name} {message}" if problem["input"] is None else f"{name}={problem['input']!r}: {message}"
+
+
+def _what_is_wanted(kind: str, value: Any) -> str:
+    """Say in words for people who write YAML what is wrong with the type of a value; empty for other problems."""
+    if kind in ("model_type", "model_attributes_type"):
+        return "a section, not a value; set its fields"
+    if value is None and kind.endswith("_type"):
+        return "is empty; give a value, or leave the line out for the default"
+    if kind in ("string_type", "path_type"):
+        scalar = isinstance(value, int | float | datetime.date)
+        return f"not a text; put it in quotes: '{value}'" if scalar else "not a text but a list or section"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        try:
+            whole = float(value)
+        except (TypeError, ValueError):
+            return "not a whole number"
+        return f"not a whole number; write {whole:.0f}" if whole.is_integer() else "not a whole number"
+    if kind in ("float_parsing", "float_type"):
+        return "not a number"
+    if kind in ("tuple_type", "list_type"):
+        return f"not a list; write [{value}]"
+    return ""
 
 
 def _known_keys(section: type[BaseModel], location: Sequence[int | str]) -> list[str]:

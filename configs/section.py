@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -27,12 +28,15 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_bool_as_number(cls, values: Any) -> Any:
-        """`tensor: true` would be taken for 1."""
+    def _no_number_by_accident(cls, values: Any) -> Any:
+        """`tensor: true` would be taken for 1, and `steps: 010` may mean 10 or, as YAML 1.1 has it, 8."""
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
             if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
                 raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
+            is_number = field is not None and re.search(r"\b(int|float)\b", str(field.annotation))
+            if is_number and isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+", value):
+                raise ValueError(f"{name}={value} begins with a zero; write {int(value)}")
         return values
 
 

@@ -51,7 +51,18 @@ def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
         ("train.hang_seconds=.inf", ["train.hang_seconds", "finite"]),
         ("parallel.tensor=true", ["tensor=true is neither a number nor a text"]),
         ("train.seed=yes", ["seed=true"]),
-        ("tracking.run_name=no", ["run_name=false"]),
+        ("train.steps=010", ["steps=010 begins with a zero; write 10"]),
+        ("slurm.ranks_per_node=04", ["ranks_per_node=04 begins with a zero; write 4"]),
+        ("optim.warmup_steps=-007", ["warmup_steps=-007 begins with a zero; write -7"]),
+        ("train.steps=1e3", ["train.steps='1e3': not a whole number; write 1000"]),
+        ("train.steps=10.5", ["train.steps=10.5: not a whole number"]),
+        ("train.steps=ten", ["train.steps='ten': not a whole number"]),
+        ("train.steps=", ["train.steps is empty; give a value, or leave the line out"]),
+        ("tracking.experiment=", ["tracking.experiment is empty; give a value"]),
+        ("optim.learning_rate=fast", ["optim.learning_rate='fast': not a number"]),
+        ("model.dense_layers=3", ["model.dense_layers=3: not a list; write [3]"]),
+        ("tracking.run_name=[1]", ["tracking.run_name=[1]: not a text but a list or section"]),
+        ("model.attention=3", ["model.attention=3: a section, not a value; set its fields"]),
         ("train.seed=1795650000123456789", ["train.seed=1795650000123456789", "less than"]),
         ("train.seed=-1", ["train.seed=-1", "greater than or equal to 0"]),
     ],
@@ -60,4 +71,31 @@ def test_what_is_no_such_number_is_refused(file: Path, override: str, parts: lis
     with pytest.raises(UsageError) as caught:
         load_config(file, [override])
     assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024", "010", "1.10", "2024-11-25", "2024-11-25 10:00:00", "no", "1e3", "0x10", "1_000"]
+)
+def test_a_text_or_path_is_what_was_written(file: Path, text: str) -> None:
+    """Whatever YAML takes it for."""
+    config = load_config(file, [f"tracking.run_name={text}", f"train.run_dir={text}", f"slurm.profile={text}"])
+    assert (config.tracking.run_name, str(config.train.run_dir), config.slurm.profile) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("run_name: 2024", "tracking.run_name=2024: not a text; put it in quotes: '2024'"),
+        ("experiment: 2024-11-25", "not a text; put it in quotes: '2024-11-25'"),
+        ("run_name: no", "run_name=false is neither a number nor a text"),
+        ("run_name: [a]", "tracking.run_name=['a']: not a text but a list or section"),
+    ],
+)
+def test_a_text_in_a_file_must_be_one(file: Path, line: str, message: str) -> None:
+    """Here what was written is gone: 1.10 and 010 would be another text."""
+    file.write_text(f"tracking:\n  {line}\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(file)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
