@@ -181,6 +181,8 @@ def _explain(problem: Any, section: type[BaseModel]) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {name}; {hint}"
     message = _what_is_wanted(problem["type"], problem["input"]) or problem["msg"].removeprefix("Value error, ")
+    if not location and not isinstance(problem["input"], dict | BaseModel):
+        return f"expected lines of the form 'field: value', found a {type(problem['input']).__name__}"
     if isinstance(problem["input"], dict | BaseModel):
         return f"{name}: {message}" if name else message
     return f"{name} {message}" if problem["input"] is None else f"{name}={problem['input']!r}: {message}"

@@ -29,7 +29,7 @@ def assert_one_line(answer: Answer, *parts: str) -> None:
     [
         (["train.stepz=3"], ["train.stepz", "did you mean steps?"]),
         (["model.attention.topc=3"], ["model.attention.topc", "did you mean topk?"]),
-        (["train.steps=many"], ["train.steps='many'", "integer"]),
+        (["train.steps=many"], ["train.steps='many'", "not a whole number"]),
         (["train.steps=0"], ["train.steps=0", "greater than 0"]),
         (["model.mask_fraction=1.5"], ["model.mask_fraction=1.5", "less than or equal to 1"]),
         (["optim.schedule=linear"], ["optim.schedule='linear'", "cosine"]),

@@ -197,7 +197,7 @@ def test_shipped_profiles_are_valid_and_survive_writing(name: str, tmp_path: Pat
         ("gpus_per_node: -1", ["gpus_per_node=-1"]),
         ("sbatch_options: [mem=3]", ["'mem=3'", "--name"]),
         ("environment: {'A B': x}", ["'A B'", "environment variable"]),
-        ("- 1", ["dictionary"]),
+        ("- 1", ["expected lines of the form 'field: value', found a list"]),
         ("a: [", ["not a readable YAML file"]),
     ],
 )
