@@ -52,7 +52,10 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not valid YAML.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as error:  # no such day, a number of 5,000 digits, 20,000 brackets
+        raise yaml.YAMLError(str(error).split(";")[0]) from None
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -69,15 +72,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_tree(tree, str(path))
+    return config_from_tree(tree, str(path), [override.partition("=")[0] for override in overrides])
 
 
-def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
+def config_from_tree(tree: dict[str, Any], origin: str, overridden: Sequence[str] = ()) -> RunConfig:
     """Build a configuration from plain values.
 
     Args:
         tree: nested dictionaries of plain values.
         origin: what error messages name as the source, usually a file.
+        overridden: fields whose values come from the command line instead.
 
     Raises:
         UsageError: a key is unknown, or a value has the wrong type or range.
@@ -85,7 +89,9 @@ def config_from_tree(tree: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {explain_problems(error, RunConfig)}") from None
+        names = [".".join(map(str, problem["loc"])) for problem in error.errors()]
+        source = "command line" if all(name in overridden for name in names) else origin
+        raise UsageError(f"{source}: {explain_problems(error, RunConfig)}") from None
 
 
 def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:
@@ -136,12 +142,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = name.split(".")
     if not equals or not all(keys):
         raise UsageError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
-    try:
-        value = text if _has_comment(text) else parse_yaml(text)
-        if _is_text(keys) and isinstance(value, int | float | datetime.date):
-            value = text  # a run may be called 2024 or 010
-    except yaml.YAMLError:
-        raise UsageError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    value = _override_value(text, keys, override)
     branch = tree
     for depth, key in enumerate(keys[:-1]):
         inner = branch.setdefault(key, {})
@@ -151,6 +152,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UsageError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
         branch = inner
     branch[keys[-1]] = value
+
+
+def _override_value(text: str, keys: Sequence[str], override: str) -> Any:
+    """Read the value of an override: YAML, but a text or path is what was written, such as 2024, 010 or a #b."""
+    try:
+        value = text if _has_comment(text) else parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        if _is_text(keys):
+            return text
+        shown = text if len(text) < 80 else f"{text[:60]}..."
+        raise UsageError(f"override {override[:80]!r}: {shown!r} is not a YAML value; quote it") from None
+    return text if _is_text(keys) and isinstance(value, int | float | datetime.date) else value
 
 
 def _is_text(keys: Sequence[str]) -> bool:

@@ -29,15 +29,21 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_number_by_accident(cls, values: Any) -> Any:
-        """`tensor: true` would be taken for 1, and `steps: 010` may mean 10 or, as YAML 1.1 has it, 8."""
-        for name, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+        """Refuse `tensor: true`, which would be 1, and `steps: 010`, which is 8 in YAML 1.1; take `steps: 1e3`."""
+        if not isinstance(values, dict):
+            return values
+        taken = dict(values)
+        for name, value in values.items():
+            wanted = str(cls.model_fields[name].annotation) if name in cls.model_fields else ""
+            if isinstance(value, bool) and wanted and "bool" not in wanted:
                 raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
-            is_number = field is not None and re.search(r"\b(int|float)\b", str(field.annotation))
-            if is_number and isinstance(value, str) and re.fullmatch(r"[-+]?0[0-9_]+", value):
+            if not isinstance(value, str) or not re.search(r"\b(int|float)\b", wanted):
+                continue
+            if re.fullmatch(r"[-+]?0[0-9_]+", value):
                 raise ValueError(f"{name}={value} begins with a zero; write {int(value)}")
-        return values
+            if re.fullmatch(r"[-+]?[0-9.]+e[+]?[0-9]+", value, re.IGNORECASE) and float(value).is_integer():
+                taken[name] = int(float(value))
+        return taken
 
 
 def fields_on_resume(section: type[Section], prefix: str = "") -> Iterator[tuple[str, OnResume]]:
