@@ -5,7 +5,6 @@ webdataset reads a damaged tar file without an error and yields fewer samples, s
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from biroute.data_pipeline.read.manifest import (
     ShardEntry,
     load_manifest,
 )
-from biroute.data_pipeline.read.token_stream import TokenStream, check_header, open_shard, sample_key
+from biroute.data_pipeline.read.token_stream import TokenStream, check_header, open_shard, sample_key, shard_digest
 
 _REMEDY = "remove it and run `biroute data build` to make it again"
 
@@ -112,8 +111,7 @@ def _verify_deep(folder: Path, manifest: Manifest, tokenizer: Tokenizer, progres
 
 
 def _check_digest(folder: Path, shard: ShardEntry) -> None:
-    with open_shard(folder, shard) as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = shard_digest(folder, shard)
     if found != shard.sha256:
         raise UsageError(
             f"{folder / shard.file}: checksum {found[:12]} instead of {shard.sha256[:12]}: the shard is damaged; "

@@ -95,8 +95,7 @@ class TokenStream:
         place = int(np.argmax(tokens >= self.manifest.vocab_size))
         sample, offset = divmod(start + place, self.manifest.tokens_per_sample)
         shard = self._shards[sample // self.manifest.samples_per_shard]
-        with open_shard(self._folder, shard) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = shard_digest(self._folder, shard)
         damage = f"checksum {found[:12]} instead of {shard.sha256[:12]}: the shard is damaged"
         if found == shard.sha256:
             damage = "its checksum is right, so it was made with another vocabulary"
@@ -151,6 +150,12 @@ def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
         what = "is empty" if size == 0 else "is truncated" if size < shard.size_bytes else "is an unknown file"
         raise UsageError(f"{path}: the shard {what}: {size} bytes instead of {shard.size_bytes}; {remedy}")
     return file
+
+
+def shard_digest(folder: Path, shard: ShardEntry) -> str:
+    """Return the SHA-256 of a shard's file, in hexadecimal; raises what `open_shard` raises."""
+    with open_shard(folder, shard) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_header(file: BinaryIO, path: Path, first_key: str) -> None:
