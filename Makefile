@@ -28,7 +28,7 @@ versions: types
 	for kind in oldest newest; do \
 	    $(PYTHON) -m venv .venv-$$kind && \
 	    if [ $$kind = oldest ]; then pins='torch==2.11.* megatron-core==0.16.* deepspeed==0.19.4 numpy<2.4'; else pins=; fi && \
-	    .venv-$$kind/bin/python -m pip install --quiet --upgrade $$pins --editable '.[dev]' && \
+	    .venv-$$kind/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $$pins --editable '.[dev]' && \
 	    .venv-$$kind/bin/python -m pip list | grep -E '^(torch|megatron-core|deepspeed|transformers|triton) ' && \
 	    .venv-$$kind/bin/ruff check . && .venv-$$kind/bin/mypy && \
 	    OMP_NUM_THREADS=1 .venv-$$kind/bin/python -m pytest tests/unit -m 'not slow' tests/distributed/parallel/test_layouts.py \
