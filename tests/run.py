@@ -15,9 +15,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 # Name -> the folders that pytest runs, and those in them that it leaves to another part.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
-    "slurm": (["system/slurm"], []),
+    "slurm": (["system/slurm", "distributed/launcher"], []),  # the latter so that all parts end at about the same time
     "system": (["system"], ["system/slurm"]),
-    "others": (["unit", "distributed"], []),
+    "others": (["unit", "distributed"], ["distributed/launcher"]),
 }
 NOTHING_COLLECTED = 5  # pytest's exit status where `-k` leaves no test of a part
 
