@@ -1,7 +1,7 @@
 """Run all tests as three pytest processes side by side: `make test`.
 
 The tests on a Slurm cluster mostly wait for its daemons, and those through the command line for processes to start,
-while the others compute. Arguments are passed on to all of them, `-k name` say.
+while those of distributed ranks compute. Arguments are passed on to all of them, `-k name` say.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 # Name -> the folders that pytest runs, and those in them that it leaves to another part.
 PARTS: dict[str, tuple[list[str], list[str]]] = {
-    "slurm": (["system/slurm", "distributed/launcher"], []),  # the latter so that all parts end at about the same time
+    "slurm": (["system/slurm", "unit"], []),  # which waits first and computes in one process then
     "system": (["system"], ["system/slurm"]),
-    "others": (["unit", "distributed"], ["distributed/launcher"]),
+    "ranks": (["distributed"], []),
 }
 NOTHING_COLLECTED = 5  # pytest's exit status where `-k` leaves no test of a part
 
