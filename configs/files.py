@@ -1,53 +1,131 @@
-"""Atomic file writes and a lock between processes; all code uses these functions for them."""
+"""The one door to files that BiRoute writes: atomic replacement, appending, new files, a lock between processes.
+
+None of them follows a symbolic link at the file's name or empties a file that exists: a run folder may be shared with
+people who may not change what else its owner has.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from filelock import FileLock, Timeout
+_ANYONE, _OWNER_ONLY = 0o666, 0o600  # less what umask takes away
+_LOCK_POLL_SECONDS = 0.02
 
 
-def write_atomically(path: Path, content: bytes, *, durable: bool = True, unique: bool = False) -> None:
+def write_atomically(
+    path: Path, content: bytes, *, durable: bool = True, unique: bool = False, private: bool = False
+) -> None:
     """Write a file so that a reader sees either all of it or its previous content.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder must exist. A symbolic link there is replaced, not followed.
         content: the whole content.
         durable: make the write atomic also in case of a power failure.
         unique: use a draft of a unique name, so that processes on several machines may write the file concurrently.
+        private: nobody but its owner can read the file, as it may hold a secret.
 
     Raises:
         OSError: the write failed; the file keeps its previous content, and no draft is left.
     """
-    with atomic_draft(path, durable=durable, unique=unique) as draft:
-        draft.write_bytes(content)
+    with atomic_draft(path, durable=durable, unique=unique, private=private) as draft:
+        draft.write(content)
 
 
 @contextmanager
-def atomic_draft(path: Path, *, durable: bool = True, unique: bool = False) -> Iterator[Path]:
-    """Yield the path of a draft, which is renamed to `path` when the block ends without an exception.
+def atomic_draft(
+    path: Path, *, durable: bool = True, unique: bool = False, private: bool = False
+) -> Iterator[BinaryIO]:
+    """Yield an empty file, which becomes `path` when the block ends without an exception.
 
     Arguments and errors are those of `write_atomically`.
     """
     writer = f".{socket.gethostname()}.{os.getpid()}" if unique else ""
     draft = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        yield draft
-        if durable:
-            _sync(draft)
+        with new_file(draft, private=private) as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
         draft.replace(path)
         if durable:
             sync_folder(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def new_file(path: Path, *, private: bool = False) -> BinaryIO:
+    """Create a file and open it for writing and reading; what had its name, also a symbolic link, is removed.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    path.unlink(missing_ok=True)
+    mode = _OWNER_ONLY if private else _ANYONE
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "w+b")
+
+
+def create_once(path: Path, content: bytes, *, private: bool = False) -> bool:
+    """Write a file unless it exists; of several processes only one writes it. Returns whether it was this one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mode = _OWNER_ONLY if private else _ANYONE
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        return False
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    return True
+
+
+def append_file(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Open a file for appending and reading, created if it does not exist.
+
+    In a folder that others can write to, somebody may have put a link there, to a file that only we may change; so
+    a link is refused.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link or no regular file.
+    """
+    # Python's own type says BinaryIO only for some of the modes.
+    return cast(BinaryIO, open(_open_regular(path, os.O_RDWR | os.O_APPEND), "a+b", buffering=buffering))
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open or create a regular file, never through a link, and without waiting for the reader of a FIFO."""
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _ANYONE)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise PlantedFileError(
+                error.errno,
+                f"{path} is a symbolic link, which BiRoute does not write through; look who made it, and remove it",
+            ) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PlantedFileError(errno.EINVAL, f"{path} is not a regular file; look who made it, and remove it")
+    return descriptor
+
+
+class PlantedFileError(OSError):
+    """Where BiRoute would write, there is a link or a device, which may be an attack."""
 
 
 def sync_folder(path: Path) -> None:
@@ -95,6 +173,8 @@ class HashingWriter:
 def file_lock(path: Path, seconds: float, *, required: bool = False) -> Iterator[None]:
     """Hold a lock while the block runs. The kernel releases it even if the process is killed.
 
+    The lock file's content is never touched (the library filelock would empty it).
+
     Args:
         path: the lock file, created if it does not exist.
         seconds: how long to wait for another holder.
@@ -104,18 +184,33 @@ def file_lock(path: Path, seconds: float, *, required: bool = False) -> Iterator
     Raises:
         TimeoutError: the lock is required and another process holds it.
         FileNotFoundError: the folder does not exist.
+        PlantedFileError: the lock file is a symbolic link or no regular file.
     """
-    if not path.parent.is_dir():  # the library would create it
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    lock = FileLock(path, timeout=seconds, poll_interval=0.02)
     try:
-        lock.acquire()
-    except Timeout:
-        if required:
-            raise TimeoutError(f"{path} is held by another process") from None
-    except (OSError, NotImplementedError):
-        pass
+        descriptor = _open_regular(path, os.O_RDWR)
+    except (FileNotFoundError, PlantedFileError):
+        raise
+    except OSError:  # a read-only file system
+        yield
+        return
     try:
+        if not _locked(descriptor, seconds) and required:
+            raise TimeoutError(f"{path} is held by another process")
         yield
     finally:
-        lock.release()
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, seconds: float) -> bool:
+    """Wait for an exclusive lock; False if another process holds it all the time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECONDS)
+        except OSError:  # a file system without locks
+            return True

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import write_atomically
+from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.configs.section import section_of
 
@@ -104,6 +106,16 @@ def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:
 def dump_config(config: RunConfig) -> str:
     """Format the resolved configuration as YAML, from which `load_config` restores an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the resolved configuration to a file, which others cannot read if a URI in it has a password.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    text = dump_config(config)
+    write_atomically(path, text.encode(), private=without_password(text) != text)
 
 
 def flatten(config: RunConfig) -> dict[str, str]:

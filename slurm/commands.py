@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biroute.configs.errors import UsageError
+from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
@@ -56,13 +57,13 @@ def submit(
     check_run_dir(request.run_dir)
     if test:
         verdict = client.test_script(submission.script)
-        typer.echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
+        echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
         return
     answer["job_id"] = submit_run(submission)
     if as_json:
-        typer.echo(json.dumps(answer))
+        echo(json.dumps(answer))
         return
-    typer.echo(
+    echo(
         f"job {answer['job_id']}, run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, "
         f"{submission.layout}\n"
         f"run folder {request.run_dir}\n"
@@ -81,11 +82,11 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
         "profile.yaml": dump_profile(submission.profile),
     }
     if as_json:
-        typer.echo(json.dumps(answer | {"files": files}))
+        echo(json.dumps(answer | {"files": files}))
         return
     for name, text in files.items():
-        typer.echo(f"==> {folder / name} <==\n{text}")
-    typer.echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
+        echo(f"==> {folder / name} <==\n{text}")
+    echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
 
 
 def status(targets: Targets = None, as_json: AsJson = False) -> None:
@@ -102,12 +103,12 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
     queue = _queue()
     found = [status_of(run, queue) for run in runs]
     if as_json:
-        typer.echo(json.dumps([one.as_json() for one in found]))
+        echo(json.dumps([one.as_json() for one in found]))
         return
     for one in found:
-        typer.echo(format_status(one))
+        echo(format_status(one))
     if not found:
-        typer.echo(
+        echo(
             "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
         )
 
@@ -130,12 +131,12 @@ def logs(
 
     run = find_run(target)
     if not follow:
-        typer.echo(format_logs(run, attempt, rank, lines))
+        echo(format_logs(run, attempt, rank, lines))
         return
     try:
-        follow_logs(run, rank, lines, typer.echo)
+        follow_logs(run, rank, lines, echo)
     except KeyboardInterrupt:
-        typer.echo("")
+        echo("")
 
 
 def cancel(
@@ -150,7 +151,7 @@ def cancel(
     from biroute.slurm.run_folder import find_run
 
     for line in cancel_run(find_run(target), now=now):
-        typer.echo(line)
+        echo(line)
 
 
 def resume(target: Target) -> None:
@@ -164,7 +165,7 @@ def resume(target: Target) -> None:
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
-    typer.echo(f"job {resume_run(run)}, run {run.name}")
+    echo(f"job {resume_run(run)}, run {run.name}")
 
 
 def _queue() -> list[Job] | None:

@@ -20,8 +20,9 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
         One line for each job, saying what was done.
 
     Raises:
-        UsageError: the run has no job, or Slurm refuses.
+        UsageError: the run is another user's or has no job, or Slurm refuses.
     """
+    run.check_ours("cancel")
     jobs = run.jobs_in(client.queue())
     if not jobs:
         raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
@@ -42,8 +43,9 @@ def resume_run(run: RunFolder) -> str:
     """Submit the run's script again and return the job's id.
 
     Raises:
-        UsageError: the run was never submitted, has a job or is finished, or Slurm refuses.
+        UsageError: the run is another user's, was never submitted, has a job or is finished, or Slurm refuses.
     """
+    run.check_ours("resume")
     if not run.script.exists():
         raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
     jobs = run.jobs_in(client.queue())

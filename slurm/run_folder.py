@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +60,30 @@ class RunFolder:
         return list(found)
 
     def jobs_in(self, queue: list[client.Job]) -> list[client.Job]:
-        """Return the jobs in `queue` that belong to this run."""
-        ids = set(self.job_ids())
+        """Return the jobs in `queue` that belong to this run; a stranger's folder cannot name a job of this user."""
+        ids = set(self.job_ids()) if self.stranger() is None else set()
         return [job for job in queue if job.script == self.script or job.job_id in ids]
+
+    def stranger(self) -> tuple[Path, str] | None:
+        """Return what of this folder belongs to another user, and that user's name; None if all is ours."""
+        for path in (self.path, self.path / SUBMISSION, self.script):
+            with contextlib.suppress(FileNotFoundError):
+                owner = path.lstat().st_uid
+                if owner != os.geteuid():
+                    return path, _user_name(owner)
+        return None
+
+    def check_ours(self, verb: str) -> None:
+        """Refuse to act on a run of somebody else, whose script could do anything in this user's name.
+
+        Raises:
+            UsageError: the folder, its submission or its script belongs to another user.
+        """
+        if (found := self.stranger()) is not None:
+            raise UsageError(
+                f"{found[0]} belongs to {found[1]}, who alone may {verb} this run; to train on from it, submit a run "
+                "of your own with a copy of its checkpoints"
+            )
 
     def last_point(self) -> Point | None:
         """Return the metrics of the newest logged training step; None if there are none."""
@@ -71,6 +94,13 @@ class RunFolder:
         except OSError:
             return None
         return points[-1] if points else None
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def is_run(path: Path) -> bool:

@@ -7,6 +7,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 
+from biroute.configs.files import write_atomically
 from biroute.launcher.track.run_metadata import REVISION_NAME, git_tags
 
 PARTS = ("configs", "data_pipeline", "launcher", "model", "parallel", "slurm")
@@ -23,4 +24,4 @@ def snapshot_code(folder: Path) -> None:
         source = Path(str(import_module(f"biroute.{part}").__file__)).parent
         shutil.copytree(source, folder / "biroute" / part, ignore=_LEFT_OUT)
     tags = git_tags(Path(__file__))
-    (folder / "biroute" / REVISION_NAME).write_text(json.dumps(tags, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "biroute" / REVISION_NAME, json.dumps(tags, indent=1).encode() + b"\n")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
 from biroute.configs.errors import DISK_FULL, UsageError
+from biroute.configs.files import append_file, write_atomically
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
-from biroute.configs.load import dump_config, load_config
+from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.manifest import load_manifest
 from biroute.launcher.attempts.run_files import CONFIG, JOBS, LOGS, SCRIPT, SUBMISSION
@@ -88,7 +89,7 @@ def submit_run(submission: Submission) -> str:
     folder = run_dir / SUBMISSION
     try:
         with explain_run_dir_errors(run_dir):
-            _freeze(submission, folder)
+            freeze(submission, folder)
         job_id = client.submit(submission.request.script)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,8 +128,8 @@ def check_run_dir(run_dir: Path) -> None:
 def record_job(run_dir: Path, job_id: str, by: str) -> None:
     """Append a job to the list of the run's jobs; `by` is "submit" or "resume"."""
     line = json.dumps({"job_id": job_id, "submitted": time.time(), "by": by})
-    with open(run_dir / SUBMISSION / JOBS, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with append_file(run_dir / SUBMISSION / JOBS) as file:
+        file.write(line.encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -142,18 +143,24 @@ def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
         raise UsageError(f"train.run_dir={run_dir}: {cause}, or set train.run_dir to another folder") from None
 
 
-def _freeze(submission: Submission, folder: Path) -> None:
+def freeze(submission: Submission, folder: Path) -> None:
+    """Write all that the job needs into `folder`, which must not exist.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     folder.mkdir(parents=True)
     (folder.parent / LOGS).mkdir(exist_ok=True)
     snapshot_code(folder / "code")
     profile = folder / "profile.yaml"
-    profile.write_text(dump_profile(submission.profile), encoding="utf-8")
+    # Nobody else's to read: the environment in the profile, and so in the script, may hold a token.
+    write_atomically(profile, dump_profile(submission.profile).encode(), private=True)
     frozen_slurm = submission.config.slurm.model_copy(update={"profile": str(profile)})
     config = submission.config.model_copy(update={"slurm": frozen_slurm})
-    (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_config(folder / CONFIG, config)
     script = folder / SCRIPT
-    script.write_text(submission.script, encoding="utf-8")
-    script.chmod(0o755)
+    write_atomically(script, submission.script.encode(), private=True)
+    script.chmod(0o700)
 
 
 def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from biroute.configs.errors import EXIT_USAGE_ERROR
+from biroute.configs.files import new_file
 
 ENGLISH_NAME = "english.jsonl.zst"
 CHINESE_NAME = "chinese.jsonl.zst"
@@ -87,7 +88,7 @@ def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
     seen: set[bytes] = set()
     size = 0
     temporary = path.with_name(f".{path.name}.tmp")  # removed if there is no document
-    with temporary.open("wb") as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
+    with new_file(temporary) as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
         for document in documents:
             text = document["text"].encode("utf-8", errors="replace")
             digest = hashlib.blake2b(text, digest_size=16).digest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -50,20 +51,19 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], token_by
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_draft(path) as draft:
-        with draft.open("wb") as raw:
-            stream = HashingWriter(raw)
-            # mtime=0, since the file would otherwise contain the current time.
-            with TarWriter(stream, encoder=False, mtime=0) as writer:
-                for sample in samples:
-                    tokens = sample["tokens"]
-                    writer.write(
-                        {
-                            "__key__": sample["key"],
-                            "json": json.dumps(sample["meta"], sort_keys=True).encode(),
-                            "npy": npy_header(tokens.dtype.name, len(tokens)) + _raw(tokens),
-                        }
-                    )
-        first_offset, stride = _index_of(draft)
+        stream = HashingWriter(draft)
+        # mtime=0, since the file would otherwise contain the current time.
+        with TarWriter(stream, encoder=False, mtime=0) as writer:
+            for sample in samples:
+                tokens = sample["tokens"]
+                writer.write(
+                    {
+                        "__key__": sample["key"],
+                        "json": json.dumps(sample["meta"], sort_keys=True).encode(),
+                        "npy": npy_header(tokens.dtype.name, len(tokens)) + _raw(tokens),
+                    }
+                )
+        first_offset, stride = _index_of(draft, path)
     return ShardEntry(
         file=file,
         size_bytes=stream.size_bytes,
@@ -148,13 +148,14 @@ def _raw(tokens: np.ndarray) -> bytes:
     return tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def _index_of(path: Path) -> tuple[int, int]:
+def _index_of(file: BinaryIO, path: Path) -> tuple[int, int]:
     """Return the offset of the first sample's tokens and the distance between samples, from the tar headers."""
-    with tarfile.open(path) as tar:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file) as tar:
         members = [member for member in tar if member.name.endswith(".npy")]
-    with path.open("rb") as file:
-        offsets = [member.offset_data + _header_bytes(file, member.offset_data) for member in members]
-    stride = offsets[1] - offsets[0] if len(offsets) > 1 else path.stat().st_size
+    offsets = [member.offset_data + _header_bytes(file, member.offset_data) for member in members]
+    stride = offsets[1] - offsets[0] if len(offsets) > 1 else size
     if offsets != [offsets[0] + i * stride for i in range(len(offsets))]:
         raise RuntimeError(f"{path}: samples are not evenly spaced")  # some members differ in size
     return offsets[0], stride

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
-from biroute.configs.files import file_lock, write_atomically
+from biroute.configs.files import append_file, file_lock, write_atomically
 from biroute.launcher.attempts.failures import End, last_step
 from biroute.launcher.attempts.run_files import CANCELLED, FENCING_TOKEN, JOURNAL, SUBMISSION, log_dir
 
@@ -271,7 +271,7 @@ def _append_end(run_dir: Path, number: int, end: End, decision: Decision | None)
 
 def _append(run_dir: Path, record: dict[str, Any]) -> None:
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    with (run_dir / JOURNAL).open("ab+") as file:
+    with append_file(run_dir / JOURNAL) as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # torn by a kill

@@ -4,6 +4,7 @@
     config.yaml                     the resolved configuration of the newest attempt
     attempts.jsonl                  attempt journal: how each attempt began and ended
     attempt                         fencing token: the number of the attempt that owns the folder
+    .secret                         by which the ranks recognize each other
     metrics.jsonl                   metrics log: every point, whether MLflow has it or not
     tracking_state.json             how far the uploader has got
     loss_curve.png
@@ -21,6 +22,7 @@ from pathlib import Path
 CONFIG = "config.yaml"
 JOURNAL = "attempts.jsonl"
 FENCING_TOKEN = "attempt"
+SECRET = ".secret"
 METRICS_LOG = "metrics.jsonl"
 UPLOAD_STATE = "tracking_state.json"
 LOSS_PLOT = "loss_curve.png"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import append_file
 
 Row = dict[str, Any]
 
@@ -40,6 +41,6 @@ class KeptRows:
         if name not in self._known:
             self._known[name] = measure()
             if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"about": self._about, "row": self._known[name]}) + "\n")
+                with append_file(self._path) as file:
+                    file.write(json.dumps({"about": self._about, "row": self._known[name]}).encode() + b"\n")
         return self._known[name]

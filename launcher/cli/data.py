@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biroute.configs.load import load_config
+from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
         _print_json(answer | _summary(result.manifest))
         return
     done = f"built {', '.join(result.rebuilt)}" if result.rebuilt else "nothing to do"
-    typer.echo(f"{data.dir}: {done} ({result.seconds:.1f} s)")
+    echo(f"{data.dir}: {done} ({result.seconds:.1f} s)")
     _print_summary(_summary(result.manifest))
 
 
@@ -64,7 +65,7 @@ def verify(
     if as_json:
         _print_json({"dir": str(data.dir), "ok": True, "deep": not quick, "shards": num_shards})
     else:
-        typer.echo(f"{data.dir}: {num_shards} shards {'have the right names and sizes' if quick else 'are intact'}")
+        echo(f"{data.dir}: {num_shards} shards {'have the right names and sizes' if quick else 'are intact'}")
 
 
 @data_app.command()
@@ -92,9 +93,9 @@ def inspect(
         return
     _print_summary(summary)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in reader.shares.items())
-    typer.echo(f"training: {reader.num_sequences:,} sequences of {reader.sequence_length} tokens; {shares}")
+    echo(f"training: {reader.num_sequences:,} sequences of {reader.sequence_length} tokens; {shares}")
     for n, text in enumerate(texts):
-        typer.echo(f"--- sequence {n}\n{text}")
+        echo(f"--- sequence {n}\n{text}")
 
 
 @data_app.command()
@@ -112,7 +113,7 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
     if as_json:
         _print_json(asdict(score))
         return
-    typer.echo(
+    echo(
         f"bigram: {score.bits_per_byte:.4f} bits per byte, {score.nats_per_token:.4f} nats per token on "
         f"{score.target_tokens:,} held-out tokens ({score.target_bytes:,} bytes); "
         f"counted on {score.training_tokens:,} tokens, {score.distinct_bigrams:,} distinct bigrams"
@@ -121,7 +122,7 @@ def bigram(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 
 def _warn_of_left_out(manifest: Manifest, config: RunConfig) -> None:
     for warning in manifest.left_out(config.model.sequence_length):
-        typer.echo(warning, err=True)
+        echo(warning, err=True)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -147,12 +148,12 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    typer.echo(f"vocabulary {summary['vocab_size']}, fingerprint {summary['tokenizer_fingerprint'][:12]}")
-    typer.echo(f"{'source':<20} {'split':<8} {'documents':>11} {'tokens':>15} {'bytes/token':>11} {'shards':>7}")
+    echo(f"vocabulary {summary['vocab_size']}, fingerprint {summary['tokenizer_fingerprint'][:12]}")
+    echo(f"{'source':<20} {'split':<8} {'documents':>11} {'tokens':>15} {'bytes/token':>11} {'shards':>7}")
     for name, source in summary["sources"].items():
         for split in ("train", "heldout"):
             row = source[split]
-            typer.echo(
+            echo(
                 f"{name:<20} {split:<8} {row['documents']:>11,} {row['tokens']:>15,} "
                 f"{row['bytes_per_token'] or 0:>11.3f} {row['shards']:>7,}"
             )
@@ -161,8 +162,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ]
         met = [text for text in odd if not text.startswith("0 ")]
         if met:
-            typer.echo(f"{name:<20} has {', '.join(met)}")
+            echo(f"{name:<20} has {', '.join(met)}")
 
 
 def _print_json(answer: dict[str, Any]) -> None:
-    typer.echo(json.dumps(answer, ensure_ascii=False))
+    echo(json.dumps(answer, ensure_ascii=False))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from biroute.configs.errors import EXIT_USAGE_ERROR, UsageError
+from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.lazy import LazyGroup
 from biroute.launcher.cli.options import ConfigPath, Overrides
 
@@ -83,7 +84,7 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        echo(f"error: {error}", err=True)
         sys.exit(EXIT_USAGE_ERROR)
 
 

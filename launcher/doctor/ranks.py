@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
 from biroute.launcher.doctor.check import Check
 from biroute.launcher.ranks.rendezvous import Place
+from biroute.parallel.messages import gather_messages
 
 _BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}  # of the tensor that is summed
 _CLOCK_SECONDS = 5.0
@@ -21,9 +23,8 @@ _OWN = ("host", "memory", "run folder", "routed attention", "matrix product", "f
 def joint_checks(place: Place, own: Sequence[Check]) -> Iterator[Check]:
     """Sum a tensor over all ranks, and compare their clocks and what they found. Collective; complete on rank 0."""
     yield all_reduce_check(place)
-    yield clock_check(place)
-    found: list[list[Check]] = [[] for _ in range(place.world_size)]
-    dist.all_gather_object(found, list(own))
+    yield clock_check()
+    found = [[Check(**one) for one in checks] for checks in gather_messages([asdict(check) for check in own])]
     if place.rank == 0:
         yield from differences(found)
         for rank, checks in enumerate(found[1:], start=1):
@@ -60,11 +61,10 @@ def all_reduce_check(place: Place) -> Check:
     return Check(f"all-reduce of {ranks} ranks", f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.3g} GB/s", wrong)
 
 
-def clock_check(place: Place) -> Check:
+def clock_check() -> Check:
     """Compare every rank's clock with rank 0's."""
     dist.barrier()
-    times = [0.0] * place.world_size
-    dist.all_gather_object(times, time.time())
+    times: list[float] = gather_messages(time.time())
     ahead = max((clock - times[0] for clock in times), key=abs)
     wrong = "set up time synchronisation on the nodes" if abs(ahead) > _CLOCK_SECONDS else ""
     return Check("clocks", f"{abs(ahead):.2f} s apart at most", wrong)

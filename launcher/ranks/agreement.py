@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 
-import torch.distributed as dist
-
 from biroute.configs.errors import UsageError
 from biroute.configs.load import flatten
+from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
+from biroute.parallel.messages import gather_messages
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "triton")
 _CODE = ("configs", "model", "parallel", "data_pipeline", "launcher")
@@ -28,8 +28,7 @@ def check_same(facts: Mapping[str, str]) -> None:
         UsageError: a rank has another value than rank 0, or lacks it; raised on all ranks with the rank, its node and
             the values.
     """
-    everyone: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+    everyone: list[tuple[str, dict[str, str]]] = gather_messages((socket.gethostname(), dict(facts)))
     host, expected = everyone[0]
     for rank, (node, found) in enumerate(everyone):
         differing = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]
@@ -45,7 +44,7 @@ def check_same(facts: Mapping[str, str]) -> None:
 
 def run_facts(config: RunConfig) -> dict[str, str]:
     """Return what must be the same on all ranks before they build anything: configuration, code and versions."""
-    facts = {name: value for name, value in flatten(config).items() if name not in _OF_A_NODE}
+    facts = {name: without_password(value) for name, value in flatten(config).items() if name not in _OF_A_NODE}
     for package in _PACKAGES:
         try:
             facts[f"version of {package}"] = metadata.version(package)

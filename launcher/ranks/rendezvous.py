@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from biroute.configs.errors import UsageError
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.attempts.journal import begin_attempt, make_run_dir
 from biroute.launcher.ranks.environment import RankEnvironment
+from biroute.launcher.ranks.secret import prove
+from biroute.parallel.messages import broadcast_message, gather_messages
 
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun: its agent, not rank 0, holds the store
 _SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before that
 
 
@@ -30,11 +34,14 @@ class Place:
     device: torch.device
 
 
-def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
+def join_processes(environment: RankEnvironment, train: TrainConfig, secret: bytes | None = None) -> Place:
     """Choose this rank's device and join the process group. Collective.
 
+    With a `secret`, the ranks first prove to each other that they know it.
+
     Raises:
-        UsageError: a GPU was requested and there is none, the address is unknown, or the port is in use.
+        UsageError: a GPU was requested and there is none, the address is unknown, the port is in use, or a rank does
+            not know the secret.
     """
     device = choose_device(train.device, environment.local_rank)
     # DeepSpeed reads these variables, and takes LOCAL_RANK for the number of the GPU.
@@ -45,7 +52,7 @@ def join_processes(environment: RankEnvironment, train: TrainConfig) -> Place:
     )
     if train.threads_per_rank:
         torch.set_num_threads(train.threads_per_rank)
-    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", collective_timeout(train))
+    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", collective_timeout(train), secret)
     return Place(environment.rank, environment.local_rank, environment.world_size, device)
 
 
@@ -63,22 +70,19 @@ def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
     Raises:
         UsageError: the folder cannot be written; raised on all ranks.
     """
-    hosts: list[str | None] = [None] * world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    answer: list[int | UsageError | None] = [None]
+    nodes = list(dict.fromkeys(gather_messages(socket.gethostname())))
+    answer: int | str = ""
     if dist.get_rank() == 0:
         try:
             make_run_dir(run_dir)
-            nodes = list(dict.fromkeys(host for host in hosts if host))
             job = os.environ.get("SLURM_JOB_ID")
-            answer = [begin_attempt(run_dir, nodes=nodes, world_size=world_size, job=job)]
+            answer = begin_attempt(run_dir, nodes=nodes, world_size=world_size, job=job)
         except UsageError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UsageError):
-        raise answer[0]
-    assert answer[0] is not None
-    return answer[0]
+            answer = str(error)
+    answer = broadcast_message(answer)
+    if isinstance(answer, str):
+        raise UsageError(answer)
+    return answer
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -114,18 +118,18 @@ def gpu_of_rank(local_rank: int, visible: int, environment: Mapping[str, str]) -
     return local_rank
 
 
-def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -> None:
+def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, secret: bytes | None) -> None:
     address = f"{environment.address}:{environment.port}"
     os.environ.update(
         {"MASTER_ADDR": environment.address, "MASTER_PORT": str(environment.port)} if environment.address else {}
     )
     try:
+        store = _store(environment, timeout)
+        if secret is not None:
+            prove(store, secret, environment.rank, environment.world_size)
         dist.init_process_group(
             backend,
-            # A path, not a URL, in which some characters mean something else.
-            store=dist.FileStore(str(Path(environment.file).resolve()), environment.world_size)
-            if environment.file
-            else None,
+            store=store,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -135,3 +139,40 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta) -
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = "is in use" if "EADDRINUSE" in str(error) or "address already in use" in str(error) else str(error)
         raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None
+
+
+def _store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
+    """Meet the other ranks; returns what they find each other's addresses in."""
+    rank, world_size = environment.rank, environment.world_size
+    if environment.file:
+        # A path, not a URL, in which some characters mean something else.
+        return dist.FileStore(str(Path(environment.file).resolve()), world_size)
+    listener = _listen(environment) if rank == 0 and os.environ.get(_AGENT_STORE) != "True" else None
+    if listener is None:
+        store: dist.Store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        return store
+    return dist.TCPStore(
+        environment.address, environment.port, world_size, is_master=True, timeout=timeout,
+        multi_tenant=True, master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+def _listen(environment: RankEnvironment) -> socket.socket | None:
+    """Listen on the given address alone, where torch would listen on all networks.
+
+    Returns:
+        None for a host name: its own machine may know it as 127.0.1.1, by which no other machine reaches it.
+    """
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if environment.address == "localhost" else environment.address)
+    except ValueError:
+        return None
+    listener = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((str(address), environment.port))
+    except OSError as error:
+        listener.close()
+        raise dist.DistNetworkError(error.strerror) from None
+    listener.listen(environment.world_size)
+    return listener

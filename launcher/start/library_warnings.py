@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from biroute.configs.files import append_file
+
 
 def silence_known_noise() -> None:
     """Drop messages that mean nothing to users; call before torch is imported."""
@@ -60,7 +62,7 @@ class LibraryWarnings:
             self._waiting.append(text)
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with append_file(self._path) as file:
+                file.write(text.encode("utf-8", errors="replace"))
         except OSError:  # a full disk must not turn a warning into an error
             return

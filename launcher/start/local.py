@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR
+from biroute.configs.files import append_file
+from biroute.configs.messages import printable
 from biroute.launcher.attempts.failures import ending, first_failure, log_file, tail_of_log
 from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE
@@ -63,7 +65,7 @@ def _start(
     command = [sys.executable, "-P", "-m", "biroute.launcher.start.worker", *arguments]
     if rank == 0:
         return subprocess.Popen(command, env=environment)
-    with open(log_file(logs, rank), "ab") as log:
+    with append_file(log_file(logs, rank)) as log:
         # In its own session: Ctrl-C then reaches only rank 0 and the launcher, which forwards it to all ranks.
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -103,7 +105,7 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
         return codes[failed]
     first = first_failure(logs)
     if codes[failed] == EXIT_FAILURE and first is not None:  # by the ranks' own clocks, not by the order of polling
-        print(f"error: {first}", file=sys.stderr)
+        print(printable(f"error: {first}"), file=sys.stderr)
         failed = first.rank
     _show_log(failed, codes[failed], logs)
     return EXIT_FAILURE
@@ -125,4 +127,4 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
 def _show_log(rank: int, code: int, logs: Path) -> None:
     print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
     if rank != 0:  # rank 0 wrote to this terminal
-        print(tail_of_log(logs, rank), file=sys.stderr)
+        print(printable(tail_of_log(logs, rank)), file=sys.stderr)

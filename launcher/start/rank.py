@@ -42,8 +42,11 @@ class Rank:
         with self._stop.ending_at_once(note):
             from biroute.launcher.ranks.agreement import check_same, run_facts
             from biroute.launcher.ranks.rendezvous import begin_joint_attempt, join_processes
+            from biroute.launcher.ranks.secret import run_secret
 
-            place = join_processes(environment, config.train)
+            # The local launcher's ranks meet in a folder that only this user can enter.
+            secret = run_secret(run_dir) if environment.address else None
+            place = join_processes(environment, config.train, secret)
             check_same(run_facts(config))
         if attempt is None:
             attempt = begin_joint_attempt(run_dir, environment.world_size)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biroute.configs.files import write_atomically
 from biroute.configs.layout import default_world_size, resolve_layout
-from biroute.configs.load import dump_config, load_config
+from biroute.configs.load import load_config, write_config
+from biroute.configs.messages import printable
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.attempts.failures import explain_end
@@ -51,12 +51,14 @@ def _run_attempt(config: RunConfig, world_size: int) -> int:
     attempt = begin_attempt(run_dir, nodes=[socket.gethostname()], world_size=world_size)
     fencing_token, logs = FencingToken(run_dir, attempt), log_dir(run_dir, attempt)
     frozen = frozen_config(run_dir, attempt)
-    write_atomically(frozen, dump_config(config).encode())
+    write_config(frozen, config)
     status = run_local_ranks([str(frozen)], world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)
     if end.crash and fencing_token.holds():
-        print(f"attempt {attempt} ended: {end.cause}; run the same command again to resume", file=sys.stderr)
+        print(
+            printable(f"attempt {attempt} ended: {end.cause}; run the same command again to resume"), file=sys.stderr
+        )
         close_after_crash(fencing_token)
     return status
 

@@ -19,6 +19,7 @@ from biroute.configs.errors import (
     StoppedError,
     UsageError,
 )
+from biroute.configs.messages import printable
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.start.library_warnings import LibraryWarnings
 
@@ -33,17 +34,17 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
     try:
         action()
     except StoppedError as error:
-        print(str(error), file=sys.stderr, flush=True)
+        print(printable(str(error)), file=sys.stderr, flush=True)
         return EXIT_STOPPED
     except FencedError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         failed(error)
         return EXIT_FAILURE
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         failed(error)
         return EXIT_USAGE_ERROR
     except Exception as error:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from biroute.configs.files import append_file
+
 _KEPT_IN_MEMORY = 10_000  # lines that are kept while the disk is full
 
 
@@ -76,7 +78,7 @@ class MetricsLog:
         self._interned: dict[frozenset[str], frozenset[str]] = {}
         self._waiting: deque[bytes] = deque(maxlen=_KEPT_IN_MEMORY)
         # Unbuffered: every write is a system call, so nothing waits in this process.
-        self._file = path.open("ab", buffering=0)
+        self._file = append_file(path, buffering=0)
         self._size = self._repair()
         for point, _ in scan(path):
             if point is not None:

@@ -13,7 +13,8 @@ import urllib.request
 from types import FrameType
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path, without_password
+from biroute.configs.messages import without_password
+from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path
 
 _START_SECONDS = 120.0  # about ten are usual; a busy machine needs longer
 _STOP_SECONDS = 10.0

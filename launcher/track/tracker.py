@@ -29,6 +29,7 @@ from typing import Any, Literal
 from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock
 from biroute.configs.load import load_config
+from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import FencingToken, read_attempts
 from biroute.launcher.attempts.run_files import CONFIG, METRICS_LOG, UPLOAD_STATE
@@ -36,7 +37,7 @@ from biroute.launcher.track import run_metadata as run_metadata
 from biroute.launcher.track.metrics_log import MetricsLog, Point
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import Uploader
-from biroute.launcher.track.uri import artifacts_dir, sqlite_path, tracking_uri, without_password
+from biroute.launcher.track.uri import artifacts_dir, sqlite_path, tracking_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from biroute.configs.errors import UsageError
+from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 
 DATABASE_NAME = "mlflow.db"
@@ -66,11 +67,6 @@ def sqlite_path(uri: str) -> Path | None:
 def artifacts_dir(database: Path) -> Path:
     """Return the folder for the artifacts of the runs in an SQLite file."""
     return database.parent / ARTIFACTS_NAME
-
-
-def without_password(text: str) -> str:
-    """Return `text` with the password of every URI in it masked."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 def _check_http(uri: str, shown: str) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
-from biroute.configs.files import write_atomically
 from biroute.configs.layout import resolve_layout
-from biroute.configs.load import dump_config
+from biroute.configs.load import write_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.attempts.failures import explain_end, record_stop
@@ -55,7 +54,7 @@ def run(
     stop_consensus.check_before_training()
     logs = log_dir(config.train.run_dir, fencing_token.attempt)
     if place.rank == 0:
-        write_atomically(config.train.run_dir / CONFIG, dump_config(config).encode())
+        write_config(config.train.run_dir / CONFIG, config)
         tags = {"layout": str(layout), "world_size": str(layout.world_size)}
         hooks = [Observer(config, tags, fencing_token), *hooks]
 

@@ -15,6 +15,7 @@ from biroute.parallel.checkpoint.files import check_same_run, fingerprint, list_
 from biroute.parallel.checkpoint.meta import META_NAME, CheckpointMeta, TrainingProgress, read_meta
 from biroute.parallel.checkpoint.reshard import reshard
 from biroute.parallel.engine.engine import Engine
+from biroute.parallel.messages import gather_messages
 
 
 def load_checkpoint(
@@ -63,9 +64,7 @@ def verify_checkpoint(path: Path, names: Sequence[str]) -> str | None:
                 break
     except (OSError, ValueError) as error:
         problem = f"{path}: unreadable checkpoint ({type(error).__name__}: {_first_line(error)})"
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, problem)
-    return next((found for found in everyone if found), None)
+    return next((found for found in gather_messages(problem) if found), None)
 
 
 def _first_line(error: Exception) -> str:

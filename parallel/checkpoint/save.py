@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.errors import DISK_FULL, DivergedError, FencedError, UsageError
-from biroute.configs.files import HashingWriter, sync_folder, write_atomically
+from biroute.configs.files import HashingWriter, new_file, sync_folder, write_atomically
 from biroute.parallel.checkpoint.files import Owner, folder_of_step, prune, unfinished_folder
 from biroute.parallel.checkpoint.meta import (
     META_NAME,
@@ -33,6 +33,7 @@ from biroute.parallel.checkpoint.meta import (
     read_meta,
 )
 from biroute.parallel.engine.engine import Engine
+from biroute.parallel.messages import broadcast_message, gather_messages
 
 
 def save_checkpoint(
@@ -66,9 +67,8 @@ def save_checkpoint(
             problem = error
         except OSError as error:
             problem = _explain_write(error, partial)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (problem, written))
-    problem = next((found for found, _ in everyone if found), None)
+    everyone = gather_messages((_to_message(problem), written))
+    problem = next((_from_message(found) for found, _ in everyone if found), None)
     if problem is None and dist.get_rank() == 0:
         try:
             _write_meta(partial, progress, about, [files for _, files in everyone])
@@ -133,7 +133,7 @@ def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None])
         )
     file = f"weights-pipe{mesh.at.pipe:02d}-tensor{mesh.at.tensor:02d}-part{part:02d}.pt"
     return {
-        "files": {file: write_file(folder / file, mine)},
+        "files": {file: write_file(folder / file, mine).model_dump()},
         "parameters": {name: (mesh.at.tensor, file, entry["split"]) for name, entry in mine.items()},
     }
 
@@ -173,7 +173,7 @@ def write_file(path: Path, content: Any) -> Fingerprint:
         OSError: the disk refused, wherever in the file that was.
     """
     try:
-        with open(path, "wb") as file:
+        with new_file(path) as file:
             writer = HashingWriter(file)
             torch.save(content, cast(IO[bytes], writer))  # it calls nothing but write and flush
             file.flush()
@@ -207,6 +207,15 @@ def _explain_write(error: OSError, path: Path) -> UsageError:
 
 def _agree(problem: Exception | None) -> Exception | None:
     """Rank 0's answer, on every rank."""
-    answer = [problem]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return _from_message(broadcast_message(_to_message(problem)))
+
+
+_PROBLEMS = {kind.__name__: kind for kind in (UsageError, DivergedError, FencedError)}
+
+
+def _to_message(problem: Exception | None) -> list[str] | None:
+    return None if problem is None else [type(problem).__name__, str(problem)]
+
+
+def _from_message(message: list[str] | None) -> Exception | None:
+    return None if message is None else _PROBLEMS[message[0]](message[1])

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
+from biroute.parallel.messages import gather_messages
 from biroute.parallel.region.traffic_log import TrafficLog
 
 
@@ -27,11 +26,10 @@ def exchange_metrics(log: TrafficLog, steps: int) -> dict[str, float]:
         "causal_fetch": sum(one.causal_fetch for one in baselines) / steps,
         "ring": sum(one.ring for one in baselines) / steps,
         "bound": sum(one.bound for one in baselines) / steps,
-        "layers": {layer: log.total(log.received, layer) / steps for layer in log.layers()},
+        "layers": {str(layer): log.total(log.received, layer) / steps for layer in log.layers()},
     }
     log.clear()
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    everyone: list[dict[str, Any]] = gather_messages(mine)
 
     def mean(name: str) -> float:
         return sum(one[name] for one in everyone) / len(everyone)
@@ -45,7 +43,7 @@ def exchange_metrics(log: TrafficLog, steps: int) -> dict[str, float]:
         "exchange/hottest_sender": float(sent.index(max(sent))),
     }
     metrics |= {f"exchange/{name}_bytes": mean(name) for name in ("forward", "causal_fetch", "ring", "bound")}
-    for layer in sorted({layer for one in everyone for layer in one["layers"]}):
-        holders = [one["layers"][layer] for one in everyone if layer in one["layers"]]
+    for layer in sorted({int(layer) for one in everyone for layer in one["layers"]}):
+        holders = [one["layers"][str(layer)] for one in everyone if str(layer) in one["layers"]]
         metrics[f"exchange/layer_{layer:02d}_bytes"] = sum(holders) / len(holders)
     return metrics

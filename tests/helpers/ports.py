@@ -6,15 +6,16 @@ import itertools
 import os
 import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from biroute.configs.files import file_lock
 
 # Below the ports that Linux gives to outgoing connections (32768 to 60999): a port that was free a moment ago
 # in that range may belong to any client of the other test process by the time that a rank listens on it.
 PORTS = range(10_000, 20_000)  # and below those of Slurm jobs (launcher/ranks/environment.py)
 
-_claims: list[FileLock] = []  # held until this process ends
+_claims = ExitStack()  # held until this process ends
 _next = itertools.count(os.getpid())
 
 
@@ -28,18 +29,17 @@ def claim_port() -> int:
     folder.mkdir(exist_ok=True)
     for _ in PORTS:
         port = PORTS[next(_next) % len(PORTS)]
-        claim = FileLock(folder / str(port))
-        try:
-            claim.acquire(timeout=0)
-        except Timeout:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with ExitStack() as claim:
             try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                claim.release()
+                claim.enter_context(file_lock(folder / str(port), 0, required=True))
+            except TimeoutError:
                 continue
-        _claims.append(claim)
-        return port
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            _claims.push(claim.pop_all())
+            return port
     raise RuntimeError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")

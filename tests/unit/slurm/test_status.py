@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from biroute.configs.errors import UsageError
 from biroute.launcher.attempts.failures import End, Failure, log_file, write_failure
 from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
 from biroute.launcher.attempts.run_files import log_dir
+from biroute.slurm import client
 from biroute.slurm.client import Job
+from biroute.slurm.control import cancel_run, resume_run
 from biroute.slurm.logs import follow_logs, format_logs
 from biroute.slurm.run_folder import RunFolder, find_run
 from biroute.slurm.status import format_status, run_state, status_of
@@ -149,3 +153,31 @@ def test_a_job_by_its_number_without_slurm(run: RunFolder, tmp_path: Path, monke
     assert find_run("7") == run
     with pytest.raises(UsageError, match="scontrol: no such command"):
         find_run("8")
+
+
+@pytest.mark.parametrize("act", [lambda run: cancel_run(run, now=False), resume_run], ids=["cancel", "resume"])
+def test_nothing_is_done_with_a_strangers_run(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, act: Callable[[RunFolder], Any]
+) -> None:
+    """Its script would run in this user's name, and it may name any job of this user as its own."""
+    ours = [Job("7", "RUNNING")]
+    assert run.jobs_in(ours) == ours
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(client, "queue", lambda: pytest.fail("Slurm is asked"))
+    with pytest.raises(UsageError, match=r"runs/large belongs to \S+, who alone may \w+ this run"):
+        act(run)
+    assert run.jobs_in(ours) == []
+
+
+def test_control_characters_are_shown_and_not_sent(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    from biroute.slurm.commands import logs, status
+
+    evil = "\x1b]52;c;ZXZpbA==\x07 \x9b2J \u202etxt"
+    number = begin_attempt(run.path, nodes=[f"n1{evil}"], world_size=1)
+    log_file(log_dir(run.path, number), 0).write_text(f"loss 2{evil}\n")
+    end_attempt(run.path, number, End(1, f"died of{evil}"), LIMITS)
+    status([str(run.path)])
+    logs(str(run.path))
+    shown = capsys.readouterr().out
+    assert shown.count("\\x1b]52;c;ZXZpbA==\\x07 \\x9b2J \\u202etxt") >= 4
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")

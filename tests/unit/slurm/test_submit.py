@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from helpers.corpus import small_run
 
-from biroute.slurm.submit import Submission, prepare
+from biroute.slurm.submit import Submission, freeze, prepare
 
 
 def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
@@ -41,3 +43,19 @@ def test_a_cluster_with_gpus_trains_on_gpus(
     profile.write_text(yaml.safe_dump({"gpus_per_node": gpus}))
     slurm = {"profile": str(profile)}
     assert submission(corpus, tmp_path, slurm, overrides).config.train.device == device
+
+
+def test_what_may_hold_a_token_is_for_its_owner_alone(corpus: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text(yaml.safe_dump({"environment": {"MLFLOW_TRACKING_TOKEN": "s3cret"}}))
+    overrides = ["tracking.uri=http://me:s3cret@server:5000"]
+    before = os.umask(0o022)
+    try:
+        freeze(submission(corpus, tmp_path, {"profile": str(profile)}, overrides), tmp_path / "submission")
+    finally:
+        os.umask(before)
+    holding = [
+        path for path in (tmp_path / "submission").iterdir() if path.is_file() and b"s3cret" in path.read_bytes()
+    ]
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in holding}
+    assert modes == {"profile.yaml": 0o600, "config.yaml": 0o600, "job.sbatch": 0o700}

@@ -65,7 +65,7 @@ from biroute.launcher.attempts.watchdog import where_in
 from biroute.launcher.ranks.rendezvous import _handshake
 def meet():
     try:
-        _handshake(RankEnvironment(0, 0, 2, file=sys.argv[1]), "gloo", timedelta(seconds=20))
+        _handshake(RankEnvironment(0, 0, 2, file=sys.argv[1]), "gloo", timedelta(seconds=20), None)
     except Exception:
         pass
 thread = threading.Thread(target=meet)

@@ -11,12 +11,13 @@ import pytest
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
+from biroute.configs.messages import without_password
 from biroute.launcher.track import run_metadata as run_metadata
 from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
 from biroute.launcher.track.mlflow_ui import check_port, server_command
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import next_batch
-from biroute.launcher.track.uri import sqlite_path, tracking_uri, without_password
+from biroute.launcher.track.uri import sqlite_path, tracking_uri
 
 # ---- metrics_log ----
 

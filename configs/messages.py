@@ -1,0 +1,22 @@
+"""Text that is shown: without passwords, and without characters that would command the terminal."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters and the marks that reverse the direction of text; tab and line break are harmless.
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def without_password(text: str) -> str:
+    """Return `text` with the password of every URI in it masked."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with control characters spelled, such as `\x1b`, rather than sent to the terminal.
+
+    What a run folder, a log or a dataset holds may come from somebody else, and an escape sequence can set the
+    window's title or the clipboard.
+    """
+    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
