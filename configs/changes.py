@@ -9,13 +9,16 @@ from biroute.configs.load import flatten
 from biroute.configs.schema import DATASET, RunConfig
 from biroute.configs.section import fields_on_resume
 
+MIX_VERSION = 2  # the order that weights give (data_pipeline/read/mix.py); part of what identifies a run
+
 
 def settings_to_compare(config: RunConfig, dataset_checksum: str) -> dict[str, str]:
     """Return name -> value of all that is not free; a checkpoint keeps it."""
     flat = flatten(config)
     kept = {name: flat[name] for name, kind in fields_on_resume(RunConfig) if kind != "free" and name in flat}
     weights = [f"{source.name} {source.weight}" for source in config.data.sources if source.weight is not None]
-    return kept | {DATASET: dataset_checksum, "data.sources.weight": ", ".join(weights) or "none"}
+    mix = f"{', '.join(weights)} (mix {MIX_VERSION})" if weights else "none"
+    return kept | {DATASET: dataset_checksum, "data.sources.weight": mix}
 
 
 def compare_settings(saved: Mapping[str, str], ours: Mapping[str, str], accepted: Sequence[str]) -> list[str]:

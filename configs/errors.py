@@ -5,6 +5,7 @@ import errno
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USAGE_ERROR = 2
+EXIT_INTERRUPTED = 130  # Ctrl-C where nothing but finished parts is kept (128 + SIGINT, as shells count)
 EXIT_STOPPED = 75  # stopped on a signal with its state saved; the same command resumes (EX_TEMPFAIL of sysexits.h)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write failed for lack of space, quota or file-size limit

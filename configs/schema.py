@@ -16,6 +16,7 @@ from biroute.configs.slurm_section import SlurmConfig
 
 DATASET = "data"  # stands, in `train.accept_changes`, for everything that a dataset was built with
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_SMALLEST_SHARE = 2.0**-50  # of a source; the mix has steps of 2**-52
 
 
 class AttentionConfig(Section):
@@ -257,6 +258,11 @@ class DataConfig(Section):
             raise ValueError(f"sources named twice: {', '.join(twice)}; give each source a unique name")
         if len({source.weight is None for source in self.sources}) > 1:
             raise ValueError("some sources have a weight and some do not; give one to all or to none")
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        if weights and min(weights) < sum(weights) * _SMALLEST_SHARE:
+            raise ValueError(
+                f"weight {min(weights)} is too small beside a sum of {sum(weights)}; leave the source out"
+            )
         return self
 
 

@@ -27,12 +27,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biroute.configs.errors import EXIT_USAGE_ERROR
-from biroute.configs.files import new_file
+from biroute.configs.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR
+from biroute.configs.files import atomic_draft
+from biroute.data_pipeline.prepare.child_process import become_child
+from biroute.data_pipeline.prepare.progress_bar import Progress
 
 ENGLISH_NAME = "english.jsonl.zst"
 CHINESE_NAME = "chinese.jsonl.zst"
@@ -63,17 +66,18 @@ class Package(NamedTuple):
 def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
     """Write both corpora to `folder`, except those that exist. If no Chinese text can be fetched, it only warns."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs: list[tuple[str, Callable[[], Iterable[dict[str, str]]]]] = [
-        (ENGLISH_NAME, lambda: english_documents(english_mb * 1e6)),
-        (CHINESE_NAME, lambda: chinese_documents(chinese_mb * 1e6)),
+    jobs: list[tuple[str, float, Callable[[float], Iterable[dict[str, str]]]]] = [
+        (ENGLISH_NAME, english_mb * 1e6, english_documents),
+        (CHINESE_NAME, chinese_mb * 1e6, chinese_documents),
     ]
-    for name, documents in jobs:
+    for name, size_bytes, documents in jobs:
         path = folder / name
         if path.exists():
             print(f"{path}: exists already", file=sys.stderr)
             continue
         started = time.monotonic()
-        count, size = _write(path, documents())
+        with Progress().stage(f"collecting {name}", round(size_bytes)) as update:
+            count, size = _write(path, documents(size_bytes), update)
         if count:
             seconds = time.monotonic() - started
             print(f"{path}: {count} documents, {size / 1e6:.1f} MB of text in {seconds:.0f} s", file=sys.stderr)
@@ -81,25 +85,25 @@ def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
             print(f"warning: {name} was not written, no text could be fetched; see above", file=sys.stderr)
 
 
-def _write(path: Path, documents: Iterable[dict[str, str]]) -> tuple[int, int]:
+def _write(path: Path, documents: Iterable[dict[str, str]], update: Callable[[int], None]) -> tuple[int, int]:
     """Write documents without duplicates; returns their number and the bytes of their texts. No document, no file."""
     import zstandard
 
     seen: set[bytes] = set()
     size = 0
-    temporary = path.with_name(f".{path.name}.tmp")  # removed if there is no document
-    with new_file(temporary) as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw) as stream:
-        for document in documents:
+    documents = iter(documents)
+    first = next(documents, None)
+    if first is None:
+        return 0, 0
+    with atomic_draft(path) as raw, zstandard.ZstdCompressor(level=6).stream_writer(raw, closefd=False) as stream:
+        for document in chain([first], documents):
             text = document["text"].encode("utf-8", errors="replace")
             digest = hashlib.blake2b(text, digest_size=16).digest()
             if digest not in seen:
                 seen.add(digest)
                 size += len(text)
+                update(size)
                 stream.write(json.dumps(document, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
-    if seen:
-        temporary.replace(path)
-    else:
-        temporary.unlink()
     return len(seen), size
 
 
@@ -110,7 +114,7 @@ def english_documents(size_bytes: float) -> Iterator[dict[str, str]]:
     """Yield docstrings of installed packages until they reach `size_bytes`, in a reproducible order."""
     yielded = 0
     # spawn, because the caller may have threads, and forking is not safe then.
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), become_child) as pool:
         for package in installed_packages():
             jobs = [package.files[i : i + _FILES_PER_JOB] for i in range(0, len(package.files), _FILES_PER_JOB)]
             for start in range(0, len(jobs), 8):  # a few at a time, to avoid reading much more than needed
@@ -303,7 +307,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--english-mb", type=float, default=25.0, help="megabytes of English text (default 25)")
     parser.add_argument("--chinese-mb", type=float, default=12.0, help="megabytes of Chinese text (default 12)")
     options = parser.parse_args(arguments)
-    collect(options.out_dir, options.english_mb, options.chinese_mb)
+    try:
+        collect(options.out_dir, options.english_mb, options.chinese_mb)
+    except KeyboardInterrupt:
+        print("stopped; what is complete is kept: run the same command again to continue", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     wanted = {ENGLISH_NAME: options.english_mb, CHINESE_NAME: options.chinese_mb}
     missing = [name for name, megabytes in wanted.items() if megabytes > 0 and not (options.out_dir / name).exists()]
     if missing:

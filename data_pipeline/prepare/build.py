@@ -27,11 +27,18 @@ from typing import Any, Literal
 from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock, write_atomically
 from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.prepare.child_process import call_in_child
 from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.shard_writer import write_stream
 from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
-from biroute.data_pipeline.prepare.tokenizer import Tokenizer, TrainingSample, load_tokenizer, train_tokenizer
+from biroute.data_pipeline.prepare.tokenizer import (
+    Tokenizer,
+    TrainingSample,
+    load_tokenizer,
+    train_model,
+    train_tokenizer,
+)
 from biroute.data_pipeline.read.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -50,6 +57,7 @@ from biroute.data_pipeline.read.token_stream import open_shard
 
 PART_BYTES = 2_000_000  # text in one part; it takes about half a second to tokenize
 _VERSION = 1  # changes all keys; to be raised when equal settings give different results
+_CHILD_FROM_BYTES = 1_000_000  # of a sample; a tokenizer of less is trained in a second
 _TOKENIZER_RECORD = "tokenizer.json"
 
 
@@ -265,7 +273,11 @@ class _Build:
         size = sum(sample.size_bytes for sample in distinct)
         what = f"{config.kind} tokenizer of {config.vocab_size} pieces"
         self._progress.note(f"training a {what} on {size / 1e6:.1f} MB")
-        return train_tokenizer((text for sample in distinct for text in sample.texts()), config)
+        texts = [text for sample in distinct for text in sample.texts()]
+        if size <= _CHILD_FROM_BYTES:  # starting a process takes longer
+            return train_tokenizer(texts, config)
+        with self._progress.clock("training the tokenizer") as waiting:
+            return Tokenizer(call_in_child(waiting, train_model, texts, config), "the trained tokenizer")
 
     def _samples(self, budget: int) -> dict[str, TrainingSample]:
         """Create the samples for training the tokenizer: one for all sources together, or one each with weights."""

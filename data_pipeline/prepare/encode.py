@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
+from biroute.data_pipeline.prepare.child_process import become_child
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.read.manifest import SPLITS
 
@@ -127,17 +126,8 @@ def _set_up(model: str, dtype: str) -> None:
 
 
 def _start_worker(model: str, dtype: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    become_child()  # a worker holds its own work pipe open, and would otherwise wait for ever for a killed parent
     _set_up(model, dtype)
-
-
-def _die_with_parent() -> None:
-    """Exit when the parent is killed: a worker holds its own work pipe open and would otherwise wait forever."""
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _encode_part(path: Path, texts: Texts) -> None:

@@ -35,6 +35,19 @@ class Progress:
             yield from self._lines(title, total_bytes)
 
     @contextmanager
+    def clock(self, title: str) -> Iterator[Callable[[float], None]]:
+        """For work of unknown length: yield a function to call often with the seconds that have passed."""
+        shown = 0.0
+
+        def update(seconds: float) -> None:
+            nonlocal shown
+            if seconds - shown >= _PLAIN_LINE_SECONDS:
+                shown = seconds
+                self.note(f"{title}: {seconds:.0f} s so far")
+
+        yield update
+
+    @contextmanager
     def _bar(self, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
         from rich.console import Console
         from rich.progress import (

@@ -186,6 +186,17 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Train a tokenizer on `texts`; the same texts in the same order give the same pieces on any machine.
 
     Raises:
+        UsageError: as `train_model` does.
+    """
+    return Tokenizer(train_model(texts, config), "the trained tokenizer")
+
+
+def train_model(texts: Iterable[str], config: TokenizerConfig) -> bytes:
+    """Train a tokenizer; returns the serialized SentencePiece model.
+
+    While it trains, the process is deaf to signals.
+
+    Raises:
         UsageError: there is too little text for the vocabulary, or the vocabulary is too small for the characters.
     """
     import sentencepiece
@@ -220,21 +231,29 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         )
     except RuntimeError as error:
         raise UsageError(_why_untrained(config, str(error))) from None
-    return Tokenizer(model.getvalue(), "the trained tokenizer")
+    return model.getvalue()
 
 
 def training_sentences(texts: Iterable[str]) -> Iterator[str]:
     """Yield the lines of `texts`, cutting those that are too long for the trainer, if possible at a space."""
     for text in texts:
         for line in _TRAINING_BREAKS.split(text):
-            while len(line) * 4 > _MAX_SENTENCE_BYTES and len(line.encode("utf-8")) > _MAX_SENTENCE_BYTES:
-                end = _MAX_SENTENCE_BYTES // 4  # characters, of at most 4 bytes each
-                space = line.rfind(" ", end // 2, end)
+            begin = 0
+            while _is_too_long(line, begin):
+                end = begin + _MAX_SENTENCE_BYTES // 4  # characters, of at most 4 bytes each
+                space = line.rfind(" ", (begin + end) // 2, end)
                 end = space if space > 0 else end
-                yield line[:end]
-                line = line[end:]
-            if line:
-                yield line
+                yield line[begin:end]
+                begin = end
+            if begin < len(line):
+                yield line[begin:]
+
+
+def _is_too_long(line: str, begin: int) -> bool:
+    characters = len(line) - begin
+    if characters * 4 <= _MAX_SENTENCE_BYTES:
+        return False
+    return characters > _MAX_SENTENCE_BYTES or len(line[begin:].encode("utf-8")) > _MAX_SENTENCE_BYTES
 
 
 class TrainingSample:

@@ -20,7 +20,8 @@ import numpy as np
 
 from biroute.configs.errors import UsageError
 from biroute.data_pipeline.read.manifest import Manifest, Split
-from biroute.data_pipeline.read.order import SequenceOrder, SourceSize, choose_positions, derive_key
+from biroute.data_pipeline.read.order import SequenceOrder, SourceSize
+from biroute.data_pipeline.read.permutation import choose_positions, derive_key
 from biroute.data_pipeline.read.token_stream import TokenStream
 
 _CLOSE_SECONDS = 5.0  # how long `close` waits for the thread

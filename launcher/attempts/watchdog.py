@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from biroute.configs.errors import EXIT_FAILURE
 from biroute.configs.files import write_atomically
@@ -63,6 +64,7 @@ class Watchdog:
         self._trained = False
         self._allowance = 0.0
         self._logs: Path | None = None
+        self._log: TextIO | None = None
         self._rank = self._world_size = 0
         self._hang_seconds = self._startup_seconds = 0.0
         self._closed = threading.Event()
@@ -71,8 +73,21 @@ class Watchdog:
         self._shows_stack = False  # whether SIGALRM dumps the stack; by default it would kill
         self._written: tuple[int, str] | None = None
 
-    def watch(self, logs: Path, rank: int, world_size: int, *, hang_seconds: float, startup_seconds: float) -> None:
-        """Start watching; with `hang_seconds` = 0 the heartbeat is written but no hang is detected."""
+    def watch(
+        self,
+        logs: Path,
+        rank: int,
+        world_size: int,
+        *,
+        hang_seconds: float,
+        startup_seconds: float,
+        log: TextIO | None = None,
+    ) -> None:
+        """Start watching; with `hang_seconds` = 0 the heartbeat is written but no hang is detected.
+
+        The stacks of a hang go to standard error, and to `log`.
+        """
+        self._log = log
         self._logs, self._rank, self._world_size = logs, rank, world_size
         self._hang_seconds, self._startup_seconds = hang_seconds, startup_seconds
         self._write_heartbeat()
@@ -162,8 +177,9 @@ class Watchdog:
         waited = time.monotonic() - self._since
         self._write_heartbeat()
         print(f"\nwatchdog: no progress for {waited:.0f} s; the stacks of this rank:", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError, ValueError):
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        for stream in [sys.stderr] if self._log is None else [sys.stderr, self._log]:
+            with contextlib.suppress(OSError, ValueError):
+                faulthandler.dump_traceback(file=stream, all_threads=True)
         frame = sys._current_frames().get(self._main or 0)
         collective, place = where_in(frame)
         report = HangReport(

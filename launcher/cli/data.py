@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biroute.configs.errors import EXIT_INTERRUPTED
 from biroute.configs.load import load_config
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
@@ -28,7 +29,11 @@ def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
     loaded = load_config(config, overrides or [])
     data = loaded.data
-    result = build_dataset(data)
+    try:
+        result = build_dataset(data)
+    except KeyboardInterrupt:
+        echo(f"stopped; {data.dir} keeps its finished parts: run the same command again to continue", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     _warn_of_left_out(result.manifest, loaded)
     answer: dict[str, Any] = {
         "dir": str(data.dir),

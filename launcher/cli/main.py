@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pretrain long-context language models with bi-level routing attention.",
     epilog="Exit status: 0 success; 1 failure; 2 usage error, in one line; 75 stopped on a signal with the state "
-    "saved: run the same command again.",
+    "saved: run the same command again; 130 Ctrl-C elsewhere.",
 )
 
 

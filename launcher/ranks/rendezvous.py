@@ -137,7 +137,11 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, s
         # For groups that DeepSpeed creates without a timeout; NCCL's own default is ten minutes.
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = "is in use" if "EADDRINUSE" in str(error) or "address already in use" in str(error) else str(error)
+        reason = (
+            "is in use"
+            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+            else str(error)
+        )
         raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None
 
 

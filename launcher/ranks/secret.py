@@ -9,12 +9,14 @@ NCCL, is neither encrypted nor authenticated: see docs/security.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 import stat
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from biroute.launcher.attempts.run_files import SECRET
 
 _DIGITS = 64
 _REFUSED = "refused"
+_SECONDS_TO_HEAR = 10.0  # that rank 0 has refused
 _SECONDS_TO_WRITE = 30.0  # until all of a new secret is seen through a slow network file system
 
 
@@ -69,6 +72,7 @@ def prove(store: dist.Store, secret: bytes, rank: int, world_size: int) -> None:
         nonces = (store.get("biroute/nonce/0"), nonce.encode())
         store.set(f"biroute/proof/{rank}", _proof(secret, "proof", rank, *nonces))
         answer = store.get(f"biroute/answer/{rank}")
+        store.set(f"biroute/heard/{rank}", "")
         if answer == _REFUSED.encode():
             raise UsageError(
                 "rank 0 does not start, because a rank does not know the secret of this run: see its message"
@@ -87,6 +91,9 @@ def prove(store: dist.Store, secret: bytes, rank: int, world_size: int) -> None:
     for other, proof in answers.items():
         store.set(f"biroute/answer/{other}", _REFUSED if strangers else proof)
     if strangers:
+        friends = [f"biroute/heard/{other}" for other in answers if other not in strangers]
+        with contextlib.suppress(RuntimeError):  # the store ends with this process: they must have read it by then
+            store.wait(friends, timedelta(seconds=_SECONDS_TO_HEAR))
         raise UsageError(f"rank {strangers[0]} does not know the secret of this run; {_REMEDY}")
 
 

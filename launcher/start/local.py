@@ -27,8 +27,8 @@ POLL_SECONDS = 0.1
 def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attempt: int) -> int:
     """Run `processes` ranks of `python -m biroute.launcher.start.worker <arguments>`; returns their common status.
 
-    Rank 0 writes to this terminal, the others to `logs/rank-<n>.log`. If a rank fails, the others are ended, and the
-    last lines of the rank that failed first are shown.
+    Rank 0 writes to this terminal and keeps a copy, the others write to `logs/rank-<n>.log`. If a rank fails, the
+    others are ended, and the last lines of the rank that failed first are shown.
     """
     with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
         # Blocked until the handlers that forward them are set; the ranks inherit this and unblock them when ready.
@@ -76,7 +76,7 @@ def _forwarder(ranks: list[subprocess.Popen[bytes]]):  # type: ignore[no-untyped
     def forward(number: int, _: FrameType | None) -> None:
         for rank in ranks:
             if rank.poll() is None:
-                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+                rank.send_signal(number)
 
     return forward
 
@@ -126,5 +126,5 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 def _show_log(rank: int, code: int, logs: Path) -> None:
     print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
-    if rank != 0:  # rank 0 wrote to this terminal
+    if rank != 0:  # rank 0 wrote to this terminal as well
         print(printable(tail_of_log(logs, rank)), file=sys.stderr)

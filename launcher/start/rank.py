@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TextIO
 
+from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.attempts.failures import explain_end, record_stop
@@ -12,6 +14,7 @@ from biroute.launcher.attempts.run_files import log_dir, warnings_file
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.environment import RankEnvironment, find_rank_environment
 from biroute.launcher.ranks.stop_signal import StopRequest
+from biroute.launcher.start.kept_output import keep_output
 from biroute.launcher.start.library_warnings import LibraryWarnings
 
 
@@ -22,6 +25,7 @@ class Rank:
         self.watchdog = Watchdog()
         self._stop = stop
         self._library_warnings = library_warnings
+        self._log: TextIO | None = None  # unless the launcher writes it
         self._began: FencingToken | None = None  # an attempt that this rank must end, as its launcher does not
 
     def train(self, config_path: str, overrides: list[str]) -> None:
@@ -56,7 +60,7 @@ class Rank:
             run,  # imports DeepSpeed, which looks up the chosen device on import
         )
 
-        run(config, place, self._stop, FencingToken(run_dir, attempt), self.watchdog)
+        run(config, place, self._stop, FencingToken(run_dir, attempt), self.watchdog, log=self._log)
 
     def close(self, status: int) -> None:
         """Record the end of an attempt that the ranks themselves began; call it before the process ends."""
@@ -67,6 +71,10 @@ class Rank:
 
     def _watch(self, run_dir: Path, attempt: int, environment: RankEnvironment, train: TrainConfig) -> None:
         logs = log_dir(run_dir, attempt)
+        try:
+            self._log = keep_output(logs, environment.rank)
+        except OSError as error:
+            raise UsageError(f"{logs}: {error.strerror}; use a folder that can be written") from None
         self._library_warnings.write_to(warnings_file(logs, environment.rank))
         self.watchdog.watch(
             logs,
@@ -74,4 +82,5 @@ class Rank:
             environment.world_size,
             hang_seconds=train.hang_seconds,
             startup_seconds=train.startup_seconds,
+            log=self._log,
         )

@@ -52,6 +52,8 @@ def _run_attempt(config: RunConfig, world_size: int) -> int:
     fencing_token, logs = FencingToken(run_dir, attempt), log_dir(run_dir, attempt)
     frozen = frozen_config(run_dir, attempt)
     write_config(frozen, config)
+    count = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    print(printable(f"attempt {attempt}: starting {count}, logs in {logs}"), flush=True)
     status = run_local_ranks([str(frozen)], world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import TextIO
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import RunConfig
@@ -20,15 +22,19 @@ class Observer(TrainerHook):
     Once another attempt owns the folder, nothing more is written.
     """
 
-    def __init__(self, config: RunConfig, tags: Mapping[str, str], fencing_token: FencingToken) -> None:
-        """Open the tracker.
+    def __init__(
+        self, config: RunConfig, tags: Mapping[str, str], fencing_token: FencingToken, log: TextIO | None
+    ) -> None:
+        """Open the tracker; what is printed also goes to `log`.
 
         Raises:
             UsageError: the tracking URI cannot work, or the run folder cannot be written.
         """
         self._run_dir = config.train.run_dir
         self._fencing_token = fencing_token
-        self._progress = ProgressLine(config.train.steps, log_every=config.train.log_every)
+        streams = [sys.stdout, log] if log is not None else [sys.stdout]
+        train = config.train
+        self._progress = [ProgressLine(train.steps, log_every=train.log_every, stream=stream) for stream in streams]
         self._tracker = open_tracker(
             config, self._run_dir, tags=tags, notify=self.on_message, fencing_token=fencing_token
         )
@@ -37,7 +43,8 @@ class Observer(TrainerHook):
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the step on the progress line."""
-        self._progress.update(step, values)
+        for line in self._progress:
+            line.update(step, values)
 
     def on_point(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics."""
@@ -45,7 +52,8 @@ class Observer(TrainerHook):
 
     def on_message(self, text: str) -> None:
         """Print the message."""
-        self._progress.message(text)
+        for line in self._progress:
+            line.message(text)
 
     def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
         """Plot the loss so far, into the run folder and MLflow."""
@@ -61,5 +69,6 @@ class Observer(TrainerHook):
 
     def on_end(self, status: Status, cause: str) -> None:
         """Close the tracker of this attempt; what MLflow has not received by then, the next attempt sends."""
-        self._progress.close()
+        for line in self._progress:
+            line.close()
         self._tracker.close(status, cause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -37,10 +38,11 @@ def run(
     fencing_token: FencingToken,
     watchdog: Watchdog,
     hooks: Sequence[TrainerHook] = (),
+    log: TextIO | None = None,
 ) -> None:
     """Train as one of the ranks that have joined, from the newest checkpoint if there is one. Collective.
 
-    `hooks` are called on this rank, after BiRoute's own.
+    `hooks` are called on this rank, after BiRoute's own. What rank 0 prints also goes to `log`.
 
     Raises:
         UsageError: the input is not usable.
@@ -56,7 +58,7 @@ def run(
     if place.rank == 0:
         write_config(config.train.run_dir / CONFIG, config)
         tags = {"layout": str(layout), "world_size": str(layout.world_size)}
-        hooks = [Observer(config, tags, fencing_token), *hooks]
+        hooks = [Observer(config, tags, fencing_token, log), *hooks]
 
     def say(text: str) -> None:
         for hook in hooks:

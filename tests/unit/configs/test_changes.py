@@ -34,7 +34,7 @@ def settings(tree: dict[str, Any], dataset: str = "feed") -> dict[str, str]:
         (
             {"data": {"sources": SOURCES}},
             {"data": {"sources": [SOURCES[0] | {"weight": 3.0}, SOURCES[1]]}},
-            "data.sources.weight: a 1.0, b 2.0 there, a 3.0, b 2.0 here",
+            "data.sources.weight: a 1.0, b 2.0 (mix 2) there, a 3.0, b 2.0 (mix 2) here",
         ),
     ],
 )
