@@ -48,6 +48,12 @@ def resume_run(run: RunFolder) -> str:
     run.check_ours("resume")
     if not run.script.exists():
         raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
+    config = run.config()
+    if config is not None and config.train.run_dir.resolve() != run.path.resolve():
+        raise UsageError(
+            f"{run.path} was copied or moved from {config.train.run_dir}, where its job would run; move it back, or "
+            "submit a run with a new train.run_dir and a copy of its checkpoints"
+        )
     jobs = run.jobs_in(client.queue())
     if jobs:
         raise UsageError(

@@ -308,6 +308,8 @@ class _MlflowRun:
         parameters = [Param(name, value) for name, value in wanted.items() if name not in data.params]
         tags = {"attempt": str(self._state.attempt), **run_metadata.placement_tags(self._config)}
         tags |= run_metadata.environment_tags() | run_metadata.attempt_tags(read_attempts(self._run_dir)) | self._tags
+        if self._state.copied_from:
+            tags["copied_from"] = self._state.copied_from
         changed = run_metadata.changed_parameters(data.params, wanted)
         if changed or "config.changed" in data.tags:
             tags["config.changed"] = changed

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from biroute.configs.files import write_atomically
 
@@ -24,6 +27,8 @@ class TrackingState:
     attempt: int = 0  # starts of this run so far
     started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # of the first attempt
     artifacts: dict[str, str] = field(default_factory=dict)  # path from the run folder -> fingerprint sent, or ""
+    home: str = ""  # the run folder; another one is a copy if this one is still there
+    copied_from: str = ""  # run folder and MLflow run that this one is a copy of
 
     @classmethod
     def load(cls, path: Path, target: str, metrics_log_bytes: int, notify: Callable[[str], None]) -> TrackingState:
@@ -33,18 +38,35 @@ class TrackingState:
             OSError: the file exists and cannot be read.
         """
         try:
-            state = cls(**{**json.loads(path.read_text(encoding="utf-8")), "path": path})
+            state = _read(path)
         except FileNotFoundError:
-            return cls(path, target)
+            return cls(path, target, home=str(path.parent.resolve()))
         except (ValueError, TypeError):
             notify(f"{path}: unreadable; all points are sent again, to a new MLflow run")
-            return cls(path, target)
+            return cls(path, target, home=str(path.parent.resolve()))
+        state._settle(notify)
         if state.target != target:
             state.target = target
             state.forget_run()
         if state.sent_bytes > metrics_log_bytes:  # the metrics log was replaced
             state.sent_bytes = 0
         return state
+
+    def _settle(self, notify: Callable[[str], None]) -> None:
+        """Notice a run folder that was copied: two runs must not write into one run of MLflow."""
+        home, here = self.home, str(self.path.parent.resolve())
+        self.home = here
+        if home in ("", here):
+            return
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if _read(Path(home) / self.path.name).run_key != self.run_key:
+                return
+            self.copied_from = f"{home}, MLflow run {self.run_id}"
+            self.run_key = uuid.uuid4().hex
+            self.forget_run()
+            notify(
+                f"{here} is a copy of {home}: it goes on as a new MLflow run, whose tag copied_from names that one"
+            )
 
     def forget_run(self) -> None:
         """Send everything again, to a run that has yet to be found or created."""
@@ -59,3 +81,9 @@ class TrackingState:
         """
         fields = {name: value for name, value in asdict(self).items() if name != "path"}
         write_atomically(self.path, json.dumps(fields, indent=1, ensure_ascii=False).encode(), durable=False)
+
+
+def _read(path: Path) -> TrackingState:
+    """Read a state; raises OSError, or ValueError if it is damaged."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return TypeAdapter(TrackingState).validate_python({**fields, "path": path})

@@ -112,6 +112,8 @@ def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None])
     part, parts = mesh.groups.dp_cp.rank(), mesh.groups.dp_cp.size()
     mine, infinite = {}, list[str]()
     for position, (name, parameter) in enumerate(engine.named_parameters()):
+        if getattr(parameter, "ds_pipe_replicated", False):
+            continue  # a tied weight, which the first stage saves
         # Collective: every data rank takes part, one keeps it.
         keep = position % parts == part
         state = engine.state.read(parameter, keep)

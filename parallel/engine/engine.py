@@ -254,7 +254,12 @@ class PipelineEngine(Engine):
         self._time_instructions()
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        return self.deepspeed.train_batch(iter([(mb.inputs, mb.targets) for mb in microbatches]))
+        loss: Tensor = self.deepspeed.train_batch(iter([(mb.inputs, mb.targets) for mb in microbatches]))
+        with self.clock.phase("exchange"):
+            # Two stages hold a tied embedding. They sum the same gradients, but in another order: without this, the
+            # copies drift apart. The first stage's is the one that counts, and is saved.
+            self._pipeline._synchronize_tied_weights()
+        return loss
 
     def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         batches = iter([(mb.inputs, mb.targets) for mb in microbatches])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -254,3 +255,30 @@ def test_git_tags_tell_commit_and_changes_only_of_tracked_code(tmp_path: Path) -
     assert run_metadata.git_tags(code)["git.dirty"] == "true"
     installed.write_text("a package in a virtual environment inside the checkout\n")
     assert run_metadata.git_tags(installed) == {}
+
+
+def test_a_copied_run_folder_becomes_a_run_of_its_own(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def load(name: str) -> TrackingState:
+        return TrackingState.load(tmp_path / name / "tracking_state.json", "server experiment", 500, said.append)
+
+    (tmp_path / "first").mkdir()
+    first = load("first")
+    first.run_id, first.sent_bytes = "abc", 300
+    first.save()
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    second = load("second")
+    assert (second.run_id, second.sent_bytes) == (None, 0) and second.run_key != first.run_key
+    assert second.copied_from == f"{tmp_path}/first, MLflow run abc"
+    assert said == [
+        f"{tmp_path}/second is a copy of {tmp_path}/first: it goes on as a new MLflow run, whose tag "
+        "copied_from names that one"
+    ]
+    second.save()
+    again = load("second")
+    assert (again.run_key, again.copied_from) == (second.run_key, second.copied_from) and len(said) == 1
+    assert load("first") == first
+    (tmp_path / "first").rename(tmp_path / "third")  # moved, not copied
+    third = load("third")
+    assert (third.run_id, third.sent_bytes, third.copied_from) == ("abc", 300, "") and len(said) == 1
