@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from biroute.configs.optim_section import OptimConfig
 from biroute.configs.section import IDENTITY, RECIPE, OnResume, Section, fields_on_resume
 from biroute.configs.slurm_section import SlurmConfig
 
@@ -266,40 +267,6 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    on_resume: ClassVar[OnResume] = "recipe"
-
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
-    min_learning_rate: float = Field(3e-5, ge=0, description="learning rate at the last step")
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine",
-        description="learning rate after the warm-up; cosine: cosine decay; wsd: constant, then linear decay over "
-        "decay_steps; constant: no decay",
-    )
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
-    decay_steps: int = Field(0, ge=0, description="steps of the final decay of schedule=wsd")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the matrices")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's second moment")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    gradient_clip: float = Field(1.0, ge=0, description="clip the gradient to this global norm; 0: no clipping")
-    max_skipped_steps: PositiveInt = Field(
-        10, description="a step whose gradient is not finite is skipped; after this many in a row the run ends"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimConfig:
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}"
-            )
-        if self.schedule == "wsd" and self.decay_steps == 0:
-            raise ValueError("schedule=wsd needs decay_steps of at least 1")
-        return self
-
-
 class TrainConfig(Section):
     """Length, batch, precision and intervals of a run."""
 
@@ -390,9 +357,15 @@ class RunConfig(Section):
                 f"are marked as identity in docs/configuration.md, and {DATASET} stands for the dataset"
             )
         optim, steps = self.optim, self.train.steps
-        if optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
+        warmup_steps = optim.warmup_of(steps)
+        if 0 < warmup_steps >= steps:
             raise ValueError(
-                f"optim.warmup_steps={optim.warmup_steps} and optim.decay_steps={optim.decay_steps} together exceed "
+                f"optim.warmup_steps={warmup_steps} is not below train.steps={steps}, so the learning rate would "
+                "never get past its warm-up; lower it, or leave it out"
+            )
+        if optim.schedule == "wsd" and warmup_steps + optim.decay_steps > steps:
+            raise ValueError(
+                f"optim.warmup_steps={warmup_steps} and optim.decay_steps={optim.decay_steps} together exceed "
                 f"train.steps={steps}, so the learning rate would jump; lower one of them"
             )
         return self

@@ -14,12 +14,13 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     stays constant and decays linearly over the last decay_steps, and `constant` stays constant.
     """
     peak, lowest = optim.learning_rate, optim.min_learning_rate
-    if step <= optim.warmup_steps:
-        return peak * step / optim.warmup_steps
+    warmup_steps = optim.warmup_of(total_steps)
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
     if optim.schedule == "constant":
         return peak
     if optim.schedule == "wsd":
         decay = min(1.0, max(0.0, 1 - (total_steps - step) / optim.decay_steps))
         return peak + (lowest - peak) * decay
-    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

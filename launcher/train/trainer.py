@@ -47,14 +47,16 @@ class Trainer:
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
     _tokens: int = 0  # trained on since the run began
-    _skipped: int = 0  # steps whose gradient was not finite, since the run began
+    _skipped: int = 0  # steps whose gradient was not finite or a spike, since the run began
     _skipped_in_a_row: int = 0
+    _unsound: bool = False  # the gradient of this step was not finite, so its weights may not be good ones
 
     def resume(self, progress: TrainingProgress) -> None:
         """Continue from the progress of a loaded checkpoint."""
         self.step = self._saved_step = progress.step
         self._tokens = progress.tokens
         self._evaluation_pending, self._skipped = progress.evaluation_pending, progress.skipped_steps
+        self.engine.spike_guard.resume(progress.gradient_norms)
         self.watchdog.resumed(progress.step)
         self._say(f"resumed after step {progress.step}")
 
@@ -65,7 +67,7 @@ class Trainer:
             StoppedError: a signal asked to stop; the state is saved.
             FencedError: another attempt owns the run folder; nothing is written.
             UsageError: a checkpoint could not be written.
-            DivergedError: too many steps in a row had no finite gradient, or a weight is not finite.
+            DivergedError: too many steps in a row had no sound gradient, or a weight is not finite.
         """
         train, checkpoint = self.config.train, self.config.checkpoint
         if self._evaluation_pending:
@@ -80,12 +82,12 @@ class Trainer:
             self._stop_if_agreed()
             self._train_one_step()
             last = self.step == train.steps
-            if last and self._skipped_in_a_row:
+            if last and self._unsound:
                 raise DivergedError(self._explain_skipped("it is the last one"))
-            # First the checkpoint, so that nothing in an evaluation can cost the steps before it. While steps are
-            # skipped, the state may be a bad one, which must not take the place of a good one.
+            # First the checkpoint, so that nothing in an evaluation can cost the steps before it. While gradients are
+            # not finite, the state may be a bad one, which must not take the place of a good one.
             self._evaluation_pending = last or _due(self.step, train.evaluate_every)
-            if (last or _due(self.step, checkpoint.every_steps)) and not self._skipped_in_a_row:
+            if (last or _due(self.step, checkpoint.every_steps)) and not self._unsound:
                 self._save()
             if self._evaluation_pending:
                 self._evaluate()
@@ -128,11 +130,12 @@ class Trainer:
         """Count a step that changed nothing, and say which sequences it had: `first` and those after it."""
         self._skipped += report.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
+        self._unsound = report.skipped and not report.spike
         if not report.skipped:
             return
         last, limit = first + self.config.train.global_batch_size - 1, self.config.optim.max_skipped_steps
         self._say(
-            f"warning: step {self.step} is skipped, its gradient is not finite (loss {report.loss:g}, sequences "
+            f"warning: step {self.step} is skipped, its gradient {_fault(report)} (loss {report.loss:g}, sequences "
             f"{first} to {last} of the training order)"
         )
         if self._skipped_in_a_row >= limit:
@@ -140,7 +143,7 @@ class Trainer:
 
     def _explain_skipped(self, why: str) -> str:
         return (
-            f"no finite gradient in {self._skipped_in_a_row} steps in a row, up to step {self.step} ({why}); the "
+            f"no sound gradient in {self._skipped_in_a_row} steps in a row, up to step {self.step} ({why}); the "
             "checkpoints before them are kept: resume with a lower optim.learning_rate, or look at the data"
         )
 
@@ -222,6 +225,7 @@ class Trainer:
             skipped_steps=self._skipped,
             sequences=self.loader.position,
             tokens=self._tokens,
+            gradient_norms=tuple(self.engine.spike_guard.norms),
             evaluation_pending=self._evaluation_pending,
         )
         saving = f"saving after step {self.step}"
@@ -244,6 +248,10 @@ class Trainer:
     def _say(self, text: str) -> None:
         for hook in self.hooks:
             hook.on_message(text)
+
+
+def _fault(report: StepReport) -> str:
+    return f"norm {report.gradient_norm:g} is a spike" if report.spike else "is not finite"
 
 
 def _due(step: int, every: int) -> bool:

@@ -23,9 +23,10 @@ class TrainingProgress(_Record):
     """How far training has come; with the weights, all that a run needs to resume."""
 
     step: NonNegativeInt  # optimizer steps done, those skipped included
-    skipped_steps: NonNegativeInt = 0  # their gradient was not finite, so AdamW knows nothing of them
+    skipped_steps: NonNegativeInt = 0  # their gradient was not finite or a spike: AdamW knows nothing of them
     sequences: NonNegativeInt  # global position in the data
     tokens: NonNegativeInt = 0  # trained on; counted, since a run may go on with another batch size
+    gradient_norms: tuple[float, ...] = ()  # of the last steps, if a spike guard looks at them
     evaluation_pending: bool = False  # the evaluation that is due after this step is not done
 
 

@@ -30,6 +30,7 @@ from biroute.parallel.engine.deepspeed_setup import (
     start,
     start_engine,
 )
+from biroute.parallel.engine.spike_guard import SpikeGuard
 from biroute.parallel.engine.zero_state import OptimizerState, decay_groups
 from biroute.parallel.mesh.mesh import Mesh
 from biroute.parallel.phase_clock import PhaseClock
@@ -73,7 +74,8 @@ class StepReport:
 
     loss: float  # nats per target token, mean over the whole step
     gradient_norm: float  # of the whole gradient, before clipping; NaN if it is not finite
-    skipped: bool = False  # the gradient is not finite, so no weight and no moment was changed
+    skipped: bool = False  # the gradient is not finite or a spike, so no weight and no moment was changed
+    spike: bool = False  # skipped by the spike guard
 
 
 def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
@@ -113,23 +115,29 @@ class Engine:
         self.clock = clock
         self._adam = _adam(config, module, device)
         self._gradient_norm, self._skipped = 0.0, False
+        self.spike_guard = SpikeGuard(config.optim.spike_deviations, config.optim.spike_window)
+        self._spike: bool | None = None  # whether this step is one; None until its norm is known
         if config.parallel.zero_stage == 0:
             self._adam.register_step_pre_hook(lambda *_: self._clip_gradients())
+        if self.spike_guard.active:
+            self._adam.register_step_pre_hook(lambda adam, *_: self._skip_spike(adam))
         self.deepspeed = start_engine(config, mesh, module, self._adam)
         self.state = OptimizerState(self.deepspeed, self._adam, config.parallel.zero_stage)
 
     def train_step(self, microbatches: Sequence[Microbatch], learning_rate: float) -> StepReport:
         """Take one optimizer step over this data rank's microbatches. Collective.
 
-        In every layout a step whose gradient is not finite changes nothing, and does not count for AdamW.
+        In every layout a step whose gradient is not finite or a spike changes nothing, and does not count for AdamW.
         """
+        self._spike = None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self._forward_backward_step(microbatches)
         if self.config.parallel.zero_stage > 0:
             self._skipped = not self.deepspeed.was_step_applied()
             self._gradient_norm = math.nan if self._skipped else float(self.deepspeed.get_global_grad_norm())
-        return StepReport(loss=float(loss), gradient_norm=self._gradient_norm, skipped=self._skipped)
+        spike = bool(self._spike)
+        return StepReport(float(loss), self._gradient_norm, skipped=self._skipped or spike, spike=spike)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         """Return the mean loss in nats per target token over all data ranks' microbatches. Collective."""
@@ -145,6 +153,17 @@ class Engine:
 
     def _evaluate(self, microbatches: Sequence[Microbatch]) -> float:
         raise NotImplementedError
+
+    def _skip_spike(self, adam: torch.optim.Optimizer) -> None:
+        """Take the gradients away if this step is a spike. DeepSpeed may call AdamW several times for one step."""
+        if self._spike is None:
+            own = self.config.parallel.zero_stage == 0
+            norm = self._gradient_norm if own else float(self.deepspeed.optimizer._global_grad_norm)
+            self._spike = math.isfinite(norm) and self.spike_guard.is_spike(norm)
+        if self._spike:
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # AdamW passes over what has no gradient
 
     def _clip_gradients(self) -> None:
         """ZeRO 0: norm over all ranks, each parameter counted once, then clipping; no step if it is not finite.
@@ -255,7 +274,7 @@ class PipelineEngine(Engine):
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
         loss: Tensor = self.deepspeed.train_batch(iter([(mb.inputs, mb.targets) for mb in microbatches]))
-        with self.clock.phase("exchange"):
+        with self.clock.phase("exchange"), torch.no_grad():
             # Two stages hold a tied embedding. They sum the same gradients, but in another order: without this, the
             # copies drift apart. The first stage's is the one that counts, and is saved.
             self._pipeline._synchronize_tied_weights()

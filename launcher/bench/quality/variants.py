@@ -57,5 +57,5 @@ def variant_config(config: RunConfig, name: str, seed: int, steps: int) -> RunCo
     tree["train"] |= {"seed": seed, "steps": steps, "precision": "fp32", "device": "cpu"}
     tree["data"]["seed"] = seed
     # The warm-up of a long run could be longer than this short run.
-    tree["optim"]["warmup_steps"] = min(config.optim.warmup_steps, steps // 5)
+    tree["optim"]["warmup_steps"] = min(config.optim.warmup_of(steps), steps // 5)
     return config_from_tree(tree, f"variant {name}")

@@ -36,11 +36,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def poison(engine: Engine) -> dict[str, float]:
-    """Let the hidden states of layer 0 be multiplied by what the answer holds."""
+    """Let the gradient of layer 0's hidden states, and of all before them, be multiplied by what the answer holds."""
     factor = {"factor": 1.0}
     block = next((module for module in engine.deepspeed.module.modules() if isinstance(module, Block)), None)
     if block is not None and engine.mesh.at.pipe == 0:
-        block.register_forward_hook(lambda _, __, hidden: hidden * factor["factor"])
+        block.register_forward_hook(
+            lambda _, __, hidden: hidden * factor["factor"] - (hidden * (factor["factor"] - 1)).detach()
+        )
     return factor
 
 
@@ -91,6 +93,49 @@ def test_bf16_skips_as_well(zero_stage: int, ranks: Ranks, tmp_path: Path) -> No
         for name, (_, _, values) in straight.items():
             assert all(torch.equal(value, again[name][2][kind]) for kind, value in values.items()), name
             assert all(value.isfinite().all() for value in values.values()), name
+
+
+def spike_job(parallel: dict[str, Any], precision: str, folder: Path) -> tuple[list[Any], Any, Any]:
+    """As `skipping_job`: of steps 1 ... 6 the fifth is a spike; the checkpoint holds the norms before it."""
+    optim = {"spike_deviations": 6.0, "spike_window": 3}
+    config = small_config(parallel=parallel, optim=optim, train={"precision": precision})
+    engine = start_engine(config)
+    factor = poison(engine)
+    reports = train(engine, range(1, 5))
+    norms = tuple(engine.spike_guard.norms)
+    save_checkpoint(engine, folder, TrainingProgress(step=4, gradient_norms=norms, sequences=0), ABOUT, keep=1)
+    resumed = start_engine(config)
+    progress = load_checkpoint(resumed, folder, ABOUT, print)
+    assert progress is not None
+    resumed.spike_guard.resume(progress.gradient_norms)
+    ends = []
+    for one, its_factor in ((engine, factor), (resumed, poison(resumed))):
+        its_factor["factor"] = 1000.0
+        reports += train(one, [5])
+        its_factor["factor"] = 1.0
+        reports += train(one, [6])
+        ends.append(shards_of(one, {name: one.state.read(p) for name, p in one.named_parameters()}))
+    return reports, *ends
+
+
+def torch_without_spike_job() -> Any:
+    return plain_torch_run(small_config(), [1, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize("layout", ["ZeRO 0", "ZeRO 2", "ZeRO 3", "pipeline, ZeRO 1"])
+def test_a_spike_changes_nothing(layout: str, ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(2).run(spike_job, LAYOUTS[layout], "fp32", tmp_path)
+    ((expected_reports, expected),) = ranks(1).run(torch_without_spike_job)
+    for reports, _, _ in answers:
+        norms = [norm for _, norm in reports]
+        assert norms[4] == norms[6] > 10 * max(norms[:4]), "no spike, or not the same after the resume"
+        kept = torch.tensor([*reports[:4], reports[5]])
+        torch.testing.assert_close(kept, torch.tensor(expected_reports), rtol=1e-5, atol=0)
+    straight, again = merge([one for _, one, _ in answers]), merge([one for _, _, one in answers])
+    for name, values in expected.items():
+        assert (straight[name]["weight"] - values["weight"]).norm() / values["weight"].norm() < 1e-5, name
+        for kind, value in straight[name].items():
+            assert torch.equal(value, again[name][kind]), f"{kind} of {name}"
 
 
 def bad_weights_job(folder: Path) -> str:
