@@ -317,6 +317,9 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(200, ge=0, description="steps between checkpoints; 0: only at the end and on a signal")
     keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are removed")
+    keep_every: int = Field(
+        0, ge=0, description="keep one in this many of the checkpoints due after every_steps for ever; 0: none"
+    )
 
 
 class TrackingConfig(Section):

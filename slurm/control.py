@@ -52,7 +52,7 @@ def resume_run(run: RunFolder) -> str:
     if config is not None and config.train.run_dir.resolve() != run.path.resolve():
         raise UsageError(
             f"{run.path} was copied or moved from {config.train.run_dir}, where its job would run; move it back, or "
-            "submit a run with a new train.run_dir and a copy of its checkpoints"
+            "submit a run with a new train.run_dir, after `biroute checkpoint copy`"
         )
     jobs = run.jobs_in(client.queue())
     if jobs:

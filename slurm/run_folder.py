@@ -82,7 +82,7 @@ class RunFolder:
         if (found := self.stranger()) is not None:
             raise UsageError(
                 f"{found[0]} belongs to {found[1]}, who alone may {verb} this run; to train on from it, submit a run "
-                "of your own with a copy of its checkpoints"
+                "of your own, after `biroute checkpoint copy`"
             )
 
     def last_point(self) -> Point | None:

@@ -19,7 +19,7 @@ from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.manifest import load_manifest
-from biroute.launcher.attempts.run_files import CONFIG, JOBS, LOGS, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, JOBS, LOGS, SCRIPT, SUBMISSION
 from biroute.slurm import client
 from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
@@ -102,13 +102,13 @@ def submit_run(submission: Submission) -> str:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Check that the run folder is empty or does not exist.
+    """Check that the run folder does not exist, or holds nothing but checkpoints to start from.
 
     Raises:
         UsageError: the folder contains something or cannot be read.
     """
     try:
-        content = sorted(entry.name for entry in run_dir.iterdir())
+        content = sorted(entry.name for entry in run_dir.iterdir() if entry.name != CHECKPOINTS)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -22,6 +22,9 @@ class Mount(NamedTuple):
 
 MOUNTED = {
     "data": Mount("biroute.launcher.cli.data:data_app", "Build, verify and look at datasets."),
+    "checkpoint": Mount(
+        "biroute.launcher.cli.checkpoint:checkpoint_app", "List, verify and copy the checkpoints of a run."
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
+from importlib import metadata
 from typing import Any
 
 from biroute.configs.changes import settings_to_compare
@@ -49,3 +53,12 @@ def describe(config: RunConfig, layout: Layout) -> str:
         f"{parameter_count(config) / 1e6:.2f} M parameters, {layout}, {config.train.precision}, "
         f"{config.tokens_per_step:,} tokens per step, {config.train.steps:,} steps"
     )
+
+
+def writer(attempt: int) -> str:
+    """Say who writes the checkpoints of an attempt: user, machine, attempt and version."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        user = f"user {os.getuid()}"
+    return f"{user} on {socket.gethostname()}, attempt {attempt}, BiRoute {metadata.version('biroute')}"

@@ -22,7 +22,7 @@ from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.hooks import TrainerHook
-from biroute.launcher.train.identity import about_run, describe
+from biroute.launcher.train.identity import about_run, describe, writer
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.trainer import Trainer
 from biroute.parallel.checkpoint.load import load_checkpoint
@@ -74,7 +74,7 @@ def run(
         engine = build_engine(config, mesh, place.device)
         stop_consensus.check_before_training()
         checkpoints = config.train.run_dir / CHECKPOINTS
-        about = about_run(config, dataset) | {"layout": str(layout)}
+        about = about_run(config, dataset) | {"layout": str(layout), "written_by": writer(fencing_token.attempt)}
         progress = load_checkpoint(engine, checkpoints, about, say)
         stop_consensus.check_before_training()
         position = progress.sequences if progress else 0

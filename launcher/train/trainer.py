@@ -23,10 +23,12 @@ from biroute.launcher.train.schedule import learning_rate
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.files import folder_of_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
-from biroute.parallel.checkpoint.save import note_evaluation, save_checkpoint
+from biroute.parallel.checkpoint.save import SaveError, note_evaluation, save_checkpoint
 from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
 from biroute.parallel.phase_clock import PHASES
 from biroute.parallel.region.traffic_metrics import exchange_metrics
+
+SAVE_PAUSES = (5.0, 15.0, 45.0)  # seconds between the tries of a save: what a file server needs to come back
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Trainer:
     _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
+    _failed_saves: bool = False  # whether the last checkpoint that was due could not be saved
     _tokens: int = 0  # trained on since the run began
     _skipped: int = 0  # steps whose gradient was not finite or a spike, since the run began
     _skipped_in_a_row: int = 0
@@ -88,7 +91,7 @@ class Trainer:
             # not finite, the state may be a bad one, which must not take the place of a good one.
             self._evaluation_pending = last or _due(self.step, train.evaluate_every)
             if (last or _due(self.step, checkpoint.every_steps)) and not self._unsound:
-                self._save()
+                self._save(SAVE_PAUSES, required=last or self._failed_saves)
             if self._evaluation_pending:
                 self._evaluate()
 
@@ -96,7 +99,7 @@ class Trainer:
         """Save and raise StoppedError, on all ranks, if any rank was asked to stop. Collective."""
         if not self.stop_consensus.to_stop():
             return
-        self._save()
+        self._save(SAVE_PAUSES[:1], required=True)  # the scheduler does not wait for long
         raise StoppedError(
             f"stopped by {self.stop_consensus.signal_name} after step {self.step}; the state is saved: "
             "run the same command again to resume"
@@ -217,9 +220,41 @@ class Trainer:
         self._stop_if_agreed()
         self.watchdog.reached(f"evaluating after step {self.step}")
 
-    def _save(self) -> None:
+    def _save(self, pauses: Sequence[float], *, required: bool) -> None:
+        """Save; after a failure again, after each of the `pauses` in seconds, since the disk may recover. Collective.
+
+        If all of them fail, training goes on without this checkpoint, unless it is `required`.
+
+        Raises:
+            UsageError: the disk is not writable, or a required checkpoint could not be saved.
+        """
         if self._saved_step == self.step:
             return
+        for pause in pauses:
+            try:
+                self._save_once()
+                return
+            except SaveError as error:
+                self._say(f"warning: {error}; trying again in {pause:g} s")
+            self._wait(pause)
+        try:
+            self._save_once()
+        except SaveError as error:
+            if required:
+                raise
+            self._failed_saves = True
+            self._say(
+                f"warning: {error}; training goes on without a checkpoint of step {self.step}, and ends if the next "
+                "one fails as well"
+            )
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.watchdog.reached(f"waiting to save after step {self.step} again")
+            time.sleep(min(1.0, left))
+
+    def _save_once(self) -> None:
         progress = TrainingProgress(
             step=self.step,
             skipped_steps=self._skipped,
@@ -236,10 +271,11 @@ class Trainer:
             progress,
             self.about,
             self.config.checkpoint.keep,
+            kept=_due(self.step, self.config.checkpoint.every_steps * self.config.checkpoint.keep_every),
             owner=self.stop_consensus.fencing_token,
             reached=lambda: self.watchdog.reached(saving),
         )
-        self._saved_step = self.step
+        self._saved_step, self._failed_saves = self.step, False
         self.watchdog.reached("training")
         self._say(f"step {self.step}: saved {path}")
         for hook in self.hooks:

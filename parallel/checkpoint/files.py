@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from biroute.configs.changes import compare_settings
 from biroute.configs.errors import UsageError
-from biroute.parallel.checkpoint.meta import Fingerprint, read_meta
+from biroute.parallel.checkpoint.meta import META_NAME, Fingerprint, read_meta
 
 PREFIX = "step-"
 PARTIAL = ".partial"  # ending of a folder that is being written
@@ -87,8 +87,22 @@ def fingerprint(path: Path) -> Fingerprint:
     return Fingerprint(bytes=path.stat().st_size, sha256=digest)
 
 
+def list_unfinished(directory: Path) -> list[Path]:
+    """List the checkpoints that a save began and did not finish."""
+    return sorted(path for path in directory.glob(f"{PREFIX}*{PARTIAL}") if _PARTIAL_NAME.fullmatch(path.name))
+
+
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what was never finished."""
-    unfinished = [path for path in directory.glob(f"{PREFIX}*{PARTIAL}") if _PARTIAL_NAME.fullmatch(path.name)]
-    for path in [*list_checkpoints(directory)[keep:], *unfinished]:
+    """Remove all but the `keep` newest checkpoints and those that are kept for ever, and what was never finished."""
+    old = [path for path in list_checkpoints(directory)[keep:] if not _is_kept(path)]
+    for path in [*old, *list_unfinished(directory)]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_kept(path: Path) -> bool:
+    try:
+        return read_meta(path).kept
+    except ValueError:  # damaged
+        return False
+    except (OSError, UsageError):  # who knows
+        return (path / META_NAME).exists()

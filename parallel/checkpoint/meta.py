@@ -49,6 +49,7 @@ class CheckpointMeta(_Record):
 
     format: Literal[1] = FORMAT
     progress: TrainingProgress
+    kept: bool = False  # for ever: pruning leaves it alone
     about: dict[str, Any]  # `about["model"]` is what a loading run is checked against
     files: dict[FileName, Fingerprint]
     parameters: dict[str, ParameterFiles]

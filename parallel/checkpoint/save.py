@@ -11,6 +11,7 @@ writing: part i is what data rank i wrote.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -35,6 +36,12 @@ from biroute.parallel.checkpoint.meta import (
 from biroute.parallel.engine.engine import Engine
 from biroute.parallel.messages import broadcast_message, gather_messages
 
+_LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class SaveError(UsageError):
+    """A checkpoint could not be written, for a reason that may pass."""
+
 
 def save_checkpoint(
     engine: Engine,
@@ -42,17 +49,22 @@ def save_checkpoint(
     progress: TrainingProgress,
     about: dict[str, Any],
     keep: int,
+    *,
+    kept: bool = False,
     owner: Owner | None = None,
     reached: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write `step-<n>` under `directory`, then remove all but the `keep` newest. Collective.
+
+    With `kept`, no later save removes this one.
 
     `about` goes into meta.json; `about["model"]` is what a loading run is checked against. The folder gets its name
     only when every file in it is complete and on disk, and if `owner` still owns the run. `reached` is called after
     every parameter: a long save is no hang.
 
     Raises:
-        UsageError: the disk is full or not writable; older checkpoints are untouched.
+        SaveError: the disk refused, perhaps only for now; older checkpoints are untouched.
+        UsageError: the disk is not writable; the same.
         DivergedError: a weight or moment is not finite; older checkpoints are untouched.
         FencedError: another attempt owns the run; on all ranks, and nothing that it sees has changed.
     """
@@ -71,7 +83,7 @@ def save_checkpoint(
     problem = next((_from_message(found) for found, _ in everyone if found), None)
     if problem is None and dist.get_rank() == 0:
         try:
-            _write_meta(partial, progress, about, [files for _, files in everyone])
+            _write_meta(partial, progress, about, kept, [files for _, files in everyone])
             with owner.writing() if owner else contextlib.nullcontext():
                 _publish(partial, final)
                 prune(directory, keep)
@@ -141,7 +153,7 @@ def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None])
 
 
 def _write_meta(
-    partial: Path, progress: TrainingProgress, about: dict[str, Any], ranks: list[dict[str, Any]]
+    partial: Path, progress: TrainingProgress, about: dict[str, Any], kept: bool, ranks: list[dict[str, Any]]
 ) -> None:
     places: dict[str, dict[int, str]] = {}
     splits: dict[str, tuple[int, int] | None] = {}
@@ -152,6 +164,7 @@ def _write_meta(
     meta = CheckpointMeta(
         progress=progress,
         about=about,
+        kept=kept,
         files={name: found for rank in ranks for name, found in rank["files"].items()},
         parameters={name: ParameterFiles(files=files, split=splits[name]) for name, files in places.items()},
     )
@@ -201,7 +214,8 @@ def _explain_write(error: OSError, path: Path) -> UsageError:
     full = error.errno in DISK_FULL
     cause = "the disk is full" if full else str(error)
     remedy = "free some space" if full else "make train.run_dir writable for every rank"
-    return UsageError(
+    kind = UsageError if error.errno in _LASTING else SaveError
+    return kind(
         f"{path}: could not save the checkpoint ({cause}); the checkpoints before it are untouched: {remedy} and run "
         "the same command again"
     )
@@ -212,7 +226,7 @@ def _agree(problem: Exception | None) -> Exception | None:
     return _from_message(broadcast_message(_to_message(problem)))
 
 
-_PROBLEMS = {kind.__name__: kind for kind in (UsageError, DivergedError, FencedError)}
+_PROBLEMS = {kind.__name__: kind for kind in (UsageError, SaveError, DivergedError, FencedError)}
 
 
 def _to_message(problem: Exception | None) -> list[str] | None:

@@ -81,6 +81,10 @@ SHOWN_BY: dict[str, str] = {
         f"optim.{name}": f"{ENGINE}test_a_setting_of_adamw_arrives"
         for name in ("weight_decay", "beta1", "beta2", "epsilon", "gradient_clip")
     },
+    **{
+        f"optim.{name}": "distributed/parallel/engine/test_skipped.py::test_a_spike_changes_nothing"
+        for name in ("spike_deviations", "spike_window")
+    },
     "optim.max_skipped_steps": "system/test_divergence.py::test_a_run_without_finite_gradients_ends",
     **{
         f"train.{name}": RUN
@@ -98,6 +102,7 @@ SHOWN_BY: dict[str, str] = {
     "train.startup_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "checkpoint.every_steps": RUN,
     "checkpoint.keep": RUN,
+    "checkpoint.keep_every": "distributed/launcher/train/test_saving.py::test_a_save_is_tried_again",
     "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_the_metrics_log",
     "tracking.uri": RUN,
     "tracking.experiment": RUN,

@@ -20,7 +20,7 @@ ROOMS = ("configs", "data_pipeline", "launcher", "model", "parallel", "slurm")
 def pipeline_module(name: str) -> bool:
     from deepspeed.pipe import PipelineModule
 
-    return f"self.{name} =" in inspect.getsource(PipelineModule)
+    return f"self.{name} =" in inspect.getsource(PipelineModule) or hasattr(PipelineModule, name)
 
 
 def zero_1_and_2(name: str) -> bool:
@@ -33,6 +33,13 @@ def zero_3(name: str) -> bool:
     from deepspeed.runtime.zero import stage3
 
     return hasattr(stage3.DeepSpeedZeroOptimizer_Stage3, name) or f".{name} = " in inspect.getsource(stage3)
+
+
+def zero_norm(name: str) -> bool:
+    """What all of DeepSpeed's optimizers keep the norm of a step in."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    return all(f"self.{name} = " in inspect.getsource(module) for module in (stage_1_and_2, stage3))
 
 
 def pipeline_engine(name: str) -> bool:
@@ -56,6 +63,8 @@ PRIVATE: dict[str, Callable[[str], bool]] = {
     "_local_start": pipeline_module,
     "_local_stop": pipeline_module,
     "_INSTRUCTION_MAP": pipeline_engine,
+    "_synchronize_tied_weights": pipeline_module,
+    "_global_grad_norm": zero_norm,
     "_lazy_init_hp_params_optimizer_state": zero_1_and_2,
     "_z3_optimizer": zero_3,
     "_get_param_partition_rank": zero_3,

@@ -38,6 +38,14 @@ def test_a_schedule_whose_parts_overlap_is_refused(file: Path) -> None:
     assert load_config(file, [*wsd, "optim.decay_steps=5"]).optim.decay_steps == 5
 
 
+def test_a_warm_up_ends_before_the_run(file: Path) -> None:
+    with pytest.raises(UsageError, match=r"optim\.warmup_steps=10 is not below train\.steps=10.*leave it out"):
+        load_config(file, ["optim.warmup_steps=10", "train.steps=10"])
+    assert load_config(file, ["optim.warmup_steps=9", "train.steps=10"]).optim.warmup_of(10) == 9
+    for steps, warmup in ((10, 5), (1, 0), (200, 100), (5000, 100)):
+        assert load_config(file, [f"train.steps={steps}"]).optim.warmup_of(steps) == warmup
+
+
 def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
     assert str(load_config(file, ["train.run_dir='a # b'"]).train.run_dir) == "a # b"
     assert load_config(file, ["model.dense_layers=[0, 1]"]).model.dense_layers == (0, 1)

@@ -119,6 +119,7 @@ def test_the_alarm_ends_a_process_that_stands_still(tmp_path: Path) -> None:
     assert [(heartbeat.step, heartbeat.doing) for heartbeat in read_heartbeats(tmp_path)] == [(3, "training")]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_itself_raises_no_alarm(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, str(tmp_path), "10", "8"],

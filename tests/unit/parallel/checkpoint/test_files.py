@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from biroute.parallel.checkpoint.files import folder_of_step, list_checkpoints, prune, unfinished_folder
+from biroute.parallel.checkpoint.files import fingerprint, folder_of_step, list_checkpoints, prune, unfinished_folder
+from biroute.parallel.checkpoint.meta import CheckpointMeta
+
+
+def write_meta(directory: Path, step: int, **fields: object) -> Path:
+    """A checkpoint of one file of four bytes."""
+    path = folder_of_step(directory, step)
+    path.mkdir(parents=True)
+    name = "weights-pipe00-tensor00-part00.pt"
+    (path / name).write_bytes(b"abcd")
+    meta = CheckpointMeta.model_validate(
+        {
+            "progress": {"step": step, "sequences": step, "tokens": 1000 * step},
+            "about": {"model": {"size": 1}, "layout": "data=2", "written_by": "me on n1, attempt 3, BiRoute 0"},
+            "files": {name: fingerprint(path / name).model_dump()},
+            "parameters": {},
+            **fields,
+        }
+    )
+    (path / "meta.json").write_text(meta.model_dump_json())
+    return path
+
 
 THEIRS = (
     "step-old",
@@ -28,3 +49,11 @@ def test_only_names_that_a_save_writes_count(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ours[::-1]
     prune(tmp_path, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {*THEIRS, *ours[2:], "step-00000012"}
+
+
+def test_what_is_kept_for_ever_is_not_pruned(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        write_meta(tmp_path, step, kept=step % 2 == 0)
+    (folder_of_step(tmp_path, 3) / "meta.json").write_text("{")  # damaged
+    prune(tmp_path, keep=1)
+    assert [int(path.name[-1]) for path in list_checkpoints(tmp_path)] == [6, 4, 2]

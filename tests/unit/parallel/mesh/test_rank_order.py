@@ -21,7 +21,11 @@ AXES = ("tensor", "region", "data", "pipe")
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"tensor": 8, "region": 16, "data": 4, "pipe": 2}, {"tensor": 1, "region": 256, "data": 4, "pipe": 1}]
+    "sizes",
+    [
+        {"tensor": 8, "region": 16, "data": 4, "pipe": 2},
+        pytest.param({"tensor": 1, "region": 256, "data": 4, "pipe": 1}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_thousand_simulated_ranks(sizes: dict[str, int]) -> None:
     done = subprocess.run(
