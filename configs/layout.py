@@ -100,7 +100,7 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
         ("train.global_batch_size", config.train.global_batch_size),
         ("train.evaluate_sequences", config.train.evaluate_sequences),
     ):
-        if sequences % per_pass:
+        if sequences is not None and sequences % per_pass:
             raise UsageError(
                 f"{field}={sequences} is not a multiple of train.microbatch_size x data ranks = "
                 f"{config.train.microbatch_size} x {layout.data} = {per_pass}; use a multiple of {per_pass}"

@@ -242,6 +242,9 @@ class DataConfig(Section):
         0.01,
         description="lines of .jsonl files without a document are skipped and named; more than these are an error",
     )
+    max_invalid_utf8_fraction: Fraction = Field(
+        0.05, description="bytes that are not UTF-8 become U+FFFD; more documents with such bytes are an error"
+    )
     tokens_per_sample: PositiveInt = Field(65_536, description="tokens per WebDataset sample")
     samples_per_shard: PositiveInt = Field(64, description="WebDataset samples per shard")
     workers: int = Field(0, ge=0, description="tokenizing processes; 0: one per core")
@@ -299,8 +302,10 @@ class TrainConfig(Section):
     evaluate_every: int = Field(
         200, ge=0, description="steps between held-out evaluations; 0: only after the last step"
     )
-    evaluate_sequences: PositiveInt = Field(
-        64, description="held-out sequences per evaluation, over all ranks", json_schema_extra=RECIPE
+    evaluate_sequences: PositiveInt | None = Field(
+        None,
+        description="held-out sequences per evaluation, over all ranks; left out: 64, or as many as there are",
+        json_schema_extra=RECIPE,
     )
     hang_seconds: float = Field(
         900.0,

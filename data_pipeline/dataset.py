@@ -15,6 +15,7 @@ from biroute.data_pipeline.read.loader import HeldoutBatches, MicrobatchLoader, 
 from biroute.data_pipeline.read.manifest import TOKENIZER_NAME, Manifest, Split
 
 # Fixes the order and masking of held-out sequences independently of a run's seeds, so that runs are comparable.
+EVALUATE_SEQUENCES = 64  # of an evaluation, if there are so many
 _HELDOUT_SEED = 0
 
 
@@ -69,9 +70,23 @@ class Dataset:
         Raises:
             UsageError: the held-out split has fewer sequences.
         """
-        train = self.config.train
-        shape = StepShape(train.evaluate_sequences, train.microbatch_size, data_rank, data_size)
+        microbatch_size = self.config.train.microbatch_size
+        wanted = self.evaluate_sequences(microbatch_size * data_size)
+        shape = StepShape(wanted, microbatch_size, data_rank, data_size)
         return HeldoutBatches(self.reader("heldout"), self.objective("heldout"), shape)
+
+    @property
+    def heldout_sequences(self) -> int:
+        """Number of sequences in the held-out split."""
+        return self.reader("heldout").num_sequences
+
+    def evaluate_sequences(self, multiple_of: int) -> int:
+        """Return `train.evaluate_sequences`; left out, the default or as many of that multiple as there are."""
+        wanted = self.config.train.evaluate_sequences
+        if wanted is not None:
+            return wanted
+        there = min(EVALUATE_SEQUENCES, self.heldout_sequences)
+        return max(multiple_of, there - there % multiple_of)
 
 
 def open_dataset(config: RunConfig) -> Dataset:

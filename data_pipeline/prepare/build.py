@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock, write_atomically
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.child_process import call_in_child
-from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
 from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.prepare.shard_writer import write_stream
+from biroute.data_pipeline.prepare.source_build import SourceBuild, is_whole, token_dtype
 from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
 from biroute.data_pipeline.prepare.tokenizer import (
     Tokenizer,
@@ -45,19 +45,16 @@ from biroute.data_pipeline.read.manifest import (
     TOKENIZER_NAME,
     WORK_NAME,
     Manifest,
-    ShardEntry,
     SourceEntry,
     Split,
-    SplitEntry,
     explain_write_errors,
     load_manifest,
     to_json,
 )
-from biroute.data_pipeline.read.token_stream import open_shard
 
-PART_BYTES = 2_000_000  # text in one part; it takes about half a second to tokenize
 _VERSION = 1  # changes all keys; to be raised when equal settings give different results
 _CHILD_FROM_BYTES = 1_000_000  # of a sample; a tokenizer of less is trained in a second
+_HELDOUT_DOCUMENTS = 5  # so many are expected to be held out with the fraction that an error proposes
 _TOKENIZER_RECORD = "tokenizer.json"
 
 
@@ -129,11 +126,12 @@ class _Build:
         for source in self._data.sources:
             entry = self._kept_entry(source.name, keys[source.name])
             if entry is None:
-                entry = _SourceBuild(self, source, keys[source.name], tokenizer).run()
+                entry = self._build_source(source, keys[source.name], tokenizer)
                 rebuilt.append(source.name)
             entries.append(entry)
+        documents = {split: sum(entry.splits[split].documents for entry in entries) for split in SPLITS}
         for split in SPLITS:
-            self._check_documents(split, sum(entry.splits[split].documents for entry in entries))
+            self._check_documents(split, documents[split], sum(documents.values()))
         manifest = Manifest(
             tokenizer_fingerprint=tokenizer.fingerprint,
             tokenizer_key=self._tokenizer_key,
@@ -149,6 +147,10 @@ class _Build:
         write_atomically(self._folder / MANIFEST_NAME, to_json(manifest))
         shutil.rmtree(self._work)
         return manifest, tuple(rebuilt)
+
+    def _build_source(self, source: SourceConfig, key: str, tokenizer: Tokenizer) -> SourceEntry:
+        self._forget(source.name, key)
+        return SourceBuild(self._data, source, self._total_bytes([source]), key, tokenizer, self._progress).run()
 
     # Results of earlier builds
 
@@ -171,16 +173,8 @@ class _Build:
         return (
             tokenizer is not None
             and tokenizer.fingerprint == manifest.tokenizer_fingerprint
-            and all(self._is_whole(shard) for shard in manifest.shards())
+            and all(is_whole(self._folder, shard, self._progress) for shard in manifest.shards())
         )
-
-    def _is_whole(self, shard: ShardEntry) -> bool:
-        try:
-            open_shard(self._folder, shard).close()
-        except UsageError as error:
-            self._progress.note(f"warning: {error}")
-            return False
-        return True
 
     def _kept_entry(self, name: str, key: str) -> SourceEntry | None:
         """Return the entry of a source that an earlier build finished, if nothing that it depends on has changed."""
@@ -189,11 +183,15 @@ class _Build:
         if record.exists():
             candidates.append(SourceEntry.model_validate_json(record.read_bytes()))
         for entry in candidates:
-            if all(self._is_whole(shard) for split in SPLITS for shard in entry.splits[split].shards):
+            if all(
+                is_whole(self._folder, shard, self._progress)
+                for split in SPLITS
+                for shard in entry.splits[split].shards
+            ):
                 return entry
         return None
 
-    def forget(self, name: str, key: str) -> None:
+    def _forget(self, name: str, key: str) -> None:
         """Delete all records of other versions of a source, since its shards are about to be overwritten."""
         for path in self._work.glob(f"{name}@*"):
             if path.name != f"{name}@{key}":
@@ -268,7 +266,7 @@ class _Build:
                     documents["heldout" if document.heldout else "train"] += 1
                     samples[source.name].add(document)
         for split in SPLITS:  # fails before the training of the tokenizer, not after it
-            self._check_documents(split, documents[split])
+            self._check_documents(split, documents[split], sum(documents.values()))
         distinct = {id(sample): sample for sample in samples.values()}.values()
         size = sum(sample.size_bytes for sample in distinct)
         what = f"{config.kind} tokenizer of {config.vocab_size} pieces"
@@ -290,12 +288,13 @@ class _Build:
             if source.weight is not None
         }
 
-    def _check_documents(self, split: Split, documents: int) -> None:
+    def _check_documents(self, split: Split, documents: int, total: int) -> None:
         fraction = self._data.heldout_fraction
         if documents or (split == "heldout" and fraction == 0):
             return
         what = "no document for the held-out split" if split == "heldout" else "no document to train on"
-        remedy = "raise it" if split == "heldout" else "lower it"
+        enough = math.ceil(100 * min(0.5, _HELDOUT_DOCUMENTS / total)) / 100
+        remedy = f"raise it, such as to {enough:g} of these {total}" if split == "heldout" else "lower it"
         raise UsageError(
             f"data.heldout_fraction={fraction} leaves {what}; {remedy}, give more documents, or lower "
             "data.max_document_bytes so that long ones are split"
@@ -303,106 +302,6 @@ class _Build:
 
     def _total_bytes(self, sources: Iterable[SourceConfig]) -> int:
         return sum(file.size_bytes for source in sources for file in self._files[source.name])
-
-
-class _SourceBuild:
-    """Tokenizes one source into parts and then writes its shards."""
-
-    def __init__(self, build: _Build, source: SourceConfig, key: str, tokenizer: Tokenizer) -> None:
-        self._build = build
-        self._data = build._data
-        self._source = source
-        self._key = key
-        self._tokenizer = tokenizer
-        self._parts = build._work / f"{source.name}@{key}"
-
-    def run(self) -> SourceEntry:
-        self._build.forget(self._source.name, self._key)
-        self._parts.mkdir(exist_ok=True)
-        summary = self._parts / f"summary-{PART_BYTES}.json"
-        if not summary.exists():
-            num_parts, counts = self._tokenise()
-            write_atomically(summary, json.dumps({"parts": num_parts, "counts": counts.as_dict()}).encode())
-        record = json.loads(summary.read_bytes())
-        splits = {split: self._write_split(split, record["parts"]) for split in SPLITS}
-        entry = SourceEntry(name=self._source.name, key=self._key, counts=record["counts"], splits=splits)
-        write_atomically(self._parts.with_name(f"{self._parts.name}.json"), to_json(entry))
-        shutil.rmtree(self._parts)
-        return entry
-
-    def _part(self, number: int) -> Path:
-        # The name contains the grouping, so that parts that another version left with another one are not used.
-        return self._parts / f"part-{PART_BYTES}-{number:06d}.npz"
-
-    def _tokenise(self) -> tuple[int, SourceCounts]:
-        counts = SourceCounts()
-        read_bytes = number = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal read_bytes
-            read_bytes += count
-
-        title = f"tokenising {self._source.name}"
-        total = self._build._total_bytes([self._source])
-        model = self._build._folder / TOKENIZER_NAME
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        workers = 1 if total <= PART_BYTES else self._data.workers  # for little text, starting processes takes longer
-        with (
-            self._build._progress.stage(title, total) as update,
-            PartEncoder(model, dtype, workers, update) as encoder,
-        ):
-            documents = read_documents(self._source, self._data, counts, on_bytes)
-            for texts in group_documents(documents):
-                path = self._part(number)
-                number += 1
-                if not path.exists():
-                    encoder.submit(path, texts, read_bytes)
-            encoder.drain()
-            update(total)
-        for example in counts.examples:
-            self._build._progress.note(f"warning: {example}; the line is skipped")
-        return number, counts
-
-    def _write_split(self, split: Split, num_parts: int) -> SplitEntry:
-        def record(number: int) -> Path:
-            return self._parts / f"{split}-{number:06d}.json"
-
-        def done(number: int) -> ShardEntry | None:
-            if not record(number).exists():
-                return None
-            entry = ShardEntry.model_validate_json(record(number).read_bytes())
-            return entry if self._build._is_whole(entry) else None
-
-        return write_stream(
-            self._build._folder,
-            self._source.name,
-            split,
-            (read_part(self._part(number), split) for number in range(num_parts)),
-            (self._data.tokens_per_sample, self._data.samples_per_shard),
-            self._tokenizer.eos_id,
-            self._tokenizer.token_bytes(),
-            done,
-            lambda number, entry: write_atomically(record(number), to_json(entry)),
-        )
-
-
-def group_documents(documents: Iterable[Any]) -> Iterator[Texts]:
-    """Group documents into at least PART_BYTES of text each; the shards do not depend on the grouping."""
-    group, size = Texts([], []), 0
-    for document in documents:
-        group.texts.append(document.text)
-        group.heldout.append(document.heldout)
-        size += document.size_bytes
-        if size >= PART_BYTES:
-            yield group
-            group, size = Texts([], []), 0
-    if group.texts:
-        yield group
-
-
-def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """Return the smallest data type that can represent every token id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def _key(*parts: Sequence[Any] | str | SourceFile) -> str:

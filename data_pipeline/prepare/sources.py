@@ -8,31 +8,33 @@ names the file.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import glob
-import gzip
 import hashlib
-import io
 import re
 import shlex
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.json_lines import read_records
+from biroute.data_pipeline.prepare.source_file import open_bytes
 
 _SUFFIXES = (".txt", ".jsonl")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
-_ZSTD_INPUT_BYTES = 1 << 10  # at most some 32 MiB of output at a time: four bytes can stand for 128 KiB
 _EXAMPLES = 5
 _MALFORMED_OF_FEW = 1  # this many are never too many
+_INVALID_OF_FEW = 1
+_CLEARLY_INVALID = 100  # documents, if they are also most of those read so far
+_ENCODINGS = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-KR", "CP1252")
+_GUESSED_BYTES = 100_000
+_NOT_KEPT = ("records", "examples", "reading", "invalid_example")  # counts that no manifest keeps
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A fixed key instead of the user's seed, so that a document stays held out when the training order changes.
 _SPLIT_KEY = b"biroute held-out split 1"
@@ -70,11 +72,13 @@ class SourceCounts:
     no_text_lines: int = 0
     too_long_lines: int = 0
     records: int = field(default=0, compare=False)  # of .jsonl files, the malformed ones included
+    reading: str = field(default="", compare=False)  # the file
+    invalid_example: tuple[str, str] = field(default=("", ""), compare=False)  # first file not in UTF-8, its encoding
     examples: list[str] = field(default_factory=list)  # file, line and reason of the first malformed ones
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts that a manifest keeps."""
-        return {name: count for name, count in asdict(self).items() if name not in ("records", "examples")}
+        return {name: count for name, count in asdict(self).items() if name not in _NOT_KEPT}
 
     def skip_line(self, path: str, number: int, reason: str, details: str) -> None:
         """Count a line without a document, and remember the first ones; `reason` is the name of its count."""
@@ -144,7 +148,8 @@ def read_documents(
     """
     for file in resolve_files(source):
         kind = _kind_of(file.path)
-        with _open_bytes(file.path, on_bytes) as stream:
+        counts.reading = file.path
+        with open_bytes(file.path, on_bytes) as stream:
             _check_begin(file.path, stream.peek(4)[:4])
             if kind == ".txt":
                 parts = _txt_documents(stream, data.max_document_bytes, counts)
@@ -153,6 +158,7 @@ def read_documents(
             for text, cut in parts:
                 document = _accept(text, cut, data, counts)
                 if document is not None:
+                    _check_encoding(source, data, counts, done=False)
                     yield document
     if counts.documents == 0:
         raise UsageError(_why_nothing(source, counts))
@@ -162,6 +168,32 @@ def read_documents(
             f"more than data.max_malformed_fraction={data.max_malformed_fraction}: {'; '.join(counts.examples)}; "
             "correct the files or raise that fraction"
         )
+    _check_encoding(source, data, counts, done=True)
+
+
+def _check_encoding(source: SourceConfig, data: DataConfig, counts: SourceCounts, *, done: bool) -> None:
+    """Refuse a source in another encoding: when all is read, or as soon as it is clear."""
+    invalid, most = counts.invalid_utf8_documents, max(0.5, data.max_invalid_utf8_fraction)
+    if done:
+        too_many = invalid > max(_INVALID_OF_FEW, data.max_invalid_utf8_fraction * counts.documents)
+    else:
+        too_many = invalid > _CLEARLY_INVALID and invalid > most * counts.documents
+    if too_many:
+        path, encoding = counts.invalid_example
+        raise UsageError(
+            f"data.sources[{source.name}]: {invalid:,} of {counts.documents:,} documents are not UTF-8, more than "
+            f"data.max_invalid_utf8_fraction={data.max_invalid_utf8_fraction}; the first is in {path}: convert it, "
+            f"such as with `iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > FILE`, or raise that fraction"
+        )
+
+
+def _guess_encoding(data: bytes) -> str:
+    """Return the first of the usual encodings that fits the bytes; iconv's name of it."""
+    for encoding in _ENCODINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder(encoding)().decode(data[:_GUESSED_BYTES])
+            return encoding
+    return "ENCODING"
 
 
 # How files begin that are no UTF-8 text, and what to do with them.
@@ -223,6 +255,7 @@ def _jsonl_documents(
         counts.records += 1
         if _SURROGATE.search(value):  # "\ud800" is valid JSON but not valid Unicode text
             counts.invalid_utf8_documents += 1
+            counts.invalid_example = counts.invalid_example if counts.invalid_example[0] else (path, "ENCODING")
             value = _SURROGATE.sub("\ufffd", value)
         yield from _cut(value, limit, counts)
 
@@ -249,7 +282,9 @@ def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterat
         yield "", False
     cut = len(rest) > limit
     counts.cut_documents += cut
-    file_counts = SourceCounts()  # a file is one document, and counts once even if several parts are invalid
+    file_counts = SourceCounts(
+        reading=counts.reading
+    )  # a file is one document, and counts once even if several parts are invalid
     while rest:
         start = 0
         block = stream.read(max(_BLOCK_BYTES, 2 * limit))
@@ -260,7 +295,9 @@ def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterat
                 yield text, cut or again
             start = end
         rest = rest[start:] + block
-    counts.invalid_utf8_documents += file_counts.invalid_utf8_documents > 0
+    if file_counts.invalid_utf8_documents:
+        counts.invalid_utf8_documents += 1
+        counts.invalid_example = counts.invalid_example if counts.invalid_example[0] else file_counts.invalid_example
 
 
 def _cut_position(data: bytes, start: int, limit: int) -> int:
@@ -282,6 +319,8 @@ def _decode(data: bytes, counts: SourceCounts) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         counts.invalid_utf8_documents += 1
+        if not counts.invalid_example[0]:
+            counts.invalid_example = (counts.reading, _guess_encoding(data))
         return data.decode("utf-8", errors="replace")
 
 
@@ -293,89 +332,3 @@ def _kind_of(path: str) -> str:
         if stem.endswith(suffix):
             return suffix
     raise UsageError(f"{path}: unknown kind of file; data.sources reads .txt and .jsonl, each also .gz or .zst")
-
-
-class _CountingFile(io.RawIOBase):
-    """A readable file that reports how many bytes are read from it."""
-
-    def __init__(self, raw: BinaryIO, on_bytes: Callable[[int], None] | None) -> None:
-        self._raw = raw
-        self._on_bytes = on_bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._raw.read(len(buffer))
-        buffer[: len(data)] = data
-        if self._on_bytes is not None and data:
-            self._on_bytes(len(data))
-        return len(data)
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompresses all frames and detects a truncated one, which the library's own stream reader accepts silently."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31` is the most
-        self._frame: Any = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            if not self._input:
-                self._input = self._raw.read(_ZSTD_INPUT_BYTES)
-                if not self._input:
-                    if self._frame is not None:
-                        raise EOFError("the last zstd frame is not complete")
-                    return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
-@contextmanager
-def _open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[io.BufferedReader]:
-    """Open a file to read its decompressed bytes; errors while reading become a UsageError that names the file."""
-    import zstandard
-
-    decompressed: gzip.GzipFile | None = None
-    try:
-        with Path(path).open("rb", buffering=0) as raw:
-            counted: Any = io.BufferedReader(_CountingFile(raw, on_bytes), _BLOCK_BYTES)  # type: ignore[arg-type]
-            if path.lower().endswith(".gz"):
-                counted = decompressed = gzip.GzipFile(fileobj=counted, mode="rb")
-            elif path.lower().endswith(".zst"):
-                counted = _ZstdFile(counted)
-            yield io.BufferedReader(counted, _BLOCK_BYTES)  # type: ignore[return-value]
-    except EOFError:
-        raise UsageError(f"{path}: the compressed file is truncated; fetch or write it again") from None
-    except gzip.BadGzipFile as error:
-        if decompressed is not None and decompressed.tell():
-            raise UsageError(
-                f"{path}: something else follows the gzip data ({' '.join(str(error).split())}); take it away, such "
-                f"as with: zcat {shlex.quote(path)} 2>/dev/null | gzip > intact.gz"
-            ) from None
-        raise UsageError(
-            f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
-        ) from None
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise UsageError(
-            f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -40,7 +40,10 @@ def prepare_libraries() -> None:
 @bench_app.command()
 def attention(
     lengths: Annotated[
-        list[int] | None, typer.Option("--length", min=512, help="tokens, repeatable; left out: 512 to 32768")
+        list[int] | None,
+        typer.Option(
+            "--length", min=512, help="measure only settings of this many tokens, repeatable; left out: all"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each setting, of which the median is reported")] = 3,
     tokens_first: Annotated[
@@ -56,16 +59,18 @@ def attention(
 
     Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
     """
-    from biroute.launcher.bench.attention.measure import LENGTHS, run_bench
+    from biroute.launcher.bench.attention.measure import LENGTHS, TARGETS, run_bench
     from biroute.launcher.bench.attention.page import attention_page
 
     measure: Callable[..., list[dict[str, Any]]] | None = None
     if train_step:
-        from biroute.launcher.bench.attention.train_step import measure_train_steps
+        from biroute.launcher.bench.attention.train_step import STEP_MODEL, measure_train_steps
 
-        measure = measure_train_steps
+        if lengths is None or STEP_MODEL.sequence_length in lengths:
+            measure = measure_train_steps
     layout = "tokens_first" if tokens_first else "heads_first"
-    answer = run_bench(lengths or LENGTHS, repeats, layout=layout, train_steps=measure)
+    targets = [setting for setting in TARGETS if lengths is None or setting.num_tokens in lengths]
+    answer = run_bench(lengths or LENGTHS, repeats, targets, layout=layout, train_steps=measure)
     _report(answer, attention_page(answer), as_json, out)
 
 

@@ -76,7 +76,7 @@ def ui(
     from biroute.launcher.track.uri import tracking_uri
 
     loaded = load_config(config, overrides or [])
-    serve_ui(tracking_uri(loaded, loaded.train.run_dir), port, host)
+    serve_ui(tracking_uri(loaded, loaded.train.run_dir, create=False), port, host)
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def score_bigram(dataset: Dataset) -> BigramScore:
         UsageError: there are too few held-out sequences, or no training text.
     """
     reader = dataset.reader("heldout")
-    wanted = dataset.config.train.evaluate_sequences
+    wanted = dataset.evaluate_sequences(1)
     check_evaluate_sequences(reader, wanted)
     model, training_tokens, distinct = train_bigram(dataset)
     nats = 0.0

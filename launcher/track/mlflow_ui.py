@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,12 @@ from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path
 
 _START_SECONDS = 120.0  # about ten are usual; a busy machine needs longer
 _STOP_SECONDS = 10.0
+_OUTPUT_BYTES = 4000  # of the server's, shown if it fails
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_OTHER_MACHINES = (
+    "MLflow answers 403 to host names that it does not know: from your own machine use `ssh -L "
+    "{port}:127.0.0.1:{port} {host}` and open the address above, or set MLFLOW_SERVER_ALLOWED_HOSTS"
+)
 
 
 def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
@@ -29,19 +36,28 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
     """
     command = server_command(uri, port, host)
     check_port(host, port)
-    # In its own session, so that Ctrl-C reaches only this process, which then stops all processes of the server.
-    server = subprocess.Popen(command, env=server_environment(), start_new_session=True)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        _wait_until_up(server, host, port)
-        print(f"MLflow: {training_view(host, port)}  (Ctrl-C stops it)", flush=True)
-        status = server.wait()
-        raise RuntimeError(f"the MLflow server ended unexpectedly with status {status}")
-    except KeyboardInterrupt:
-        print("MLflow stopped", flush=True)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        stop_server(server)
+    with tempfile.TemporaryFile() as output:  # what the server says matters only if it fails
+        # In its own session, so that Ctrl-C reaches only this process, which then stops all processes of the server.
+        server = subprocess.Popen(
+            command, env=server_environment(), start_new_session=True, stdout=output, stderr=output
+        )
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            _wait_until_up(server, host, port)
+            print(f"MLflow: {training_view(host, port)}  (Ctrl-C stops it)", flush=True)
+            if host not in _LOOPBACK:
+                print(_OTHER_MACHINES.format(port=port, host=socket.gethostname()), flush=True)
+            status = server.wait()
+            raise RuntimeError(f"the MLflow server ended unexpectedly with status {status}")
+        except KeyboardInterrupt:
+            print("MLflow stopped", flush=True)
+        except RuntimeError:
+            output.seek(0)
+            print(output.read()[-_OUTPUT_BYTES:].decode(errors="replace"), file=sys.stderr)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            stop_server(server)
 
 
 def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
@@ -50,14 +66,16 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
     Raises:
         UsageError: `uri` is already a server, or its database does not exist.
     """
-    check_uri(uri, "--uri")
+    check_uri(uri, create=False)
     if uri.startswith("http"):
-        raise UsageError(f"--uri={without_password(uri)} is a server already; open it in a browser")
+        raise UsageError(f"tracking.uri={without_password(uri)} is a server already; open it in a browser")
     command = [sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", uri]
     database = sqlite_path(uri)
     if database is not None:
         if not database.is_file():
-            raise UsageError(f"{database}: no MLflow database there; train a run first, or name another with --uri")
+            raise UsageError(
+                f"{database}: no MLflow database there yet; train a run first, or set tracking.uri to that of another"
+            )
         command += ["--artifacts-destination", artifacts_dir(database).as_uri()]
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 

@@ -17,8 +17,10 @@ _REMEDY = "use http://HOST:PORT, sqlite:////ABSOLUTE/PATH/mlflow.db, or leave tr
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 
 
-def tracking_uri(config: RunConfig, run_dir: Path) -> str:
+def tracking_uri(config: RunConfig, run_dir: Path, *, create: bool = True) -> str:
     """Return the MLflow tracking URI of a run: `tracking.uri`, or mlflow.db in the parent of the run folder.
+
+    With `create`, the folder of an SQLite file is made.
 
     Raises:
         UsageError: malformed URI, unsupported scheme, a file that is not an SQLite database, or a folder that its URI
@@ -31,17 +33,17 @@ def tracking_uri(config: RunConfig, run_dir: Path) -> str:
             "its URI; choose another folder, or set tracking.uri"
         )
     uri = config.tracking.uri or f"sqlite:///{folder / DATABASE_NAME}"
-    check_uri(uri)
+    check_uri(uri, create=create)
     return uri
 
 
-def check_uri(uri: str, field: str = "tracking.uri") -> None:
+def check_uri(uri: str, *, create: bool = True) -> None:
     """Refuse a URI that could never work; whether a server answers is not checked.
 
     Raises:
         UsageError: malformed URI, unsupported scheme, or a file that is not an SQLite database.
     """
-    shown = f"{field}={without_password(uri)}"
+    shown = f"tracking.uri={without_password(uri)}"
     scheme, separator, _ = uri.partition("://")
     if not separator:
         near = f"; did you mean http://{uri}?" if re.fullmatch(r"[\w.-]+:\d+(/\S*)?", uri) else ""
@@ -52,7 +54,7 @@ def check_uri(uri: str, field: str = "tracking.uri") -> None:
     elif scheme.partition("+")[0] not in _DATABASES:
         raise UsageError(f"{shown}: unsupported scheme {scheme!r}; {_REMEDY}")
     elif scheme.startswith("sqlite"):
-        _check_sqlite(uri, shown)
+        _check_sqlite(uri, shown, create)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -79,12 +81,13 @@ def _check_http(uri: str, shown: str) -> None:
         raise UsageError(f"{shown}: {'it has no host' if not host else 'it contains blanks'}; {_REMEDY}")
 
 
-def _check_sqlite(uri: str, shown: str) -> None:
+def _check_sqlite(uri: str, shown: str, create: bool) -> None:
     path = sqlite_path(uri)
     if path is None or not uri.partition("://")[2].startswith("/") or path.is_dir():
         raise UsageError(f"{shown}: names no file; {_REMEDY}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with path.open("rb") as file:
                 start = file.read(len(_SQLITE_MAGIC))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
-from biroute.configs.layout import resolve_layout
+from biroute.configs.layout import Layout, resolve_layout
 from biroute.configs.load import write_config
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.dataset import open_dataset
+from biroute.data_pipeline.dataset import EVALUATE_SEQUENCES, Dataset, open_dataset
 from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
@@ -68,7 +68,7 @@ def run(
     cause = "an error on rank 0"
     try:
         prepare_megatron(place.device)
-        for line in (describe(config, layout), *dataset.manifest.left_out(config.model.sequence_length)):
+        for line in _first_lines(config, dataset, layout):
             say(line)
         mesh = build_mesh(layout, collective_timeout(config.train))
         engine = build_engine(config, mesh, place.device)
@@ -99,3 +99,16 @@ def run(
         for hook in hooks:
             hook.on_end(status, cause)
     dist.barrier()  # no rank leaves while another still needs it
+
+
+def _first_lines(config: RunConfig, dataset: Dataset, layout: Layout) -> Iterator[str]:
+    """Say what is trained on what, and what of the data is left out."""
+    yield describe(config, layout)
+    if config.train.evaluate_sequences is None:
+        used, there = (
+            dataset.evaluate_sequences(config.train.microbatch_size * layout.data),
+            dataset.heldout_sequences,
+        )
+        if there < EVALUATE_SEQUENCES:
+            yield f"evaluations use {used} held-out sequences of the {there} that there are"
+    yield from dataset.manifest.left_out(config.model.sequence_length)

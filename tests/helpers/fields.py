@@ -69,6 +69,7 @@ SHOWN_BY: dict[str, str] = {
     "data.min_document_bytes": f"{SOURCES}test_dirt_is_counted_and_never_a_crash",
     "data.max_document_bytes": f"{SOURCES}test_long_documents_are_cut_after_a_newline",
     "data.max_malformed_fraction": f"{SOURCES}test_too_many_malformed_lines_are_an_error",
+    "data.max_invalid_utf8_fraction": f"{SOURCES}test_another_encoding_is_noticed_before_all_is_read",
     "data.tokens_per_sample": f"{BUILD}test_another_layout_keeps_the_tokenizer_and_leaves_no_stale_shard",
     "data.samples_per_shard": f"{BUILD}test_shards_are_plain_tars_without_clock_or_dots",
     "data.workers": f"{BUILD}test_killed_worker_is_one_clear_line",

@@ -21,7 +21,7 @@ from helpers.corpora import chinese_texts, copy_of, data_config, english_texts, 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare import build as build_module
-from biroute.data_pipeline.prepare import encode, shard_writer
+from biroute.data_pipeline.prepare import encode, shard_writer, source_build
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
@@ -36,9 +36,9 @@ SCRIPT = """
 import sys
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig
-from biroute.data_pipeline.prepare import build
+from biroute.data_pipeline.prepare import build, source_build
 if __name__ == "__main__":
-    build.PART_BYTES = 8_000
+    source_build.PART_BYTES = 8_000
     try:
         build.build_dataset(DataConfig.model_validate_json(sys.argv[1]))
     except UsageError as error:
@@ -102,7 +102,7 @@ def test_shards_are_plain_tars_without_clock_or_dots(built: DataConfig) -> None:
 def test_bytes_do_not_depend_on_workers_or_parts(
     built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "PART_BYTES", 30_000)
+    monkeypatch.setattr(source_build, "PART_BYTES", 30_000)
     for workers in (1, 3):
         data = built.model_copy(update={"dir": tmp_path / str(workers), "workers": workers})
         build_dataset(data, QUIET)
@@ -110,8 +110,8 @@ def test_bytes_do_not_depend_on_workers_or_parts(
 
 
 def test_wide_vocabularies_take_four_bytes() -> None:
-    assert build_module.token_dtype(1 << 16) == "uint16"
-    assert build_module.token_dtype((1 << 16) + 1) == "uint32"
+    assert source_build.token_dtype(1 << 16) == "uint16"
+    assert source_build.token_dtype((1 << 16) + 1) == "uint32"
 
 
 def test_four_byte_shards_read_back(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_killed_builds_continue_to_the_same_bytes(built: DataConfig, tmp_path: P
 def test_continuing_keeps_finished_parts_and_shards(
     built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "PART_BYTES", 20_000)
+    monkeypatch.setattr(source_build, "PART_BYTES", 20_000)
     data = built.model_copy(update={"dir": tmp_path / "d"})
     encoded: list[str] = []
     encode_part, write_shard = encode._encode_part, shard_writer.write_shard
@@ -313,7 +313,7 @@ def test_two_builds_at_once_are_refused(built: DataConfig, tmp_path: Path) -> No
 
 
 def test_killed_worker_is_one_clear_line(tmp_path: Path, built: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "PART_BYTES", 8_000)
+    monkeypatch.setattr(source_build, "PART_BYTES", 8_000)
     submit = encode.PartEncoder.submit
     others = set(psutil.Process().children())  # of this test session, such as ranks waiting for jobs
 

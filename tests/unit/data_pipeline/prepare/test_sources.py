@@ -87,7 +87,7 @@ def test_dirt_is_counted_and_never_a_crash(tmp_path: Path) -> None:
         + b"[" * 5000
         + b'\n{"text": "last, without newline"}'
     )
-    documents, counts = read(path, min_document_bytes=5, max_malformed_fraction=1.0)
+    documents, counts = read(path, min_document_bytes=5, max_malformed_fraction=1.0, max_invalid_utf8_fraction=0.5)
     assert [document.text for document in documents] == [
         "first after a byte order mark",
         "bad \ufffd\ufffd byte",
@@ -136,6 +136,42 @@ def test_too_many_malformed_lines_are_an_error(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("x\n")
     assert read(path)[1].malformed_lines == 1, "one is no reason to stop, however few the lines"
+
+
+CHINESE = "人不知而不愠，不亦君子乎？有朋自远方来，不亦乐乎？"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "named"),
+    [
+        ("gbk", CHINESE, "GB18030"),
+        ("cp1252", "café naïve", "CP1252"),
+        ("shift_jis", "これはペンです。カタカナ", None),
+    ],
+)
+def test_text_in_another_encoding_is_refused_with_the_command_that_converts_it(
+    tmp_path: Path, encoding: str, text: str, named: str | None
+) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "not utf8.txt"
+    good.write_text("plain text")
+    bad.write_bytes(text.encode(encoding))
+    assert read(good, bad)[1].invalid_utf8_documents == 1, "one is no reason to stop, however few the documents"
+    again = tmp_path / "again.txt"
+    again.write_bytes((text * 2).encode(encoding))
+    with pytest.raises(UsageError, match=r"2 of 3 documents are not UTF-8.*fraction=0\.05.*or raise that") as caught:
+        read(good, bad, again)
+    command = re.search(r"`(iconv .*?) > FILE`", str(caught.value))
+    assert command is not None and (named is None or f"-f {named} " in command[1])
+    if named is not None:
+        assert subprocess.run(command[1], shell=True, capture_output=True, check=True).stdout.decode() == text
+    assert len(read(good, bad, again, max_invalid_utf8_fraction=1.0)[0]) == 3
+
+
+def test_another_encoding_is_noticed_before_all_is_read(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": CHINESE}, ensure_ascii=False).encode("gbk")] * 3000
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(UsageError, match=r"101 of 101 documents are not UTF-8.*-f GB18030"):
+        read(tmp_path / "a.jsonl")
 
 
 def test_a_line_of_any_length_takes_little_memory(tmp_path: Path) -> None:

@@ -313,6 +313,21 @@ def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataCon
     assert (order != other_order).any()
 
 
+def test_evaluations_use_what_there_is_unless_told_otherwise(data: DataConfig) -> None:
+    def used(multiple_of: int, length: int) -> int:
+        return open_dataset(run_config(data, length, train={"evaluate_sequences": None})).evaluate_sequences(
+            multiple_of
+        )
+
+    there = open_dataset(run_config(data, S)).heldout_sequences
+    few = 8 * S
+    fewer = open_dataset(run_config(data, few)).heldout_sequences
+    assert there > 64 > fewer >= 6, "the sizes of this test"
+    assert [used(n, S) for n in (1, 6)] == [64, 60]
+    assert [used(n, few) for n in (1, 5)] == [fewer, fewer - fewer % 5]
+    assert used(fewer + 1, few) == fewer + 1, "which is then refused"
+
+
 def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
     opened = open_dataset(run_config(data, S, train={"evaluate_sequences": 5000}))
     with pytest.raises(UsageError, match=r"train.evaluate_sequences=5000, but the held-out split .* has only \d+"):
