@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml configs/constraints.txt
 	touch $@
 
 data/demo/text/.complete: | $(INSTALLED)
-	$(BIN)/python -m biroute.data_pipeline.examples.demo_corpora data/demo/text
+	$(BIN)/biroute data demo data/demo/text
 	touch $@
 
 # Write down the versions that are installed now, for every later `make install`.

@@ -40,7 +40,7 @@ def submit(
     the profile.
     """
     from biroute.slurm import client
-    from biroute.slurm.submit import check_run_dir, prepare, submit_run
+    from biroute.slurm.submit import check_request, prepare, submit_run
 
     submission = prepare(config, overrides or [], Path.cwd())
     request = submission.request
@@ -51,10 +51,10 @@ def submit(
         "ranks_per_node": request.ranks_per_node,
         "layout": str(submission.layout),
     }
+    check_request(request)
     if dry_run:
         _print_dry_run(submission, answer, as_json)
         return
-    check_run_dir(request.run_dir)
     if test:
         verdict = client.test_script(submission.script)
         echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)

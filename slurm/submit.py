@@ -83,9 +83,8 @@ def submit_run(submission: Submission) -> str:
         UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job. The folder is
             then left as it was.
     """
+    check_request(submission.request)
     run_dir = submission.request.run_dir
-    check_run_dir(run_dir)
-    _check_partition(submission.request)
     folder = run_dir / SUBMISSION
     try:
         with explain_run_dir_errors(run_dir):
@@ -101,12 +100,26 @@ def submit_run(submission: Submission) -> str:
     return job_id
 
 
+def check_request(request: JobRequest) -> None:
+    """Check what can be checked of a submission without writing; without Slurm on this machine, the folder only.
+
+    Raises:
+        UsageError: the run folder is in use or cannot be written, or the partition is too small.
+    """
+    check_run_dir(request.run_dir)
+    if shutil.which("sinfo") is not None:
+        _check_partition(request)
+
+
 def check_run_dir(run_dir: Path) -> None:
     """Check that the run folder does not exist, or holds nothing but checkpoints to start from.
 
     Raises:
-        UsageError: the folder contains something or cannot be read.
+        UsageError: the folder contains something, or cannot be read or written.
     """
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"train.run_dir={run_dir}: {there} cannot be written; use a folder that can be")
     try:
         content = sorted(entry.name for entry in run_dir.iterdir() if entry.name != CHECKPOINTS)
     except FileNotFoundError:

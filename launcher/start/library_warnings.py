@@ -17,6 +17,9 @@ def silence_known_noise() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # "No CUDA runtime is found", where CUDA_HOME is set on a machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # A home that is missing, and fonts without Chinese for the title of a curve.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _REDRAWS_PER_SECOND = 8.0
 _RATE_WINDOW = 30  # number of updates from which the remaining time is estimated
 _BAR_WIDTHS = range(8, 31)
+_LEAST_WANTED = ("throughput/tflops_per_rank", "optim/learning_rate", "throughput/tokens_per_second", "train/loss")
 _NO_READER = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
@@ -120,18 +121,28 @@ class ProgressLine:
             self._live.stop()
             self._live = None
 
-    def _text(self) -> str:
-        fields = [f"step {self._step:>{len(str(self._total_steps))}}/{self._total_steps}"]
-        shown: tuple[tuple[str, Callable[[float], str]], ...] = (
-            ("train/loss", lambda value: f"loss {value:.4f}"),
-            ("optim/learning_rate", lambda value: f"lr {value:.2e}"),
-            ("throughput/tokens_per_second", lambda value: f"{with_prefix(value)} tokens/s"),
-            ("throughput/tflops_per_rank", lambda value: f"{value:.3g} TFLOP/s per rank"),
-        )
-        fields += [text(float(self._metrics[name])) for name, text in shown if name in self._metrics]
+    def _text(self, width: int | None = None) -> str:
+        """Return the line; the least wanted fields are left out if it would be wider than `width`."""
         left = self.seconds_left()
-        fields.append(f"{duration(left)} left" if left is not None else "-:-- left")
-        return "  ".join(fields)
+        shown: dict[str, Callable[[float], str]] = {
+            "train/loss": lambda value: f"loss {value:.4f}",
+            "optim/learning_rate": lambda value: f"lr {value:.2e}",
+            "throughput/tokens_per_second": lambda value: f"{with_prefix(value)} tokens/s",
+            "throughput/tflops_per_rank": lambda value: f"{value:.3g} TFLOP/s per rank",
+        }
+        fields = {name: text(float(self._metrics[name])) for name, text in shown.items() if name in self._metrics}
+        for unwanted in ("", *_LEAST_WANTED):
+            fields.pop(unwanted, None)
+            line = "  ".join(
+                [
+                    f"step {self._step:>{len(str(self._total_steps))}}/{self._total_steps}",
+                    *fields.values(),
+                    f"{duration(left)} left" if left is not None else "-:-- left",
+                ]
+            )
+            if width is None or len(line) <= width:
+                break
+        return line
 
     def _draw(self, console: Console) -> None:
         from rich.live import Live
@@ -147,7 +158,7 @@ class ProgressLine:
         from rich.table import Table
         from rich.text import Text
 
-        text = self._text()
+        text = self._text(width)
         # Always a single row: a wrapped live line would leave its upper half behind at every redraw.
         cells: list[RenderableType] = [Text(text, no_wrap=True, overflow="ellipsis")]
         room = min(width - len(text) - 3, _BAR_WIDTHS.stop - 1)

@@ -132,3 +132,10 @@ def test_too_few_documents_for_a_heldout_split(tmp_path: Path, command: Command)
     *progress, error = answer.err.strip().splitlines(keepends=True)
     assert all(line.startswith("reading the sources") for line in progress)
     assert_one_line(Answer(answer.status, answer.out, error), "heldout_fraction")
+
+
+def test_a_locale_without_unicode(config_file: Path, tmp_path: Path, command: Command) -> None:
+    """A Chinese path is taken as it is, and not for bytes of Latin-1 or ASCII."""
+    variables = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    answer = command("data", "verify", config_file, f"data.dir={tmp_path}/数据", **variables)
+    assert_one_line(answer, f"{tmp_path}/数据", "holds no dataset")

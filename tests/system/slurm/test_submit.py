@@ -181,6 +181,7 @@ def test_a_run_folder_in_use_or_full(config_file: Path, held: str, on: Command, 
     run_dir.mkdir(parents=True)
     (run_dir / "thesis.txt").write_text("years of work")
     assert_one_line(on("submit", config_file, held), "train.run_dir", "is not empty (thesis.txt)", "new folder")
+    assert_one_line(on("submit", config_file, held, "--dry-run"), "train.run_dir", "is not empty (thesis.txt)")
     assert [path.name for path in run_dir.iterdir()] == ["thesis.txt"]
 
 

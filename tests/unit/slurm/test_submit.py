@@ -11,7 +11,8 @@ import pytest
 import yaml
 from helpers.corpus import small_run
 
-from biroute.slurm.submit import Submission, freeze, prepare
+from biroute.configs.errors import UsageError
+from biroute.slurm.submit import Submission, check_run_dir, freeze, prepare
 
 
 def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
@@ -59,3 +60,12 @@ def test_what_may_hold_a_token_is_for_its_owner_alone(corpus: Path, tmp_path: Pa
     ]
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in holding}
     assert modes == {"profile.yaml": 0o600, "config.yaml": 0o600, "job.sbatch": 0o700}
+
+
+def test_a_run_folder_may_hold_checkpoints_to_start_from_and_nothing_else(tmp_path: Path) -> None:
+    check_run_dir(tmp_path / "new" / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    check_run_dir(tmp_path / "run")
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(UsageError, match=r"run is not empty \(notes\); set train.run_dir to a new folder"):
+        check_run_dir(tmp_path / "run")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -114,7 +116,7 @@ def documents(path: Path) -> list[dict[str, str]]:
 def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_corpora, "chinese_documents", lambda size: iter(()))
     for name in ("one", "two"):
-        demo_corpora.main([str(tmp_path / name), "--english-mb", "0.3", "--chinese-mb", "0"])
+        demo_corpora.collect(tmp_path / name, 0.3, 0)
     found = documents(tmp_path / "one" / "english.jsonl.zst")
     assert found == documents(tmp_path / "two" / "english.jsonl.zst")
     assert sum(len(document["text"].encode()) for document in found) == pytest.approx(3e5, rel=0.2)
@@ -122,21 +124,47 @@ def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeyp
     assert all(len(document["text"]) > 200 and document["package"] and document["license"] for document in found)
 
 
-def test_without_chinese_text_the_corpora_are_not_complete_and_what_exists_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+POEM = {"title": "静夜思", "author": "李白", "paragraphs": ["床前明月光，疑是地上霜。"]}
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive at the address of the poems, whose checksum is known; no npm, and nothing else to be reached."""
+    archive = tmp_path / "poems.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        content = json.dumps([POEM]).encode()
+        member = tarfile.TarInfo("package/dist/quantangshi/a.json")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    poems = demo_corpora.POEMS._replace(url=archive.as_uri(), sha256=digest)
+    monkeypatch.setattr(demo_corpora, "POEMS", poems)
+    monkeypatch.setattr(demo_corpora, "REVIEWS", demo_corpora.REVIEWS._replace(url=(tmp_path / "none").as_uri()))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return archive
+
+
+def test_poems_come_from_the_archive_of_the_known_checksum(registry: Path, tmp_path: Path) -> None:
+    demo_corpora.collect(tmp_path / "text", 0, 1)
+    (found,) = documents(tmp_path / "text" / "chinese.jsonl.zst")
+    assert found["text"] == "静夜思\n李白\n床前明月光，疑是地上霜。" and found["license"] == "MIT"
+
+
+def test_an_archive_of_another_checksum_is_not_read(
+    registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))  # no npm
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    (tmp_path / "english.jsonl.zst").write_bytes(b"mine")
-    with pytest.raises(SystemExit) as ended:
-        demo_corpora.main([str(tmp_path)])
-    assert ended.value.code == 2, "make marks nothing as complete, and tries again next time"
+    registry.write_bytes(registry.read_bytes() + b"\0")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "english.jsonl.zst").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"chinese\.jsonl\.zst could not be made, see the warnings"):
+        demo_corpora.collect(tmp_path / "text", 1, 1)
     err = capsys.readouterr().err
-    assert "warning: npm is not installed" in err
-    assert "warning: chinese.jsonl.zst was not written" in err
-    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/chinese.jsonl.zst could not be made")
-    assert (tmp_path / "english.jsonl.zst").read_bytes() == b"mine"
-    assert not list(tmp_path.glob("*chinese*"))
+    assert "from npm: npm is not installed" in err
+    assert re.search(
+        r"chinese-poetry 2.0.1 could not be fetched from file:\S+: its checksum is \w{64}, not \w{64}", err
+    )
+    assert [path.name for path in (tmp_path / "text").iterdir()] == ["english.jsonl.zst"]
+    assert (tmp_path / "text" / "english.jsonl.zst").read_bytes() == b"mine"
 
 
 def test_docstrings_of_a_file(tmp_path: Path) -> None:
@@ -175,6 +203,8 @@ def test_chinese_comes_from_the_archive_that_npm_leaves(tmp_path: Path, monkeypa
     (tmp_path / "npm").write_text(f'#!/bin/sh\n[ "$1" = pack ] && /bin/cp {tmp_path}/made.tgz chinese-poetry.tgz\n')
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    digest = hashlib.sha256((tmp_path / "made.tgz").read_bytes()).hexdigest()
+    monkeypatch.setattr(demo_corpora, "POEMS", demo_corpora.POEMS._replace(url="file:///none", sha256=digest))
     texts = [document["text"] for document in chinese_documents(1e6)]
     assert texts == ["学而\n子曰：学而时习之。", *(f"词{n}\n甲乙丙。" for n in range(5))]
     assert len(list(chinese_documents(30))) == 1
