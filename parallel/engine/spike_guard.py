@@ -1,6 +1,6 @@
 """Skips a step whose gradient is far larger than those of the steps before it, as OLMo's skip-step optimizer does.
 
-Source: OLMo 2 (arXiv:2501.00656, section 3.2 and the code of OLMo-core), there for loss and norm; here for the norm.
+Source: the skip-step optimizer of OLMo-core (OLMo 2, arXiv:2501.00656), which looks at loss and norm; here the norm.
 """
 
 from __future__ import annotations

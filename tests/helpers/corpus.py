@@ -58,7 +58,7 @@ def small_run(corpus: Path, run_dir: Path, *, steps: int, parallel: dict[str, An
         },
         "parallel": parallel,
         "data": data_section(corpus),
-        "optim": {"learning_rate": 3e-3, "warmup_steps": min(2, steps - 1)},
+        "optim": {"learning_rate": 3e-3},
         "train": {
             "run_dir": str(run_dir),
             "steps": steps,

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,19 @@ PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("source")  # a copy: setuptools would pack what an earlier build left in the tree
-    for name in (*PARTS, "pyproject.toml", "README.md"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git knows: setuptools would pack what an earlier build left in the tree."""
+    folder = tmp_path_factory.mktemp("source")
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "-w", built, source], check=True, capture_output=True)
@@ -36,11 +46,42 @@ def test_the_wheel_holds_every_module_and_no_test_tools(wheel: Path) -> None:
     wanted = {
         f"biroute/{path.relative_to(ROOT).as_posix()}"
         for part in PARTS
-        for pattern in ("*.py", "*.yaml", "*.j2")
+        for pattern in ("*.py", "*.yaml", "*.j2", "py.typed")
         for path in (ROOT / part).rglob(pattern)
     }
     assert wanted <= packed, sorted(wanted - packed)
     assert not [name for name in packed if "test" in name or name.endswith(".sh")]
+
+
+@pytest.mark.slow
+def test_the_metadata_is_complete(wheel: Path) -> None:
+    packed = zipfile.ZipFile(wheel)
+    (name,) = [name for name in packed.namelist() if name.endswith("dist-info/METADATA")]
+    metadata = Parser().parsestr(packed.read(name).decode())
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+    assert metadata["Author"] == "The BiRoute developers"
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert b"Apache License" in packed.read(name.replace("METADATA", "licenses/LICENSE"))
+    assert all((f"biroute/{part}/py.typed") in packed.namelist() for part in PARTS)
+
+
+@pytest.mark.slow
+def test_the_source_distribution_can_be_tested(source: Path, tmp_path: Path) -> None:
+    program = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    build = [sys.executable, "-c", program, str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (found,) = tmp_path.glob("biroute-*.tar.gz")
+    with tarfile.open(found) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    for name in (
+        "tests/run.py",
+        "tests/helpers/pool.py",
+        "Makefile",
+        "docs/architecture.md",
+        "tests/system/slurm/dev_cluster.sh",
+    ):
+        assert name in packed, name
+    assert "configs/constraints.txt" in packed and "LICENSE" in packed
 
 
 @pytest.mark.slow

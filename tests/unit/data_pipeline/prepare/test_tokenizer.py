@@ -208,3 +208,27 @@ def test_sample_depends_on_the_documents_not_on_their_order() -> None:
         samples.append(sample.texts())
     assert samples[0] == samples[1] == samples[2]
     assert not set(samples[0]) & {document.text for document in documents if document.heldout}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_damaged_model_is_one_line(kind: str) -> None:
+    """Bytes changed, lost, put in, or the end cut off: refused, or a model that still is lossless."""
+    draw, model, told = random.Random(1), TOKENIZERS[kind].model_bytes, list[str]()
+    for n in range(300):
+        damaged, at = bytearray(model), draw.randrange(len(model))
+        if n % 4 == 0:
+            damaged[at] = draw.randrange(256)
+        elif n % 4 == 1:
+            del damaged[at:]
+        elif n % 4 == 2:
+            del damaged[at : at + draw.randrange(1, 30)]
+        else:
+            damaged[at:at] = draw.randbytes(draw.randrange(1, 8))
+        try:
+            found = Tokenizer(bytes(damaged), "my.model")
+        except UsageError as error:
+            told.append(str(error))
+        else:
+            assert found.decode(found.encode("any text 汉字")) == "any text 汉字"
+    assert len(told) > 200
+    assert all(text.startswith("my.model: ") and "\n" not in text for text in told)
