@@ -7,7 +7,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, StoppedError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, FencedError, StoppedError
 from biroute.configs.layout import Layout, resolve_layout
 from biroute.configs.load import write_config
 from biroute.configs.schema import RunConfig
@@ -93,6 +93,8 @@ def run(
         raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
+        if not isinstance(error, FencedError):
+            watchdog.failed(error)  # before the tracker is closed, which may take longer than the launcher waits
         raise
     finally:
         watchdog.allow(config.tracking.flush_seconds)
