@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import create_once
 from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
@@ -27,7 +28,9 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
     if not jobs:
         raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
     with explain_run_dir_errors(run.path):
-        run.cancelled_mark.touch()  # first: a job's script looks for the mark as soon as its ranks have ended
+        create_once(
+            run.cancelled_mark, b""
+        )  # first: a job's script looks for the mark as soon as its ranks have ended
     told = []
     for job in jobs:
         if job.state == "RUNNING" and not now:
@@ -68,7 +71,7 @@ def resume_run(run: RunFolder) -> str:
         job_id = client.submit(run.script)
     except UsageError:
         if marked:
-            run.cancelled_mark.touch()
+            create_once(run.cancelled_mark, b"")
         raise
     record_job(run.path, job_id, "resume")
     return job_id

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biroute.configs.errors import UsageError
+from biroute.configs.records import last_lines
 from biroute.launcher.attempts.failures import format_first_failure, log_file
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import LOGS, log_dir
@@ -159,5 +160,4 @@ def _job_output(run: RunFolder) -> Path | None:
 
 
 def _last_lines(path: Path, lines: int) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return "\n".join([f"last lines of {path}:", *text])
+    return "\n".join([f"last lines of {path}:", *last_lines(path, lines)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from biroute.configs.files import new_file
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import fencing_token_of
 from biroute.launcher.attempts.run_files import FENCING_TOKEN
@@ -103,7 +104,8 @@ def _folder_problems(run_dir: Path, attempt: int) -> list[str]:
         if (seen := fencing_token_of(run_dir)) != attempt:
             return [f"train.run_dir={run_dir} is another folder there: its attempt is {seen}, not {attempt}"]
         trial = run_dir / f".preflight-{os.getpid()}-{platform.node()}"
-        trial.write_text("written\n")
+        with new_file(trial) as file:
+            file.write(b"written\n")
         trial.unlink()
     except OSError as error:
         return [f"train.run_dir={run_dir} can't be used there: {error.strerror}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pwd
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
+from biroute.configs.records import parse_json, read_small
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import read_attempts
 from biroute.launcher.attempts.run_files import CANCELLED, CONFIG, JOBS, JOURNAL, METRICS_LOG, SCRIPT, SUBMISSION
@@ -50,10 +50,10 @@ class RunFolder:
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs of this run, oldest first, including those that were submitted by hand."""
         found: dict[str, None] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / SUBMISSION / JOBS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in read_small(self.path / SUBMISSION / JOBS).decode(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    found[str(json.loads(line)["job_id"])] = None
+                    found[str(parse_json(line)["job_id"])] = None
         for attempt in read_attempts(self.path):
             if attempt.job is not None:
                 found[attempt.job] = None

@@ -27,6 +27,7 @@ from typing import Any
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock, write_atomically
+from biroute.configs.records import parse_json, read_small
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.child_process import call_in_child
 from biroute.data_pipeline.prepare.progress_bar import Progress
@@ -232,7 +233,7 @@ class _Build:
     def _stored_tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer from the dataset's folder; None if it is not the one that the configuration asks for."""
         try:
-            record = json.loads((self._folder / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
+            record = parse_json(read_small(self._folder / _TOKENIZER_RECORD))
             tokenizer = load_tokenizer(self._folder / TOKENIZER_NAME)
         except (UsageError, OSError, ValueError):
             return None

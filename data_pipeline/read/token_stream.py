@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import mmap
 import os
 from collections import OrderedDict
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from biroute.configs.errors import UsageError
+from biroute.configs.records import parse_json
 from biroute.data_pipeline.read.manifest import MANIFEST_NAME, Manifest, ShardEntry, SourceEntry, Split
 
 _TAR_BLOCK = 512
@@ -118,7 +118,7 @@ def check_not_rebuilt(folder: Path, manifest: Manifest, shard: ShardEntry) -> No
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if _found_right.get((path, manifest.checksum)) == state:
             return
-        found = json.loads(path.read_bytes()).get("checksum")
+        found = parse_json(path.read_bytes()).get("checksum")
         if found == manifest.checksum:
             _found_right[path, manifest.checksum] = state
     except (OSError, ValueError, AttributeError):

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.files import write_atomically
+from biroute.configs.records import last_lines, parse_json, read_small, record_of
 from biroute.launcher.attempts.run_files import PREFLIGHT
 
 Kind = Literal["error", "user", "peer", "hang"]
@@ -208,7 +209,7 @@ def tail_of_log(logs: Path, rank: int) -> str:
     path = log_file(logs, rank)
     if not path.exists():
         return ""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES_OF_LOG_SHOWN:]
+    lines = last_lines(path, _LINES_OF_LOG_SHOWN)
     return "\n".join([f"last lines of {path}:", *(f"  {line}" for line in lines)])
 
 
@@ -254,7 +255,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_small(path))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
@@ -264,7 +265,7 @@ def _read_all(folder: Path, kind: type[_RecordType]) -> list[_RecordType]:
     found = []
     for path in folder.glob("rank-*.json"):
         record = _read(path)
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(ValueError):
             if record is not None:
-                found.append(kind(**record))
+                found.append(record_of(kind, record))
     return found

@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
 from biroute.configs.files import append_file, file_lock, write_atomically
+from biroute.configs.records import UnixSeconds, parse_json, read_small, record_of
 from biroute.launcher.attempts.failures import End, last_step
 from biroute.launcher.attempts.run_files import CANCELLED, FENCING_TOKEN, JOURNAL, SUBMISSION, log_dir
 
@@ -40,12 +41,12 @@ class Attempt:
     """One start of a run. `ended` and the fields after it are set when it ends; times are Unix seconds."""
 
     number: int
-    began: float
+    began: UnixSeconds
     job: str | None = None  # Slurm's job id
     restart: int = 0  # Slurm's count of restarts of that job
     nodes: tuple[str, ...] = ()
     world_size: int = 0
-    ended: float | None = None
+    ended: UnixSeconds | None = None
     status: int | None = None
     cause: str = ""
     step: int | None = None  # last step that it is known to have reached
@@ -283,35 +284,24 @@ def _append(run_dir: Path, record: dict[str, Any]) -> None:
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_small(path).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return
+    except ValueError as error:
+        raise UsageError(f"{error}; no journal of a run is so large") from None
     for line in lines:
         with contextlib.suppress(ValueError):
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict):
                 yield record
 
 
 def _take_in(attempts: dict[int, Attempt], record: dict[str, Any]) -> None:
     number = int(record["attempt"])
+    names = ("job", "restart", "nodes", "world_size", "status", "cause", "step", "crash", "decision", "excluded")
+    fields = {name: record[name] for name in names if name in record}
     if record["event"] == "begin":
-        attempts[number] = Attempt(
-            number,
-            began=float(record["time"]),
-            job=record.get("job"),
-            restart=int(record.get("restart", 0)),
-            nodes=tuple(record.get("nodes", ())),
-            world_size=int(record.get("world_size", 0)),
-        )
+        attempts[number] = record_of(Attempt, fields | {"number": number, "began": record["time"]})
     elif record["event"] == "end" and number in attempts and attempts[number].ended is None:
-        attempts[number] = replace(
-            attempts[number],
-            ended=float(record["time"]),
-            status=int(record["status"]),
-            cause=str(record["cause"]),
-            step=record.get("step"),
-            crash=bool(record.get("crash")),
-            decision=record.get("decision"),
-            excluded=tuple(record.get("excluded", ())),
-        )
+        ended = asdict(attempts[number]) | fields | {"ended": record["time"], "cause": record["cause"]}
+        attempts[number] = record_of(Attempt, ended)

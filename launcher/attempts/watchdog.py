@@ -27,6 +27,7 @@ from typing import TextIO
 
 from biroute.configs.errors import EXIT_FAILURE
 from biroute.configs.files import write_atomically
+from biroute.configs.records import parse_json, read_small, record_of
 from biroute.launcher.attempts.failures import (
     Failure,
     Heartbeat,
@@ -266,6 +267,6 @@ def read_reports(logs: Path) -> dict[int, HangReport]:
     found = {}
     for path in (logs / "hang").glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            report = HangReport(**json.loads(path.read_text(encoding="utf-8")))
+            report = record_of(HangReport, parse_json(read_small(path)))
             found[report.rank] = report
     return found

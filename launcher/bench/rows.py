@@ -9,6 +9,7 @@ from typing import Any
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import append_file
+from biroute.configs.records import parse_json, read_small
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ class KeptRows:
         if path is None or not path.exists():
             return
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [parse_json(line) for line in read_small(path).splitlines()]
             self._known = {line["row"]["name"]: line["row"] for line in lines if line["about"] == self._about}
         except (OSError, ValueError, TypeError, KeyError):
             raise UsageError(f"--rows {path}: not a file of rows of this benchmark; name another one") from None

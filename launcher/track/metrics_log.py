@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from biroute.configs.files import append_file
+from biroute.configs.records import parse_json
 
 _KEPT_IN_MEMORY = 10_000  # lines that are kept while the disk is full
 
@@ -54,10 +55,16 @@ def scan(path: Path, start_byte: int = 0) -> Iterator[tuple[Point | None, int]]:
 
 def _parse(line: bytes) -> Point | None:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         metrics = {str(name): float(value) for name, value in fields["metrics"].items()}
         return Point(int(fields["step"]), int(fields["time_ms"]), metrics)
-    except (ValueError, KeyError, TypeError, AttributeError):  # AttributeError: "metrics" is not an object
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ):  # AttributeError: "metrics" is not an object
         return None
 
 

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from biroute.configs.files import write_atomically
+from biroute.configs.records import parse_json, read_small, record_of
 
 
 @dataclass
@@ -85,5 +84,4 @@ class TrackingState:
 
 def _read(path: Path) -> TrackingState:
     """Read a state; raises OSError, or ValueError if it is damaged."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    return TypeAdapter(TrackingState).validate_python({**fields, "path": path})
+    return record_of(TrackingState, {**parse_json(read_small(path)), "path": path})

@@ -12,6 +12,7 @@ import sentencepiece
 from helpers.corpus import small_run
 from helpers.job import points_of, run_job
 from helpers.pool import WorkerPool
+from helpers.training import small_config, start_engine, tokens_of_step
 
 from biroute.configs.load import config_from_tree
 from biroute.data_pipeline.dataset import open_dataset
@@ -44,3 +45,19 @@ def test_bits_per_byte_are_those_of_the_text(ranks: Ranks, corpus: Path, tmp_pat
     assert bits == pytest.approx(loss / math.log(2) * len(targets) / text_bytes, rel=1e-9)
     assert perplexity == pytest.approx(math.exp(loss))
     assert json.dumps(bits)  # a plain number
+
+
+def empty_targets_job() -> dict[str, float]:
+    """Evaluate on targets that are 0 bytes long, as a held-out split of nothing but special tokens has."""
+    from biroute.data_pipeline.read.loader import Batch
+    from biroute.launcher.evaluate.heldout import heldout_metrics
+
+    config = small_config()
+    inputs, labels = (tokens.numpy() for tokens in tokens_of_step(config, 1))
+    return heldout_metrics(start_engine(config), [Batch(inputs[:2], labels[:2], None, 0)], lambda: None)
+
+
+def test_targets_of_no_bytes_have_a_loss_and_no_bits_per_byte(ranks: Ranks) -> None:
+    (found,) = ranks(1).run(empty_targets_job)
+    assert 0 < found["heldout/loss"] < 20
+    assert math.isnan(found["heldout/bits_per_byte"])
