@@ -235,7 +235,11 @@ class DataConfig(Section):
     dir: Path = Field(Path("data/dataset"), description="folder of the built dataset")
     sources: tuple[SourceConfig, ...] = Field((), description="where the documents come from")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the tokenizer")
-    heldout_fraction: Fraction = Field(0.01, description="fraction of the documents held out from training")
+    heldout_fraction: Fraction | None = Field(
+        None,
+        description="fraction of the documents held out from training; left out: 0.01, or 0.1 if the files of the "
+        "sources have less than 10 MB",
+    )
     min_document_bytes: PositiveInt = Field(1, description="documents with fewer bytes are skipped and counted")
     max_document_bytes: int = Field(1_000_000, ge=16, description="documents with more bytes are cut into parts")
     max_malformed_fraction: Fraction = Field(

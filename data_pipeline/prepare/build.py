@@ -32,7 +32,13 @@ from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.child_process import call_in_child
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.source_build import SourceBuild, is_whole, token_dtype
-from biroute.data_pipeline.prepare.sources import SourceCounts, SourceFile, read_documents, resolve_files
+from biroute.data_pipeline.prepare.sources import (
+    SourceCounts,
+    SourceFile,
+    read_documents,
+    resolve_files,
+    with_heldout_fraction,
+)
 from biroute.data_pipeline.prepare.tokenizer import (
     Tokenizer,
     TrainingSample,
@@ -88,11 +94,12 @@ def dataset_settings(data: DataConfig) -> dict[str, str]:
     """Return the settings that determine a dataset's content (besides the source files), by dotted field name."""
     settings = {
         "data.sources": ", ".join(source.name for source in data.sources),
-        "data.heldout_fraction": repr(data.heldout_fraction),
         "data.min_document_bytes": repr(data.min_document_bytes),
         "data.max_document_bytes": repr(data.max_document_bytes),
         "data.tokenizer.vocab_size": repr(data.tokenizer.vocab_size),
     }
+    if data.heldout_fraction is not None:
+        settings["data.heldout_fraction"] = repr(data.heldout_fraction)
     if data.tokenizer.model_path is None:
         for field in ("kind", "character_coverage", "training_bytes"):
             settings[f"data.tokenizer.{field}"] = str(getattr(data.tokenizer, field))
@@ -101,11 +108,11 @@ def dataset_settings(data: DataConfig) -> dict[str, str]:
 
 class _Build:
     def __init__(self, data: DataConfig, progress: Progress) -> None:
-        self._data = data
+        self._files = {source.name: resolve_files(source) for source in data.sources}
+        self._data = data = with_heldout_fraction(data, self._total_bytes(data.sources))
         self._progress = progress
         self._folder = data.dir
         self._work = data.dir / WORK_NAME
-        self._files = {source.name: resolve_files(source) for source in data.sources}
         self._given: Tokenizer | None = None
         if data.tokenizer.model_path is not None:
             self._given = load_tokenizer(data.tokenizer.model_path, data.tokenizer.vocab_size)

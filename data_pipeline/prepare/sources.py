@@ -36,6 +36,7 @@ _CLEARLY_INVALID = 100  # documents, if they are also most of those read so far
 _ENCODINGS = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-KR", "CP1252")
 _GUESSED_BYTES = 100_000
 _NOT_KEPT = ("records", "examples", "reading", "invalid_example")  # counts that no manifest keeps
+_HELDOUT_FRACTION, _HELDOUT_FRACTION_OF_LITTLE, _LITTLE_BYTES = 0.01, 0.1, 10_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A fixed key instead of the user's seed, so that a document stays held out when the training order changes.
 _SPLIT_KEY = b"biroute held-out split 1"
@@ -128,6 +129,14 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
             if seen.setdefault((stat.st_dev, stat.st_ino), name) == name:  # a link to a file is the same file
                 found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
     return list(found.values())
+
+
+def with_heldout_fraction(data: DataConfig, total_bytes: int) -> DataConfig:
+    """Return `data` with its fraction of held-out documents; left out, it depends on the bytes of all files."""
+    if data.heldout_fraction is not None:
+        return data
+    fraction = _HELDOUT_FRACTION_OF_LITTLE if total_bytes < _LITTLE_BYTES else _HELDOUT_FRACTION
+    return data.model_copy(update={"heldout_fraction": fraction})
 
 
 def read_documents(
@@ -241,7 +250,8 @@ def _accept(text: str, cut: bool, data: DataConfig, counts: SourceCounts) -> Doc
     counts.documents += 1
     digest = hashlib.blake2b(encoded, digest_size=16, key=_SPLIT_KEY).digest()
     # The split depends on the content alone, so two copies of a text are always in the same split.
-    heldout = int.from_bytes(digest[:8], "little") < data.heldout_fraction * 2.0**64
+    fraction = _HELDOUT_FRACTION if data.heldout_fraction is None else data.heldout_fraction
+    heldout = int.from_bytes(digest[:8], "little") < fraction * 2.0**64
     return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
 
 

@@ -24,7 +24,7 @@ from biroute.data_pipeline.prepare import build as build_module
 from biroute.data_pipeline.prepare import encode, shard_writer, source_build
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
+from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents, with_heldout_fraction
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.prepare.verify import verify_dataset
 from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, SourceEntry, SplitEntry, load_manifest, to_json
@@ -401,3 +401,15 @@ def test_no_name_of_a_source_gets_in_the_way(tmp_path: Path) -> None:
     assert build_dataset(data, QUIET).rebuilt == names
     assert build_dataset(data, QUIET).rebuilt == ()
     verify_dataset(data.dir, deep=True)
+
+
+def test_of_little_text_a_tenth_is_held_out_and_of_much_a_hundredth(tmp_path: Path, built: DataConfig) -> None:
+    unset = built.model_copy(update={"dir": tmp_path / "dataset", "heldout_fraction": None})
+    manifest = build_dataset(unset, QUIET).manifest
+    assert manifest.settings["data.heldout_fraction"] == "0.1"
+    assert build_dataset(unset, QUIET).rebuilt == (), "the same on a second look"
+    assert fraction_of(9_999_999) == 0.1 and fraction_of(10_000_000) == 0.01
+
+
+def fraction_of(total_bytes: int) -> float | None:
+    return with_heldout_fraction(DataConfig(), total_bytes).heldout_fraction
