@@ -8,9 +8,17 @@ import re
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+# user:password@ or token@ before a host, whose last @ ends it; and secrets among the parameters of a URI.
+_USER_INFO = re.compile(r"://([^/\s:@]*)(:?)[^/\s]*@")
+_PARAMETER = re.compile(
+    r"([?&;][\w.-]*(?:password|passwd|pwd|passphrase|token|secret|api_?key)=)[^&;#\s'\"]+", re.IGNORECASE
+)
+
+
 def without_password(text: str) -> str:
-    """Return `text` with the password of every URI in it masked."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
+    """Return `text` with every password and token masked that stands in a URI."""
+    text = _USER_INFO.sub(lambda match: f"://{match[1]}:***@" if match[2] else "://***@", text)
+    return _PARAMETER.sub(r"\1***", text)
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@
     loss_curve.png
     checkpoints/step-00000200/
     logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
+    logs/attempt-0001/shown/        config.yaml without passwords, for MLflow
     logs/attempt-0001/preflight/    findings by node
     logs/slurm-<job>.out
     submission/                     what `biroute submit` froze: configuration, profile, script, jobs
@@ -43,6 +44,11 @@ def log_dir(run_dir: Path, attempt: int) -> Path:
 def frozen_config(run_dir: Path, attempt: int) -> Path:
     """Return the file of the resolved configuration that the ranks of an attempt read."""
     return log_dir(run_dir, attempt) / CONFIG
+
+
+def shown_config(run_dir: Path, attempt: int) -> Path:
+    """Return the file of the configuration without passwords, which MLflow shows."""
+    return log_dir(run_dir, attempt) / "shown" / CONFIG
 
 
 def warnings_file(logs: Path, rank: int) -> Path:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TextIO
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import write_atomically
+from biroute.configs.load import dump_config
+from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import FencingToken
-from biroute.launcher.attempts.run_files import CONFIG, LOSS_PLOT, METRICS_LOG
+from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, shown_config
 from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
 from biroute.launcher.track.tracker import Status, open_tracker
@@ -38,8 +42,17 @@ class Observer(TrainerHook):
         self._tracker = open_tracker(
             config, self._run_dir, tags=tags, notify=self.on_message, fencing_token=fencing_token
         )
-        self._tracker.log_artifact(self._run_dir / CONFIG)
+        self._tracker.log_artifact(self._write_shown_config(config))
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
+
+    def _write_shown_config(self, config: RunConfig) -> Path:
+        path = shown_config(self._run_dir, self._fencing_token.attempt)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, without_password(dump_config(config)).encode(), durable=False)
+        except OSError as error:
+            self.on_message(f"warning: MLflow will not show the configuration: {error}")
+        return path
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the step on the progress line."""

@@ -194,10 +194,15 @@ def test_a_dying_rank_ends_the_others_and_is_named(config_file: Path, run_dir: P
 
 def test_an_unreachable_server_stops_nothing(config_file: Path, run_dir: Path, command: Command) -> None:
     answer = command(
-        "train", config_file, "tracking.uri=http://127.0.0.1:9", "tracking.flush_seconds=1", "train.steps=4"
+        "train", config_file, "tracking.uri=http://me:s3cret@127.0.0.1:9", "tracking.flush_seconds=1", "train.steps=4"
     )
     assert answer.status == 0, answer.err
-    assert "http://127.0.0.1:9" in answer.out
+    assert "http://me:***@127.0.0.1:9" in answer.out
+    assert "s3cret" not in answer.out + answer.err
+    holding = [path for path in run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert {path.name for path in holding} == {"config.yaml"}
+    assert not any(path.stat().st_mode & 0o077 for path in holding), "for its owner alone"
+    assert "***" in (run_dir / "logs" / "attempt-0001" / "shown" / "config.yaml").read_text()
     assert training_steps(run_dir) == [1, 2, 3, 4]
 
 

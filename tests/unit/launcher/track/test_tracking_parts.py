@@ -191,9 +191,31 @@ def test_a_folder_that_an_sqlite_uri_cannot_name(name: str, tmp_path: Path) -> N
     assert tracking_uri(config_from_tree(given, "test"), run_dir) == "http://host:5000"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@server:5055/path", "http://me:***@server:5055/path"),
+        ("postgresql+psycopg2://you:s:ec@ret@db/x", "postgresql+psycopg2://you:***@db/x"),
+        ("http://:secret@server", "http://:***@server"),
+        ("https://t0ken-secret@server/x", "https://***@server/x"),
+        (
+            "postgresql://db/x?user=me&password=secret&sslmode=require",
+            "postgresql://db/x?user=me&password=***&sslmode=require",
+        ),
+        ("http://server/?ACCESS_TOKEN=secret#top", "http://server/?ACCESS_TOKEN=***#top"),
+        ("http://server/?sslpassword=secret", "http://server/?sslpassword=***"),
+        ("mssql://db/x;pwd=secret;y=1", "mssql://db/x;pwd=***;y=1"),
+        ("uri: 'http://me:secret@a' and http://you:secret@b", "uri: 'http://me:***@a' and http://you:***@b"),
+        ("http://server:5000/path/a@b and mail@me.org", "http://server:5000/path/a@b and mail@me.org"),
+        ("sqlite:////home/me/mlflow.db", "sqlite:////home/me/mlflow.db"),
+    ],
+)
+def test_passwords_and_tokens_are_masked(text: str, shown: str) -> None:
+    assert without_password(text) == shown
+    assert without_password(shown) == shown
+
+
 def test_passwords_are_not_shown() -> None:
-    text = "http://me:secret@server:5055/path and postgresql://you:word@db/x"
-    assert without_password(text) == "http://me:***@server:5055/path and postgresql://you:***@db/x"
     config = config_from_tree({"tracking": {"uri": "http://me:secret@server:99999"}}, "test")
     with pytest.raises(UsageError) as caught:
         tracking_uri(config, Path("run"))
