@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, field_validator
+from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import explain_problems, parse_yaml
@@ -14,6 +14,25 @@ from biroute.configs.section import Section
 from biroute.configs.slurm_section import SlurmTime
 
 SHIPPED = "profiles"
+# Options of sbatch that have a field of their own; and those that the ranks and the record of attempts depend on.
+_FIELD_OF_OPTION = {
+    "account": "account", "partition": "partition", "qos": "qos", "constraint": "constraint",
+    "reservation": "reservation", "mem": "memory_per_node", "time": "time_limit", "exclusive": "exclusive",
+    "nodes": "slurm.nodes", "ntasks-per-node": "slurm.ranks_per_node", "cpus-per-task": "cpus_per_rank",
+    "gpus-per-node": "gpus_per_node", "signal": "slurm.signal_seconds", "requeue": "slurm.requeue",
+    "no-requeue": "slurm.requeue", "job-name": "train.run_dir",
+}  # fmt: skip
+_SIZES = ("ntasks", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket")
+_OWN_OPTIONS = {
+    "sbatch_options": (
+        *_SIZES, "array", "chdir", "output", "error", "open-mode", "export", "export-file", "wait", "parsable",
+        "test-only", "wrap", "no-kill",
+    ),
+    "srun_options": (
+        *_SIZES, "nodes", "ntasks-per-node", "cpus-per-task", "output", "error", "open-mode", "export", "export-file",
+        "wait", "kill-on-bad-exit", "multi-prog", "pty", "label", "time",
+    ),
+}  # fmt: skip
 
 
 class ClusterProfile(Section):
@@ -54,10 +73,15 @@ class ClusterProfile(Section):
 
     @field_validator("sbatch_options", "srun_options")
     @classmethod
-    def _check_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_options(cls, options: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for option in options:
-            if not option.startswith("--") or len(option) < 3:
+            name = option.removeprefix("--").partition("=")[0]
+            if not option.startswith("--") or not name:
                 raise ValueError(f"{option!r} is not of the form --name or --name=value")
+            if info.field_name == "sbatch_options" and name in _FIELD_OF_OPTION:
+                raise ValueError(f"{option!r} is what {_FIELD_OF_OPTION[name]} is for; set that")
+            if name in _OWN_OPTIONS[str(info.field_name)]:
+                raise ValueError(f"{option!r} is set by BiRoute from the run; leave it out")
         return options
 
     @field_validator("environment", mode="before")

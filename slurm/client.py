@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def submit(script: Path) -> str:
     Raises:
         UsageError: Slurm is not available or refuses the job.
     """
-    answer = _call(["sbatch", "--parsable", str(script)])
+    answer = _call(["sbatch", "--parsable", str(script)], environment=_own_environment())
     job_id = answer.stdout.strip().partition(";")[0]  # the format is job;cluster
     if answer.returncode != 0 or not job_id.isdigit():
         raise UsageError(f"sbatch refuses the job: {_last_line(answer)}")
@@ -163,14 +164,29 @@ def _check(command: list[str]) -> None:
         raise UsageError(f"{command[0]} fails: {_last_line(answer)}")
 
 
-def _call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+def _own_environment() -> dict[str, str]:
+    """Return this shell's variables without those by which sbatch and srun would override what the script says.
+
+    SBATCH_PARTITION would, for example, SLURM_TIMELIMIT ends each step of the job, PYTHONPATH is of another program.
+    """
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    ours = ("SBATCH_", "SLURM_", "SALLOC_", "SRUN_")
+    dropped = [name for name in os.environ if name == "PYTHONPATH" or (name.startswith(ours) and name not in kept)]
+    if told := [name for name in dropped if not name.startswith("SLURM_")]:
+        print(f"warning: not passed on to the job: {', '.join(sorted(told))}; the profile decides", file=sys.stderr)
+    return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def _call(
+    command: Sequence[str], text: str | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a client command; raises UsageError if the command or the cluster is missing or does not answer."""
     configured = os.environ.get("SLURM_CONF")
     if configured and not Path(configured).is_file():  # Slurm's commands would retry for a minute
         raise UsageError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
     try:
         answer = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+            command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, env=environment
         )
     except FileNotFoundError:
         raise UsageError(

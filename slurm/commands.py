@@ -101,13 +101,20 @@ def status(targets: Targets = None, as_json: AsJson = False) -> None:
 
     runs = [find_run(target) for target in targets] if targets else known_runs()
     queue = _queue()
-    found = [status_of(run, queue) for run in runs]
+    found, unreadable = [], []
+    for run in runs:
+        try:
+            found.append(status_of(run, queue))
+        except (OSError, UsageError) as error:  # one bad folder must not hide the others
+            unreadable.append(f"run {run.name}: {run.path} cannot be read ({' '.join(str(error).split())})")
     if as_json:
         echo(json.dumps([one.as_json() for one in found]))
-        return
-    for one in found:
-        echo(format_status(one))
-    if not found:
+    else:
+        for one in found:
+            echo(format_status(one))
+    for line in unreadable:
+        echo(line, err=True)
+    if not runs:
         echo(
             "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
         )

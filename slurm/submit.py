@@ -50,6 +50,11 @@ def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> S
     _check_signal(config, time_limit)
     load_manifest(config.data.dir)
     config = _on_gpus(_with_absolute_paths(config, working_dir), profile)
+    if ":" in str(config.train.run_dir):
+        raise UsageError(
+            f"train.run_dir={config.train.run_dir}: a colon would split PYTHONPATH, and the job would not run the "
+            "code that was submitted; use another name, such as with '-' for ':'"
+        )
     if any(sign in str(config.train.run_dir) for sign in "\\\n\r"):
         raise UsageError(
             f"train.run_dir={str(config.train.run_dir)!r}: Slurm accepts no backslash or line break in a path"
@@ -83,8 +88,9 @@ def submit_run(submission: Submission) -> str:
         UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job. The folder is
             then left as it was.
     """
-    check_request(submission.request)
     run_dir = submission.request.run_dir
+    check_run_dir(run_dir)
+    _check_partition(submission.request)  # also whether there is a Slurm: nothing is written before
     folder = run_dir / SUBMISSION
     try:
         with explain_run_dir_errors(run_dir):
@@ -168,7 +174,8 @@ def freeze(submission: Submission, folder: Path) -> None:
     profile = folder / "profile.yaml"
     # Nobody else's to read: the environment in the profile, and so in the script, may hold a token.
     write_atomically(profile, dump_profile(submission.profile).encode(), private=True)
-    frozen_slurm = submission.config.slurm.model_copy(update={"profile": str(profile)})
+    frozen = {"profile": str(profile), "ranks_per_node": submission.request.ranks_per_node}
+    frozen_slurm = submission.config.slurm.model_copy(update=frozen)
     config = submission.config.model_copy(update={"slurm": frozen_slurm})
     write_config(folder / CONFIG, config)
     script = folder / SCRIPT

@@ -12,6 +12,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import flatten
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts.run_files import SUBMISSION
 from biroute.parallel.messages import gather_messages
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "triton")
@@ -40,6 +41,29 @@ def check_same(facts: Mapping[str, str]) -> None:
                 f"the ranks differ: rank {rank} on {node} has {there}{more}, but rank 0 on {host} has {here}; start "
                 "all ranks with one configuration, one copy of the code and one environment"
             )
+
+
+def check_submission(config_path: Path, config: RunConfig, world_size: int) -> None:
+    """If this is a rank of a submitted run, check that it runs the frozen code, with as many ranks as were asked for.
+
+    Raises:
+        UsageError: another copy of BiRoute is imported, or an option of the job changed the number of ranks.
+    """
+    if config_path.parent != config.train.run_dir / SUBMISSION:
+        return
+    frozen = config_path.parent / "code" / "biroute"
+    own = Path(str(import_module("biroute.configs").__file__)).parents[1]
+    if frozen.is_dir() and not own.samefile(frozen):
+        raise UsageError(
+            f"this rank runs the code in {own}, and not what was submitted, {frozen}; look at PYTHONPATH in the "
+            "profile's environment and setup"
+        )
+    slurm = config.slurm
+    if slurm.ranks_per_node and world_size != slurm.nodes * slurm.ranks_per_node:
+        raise UsageError(
+            f"{world_size} ranks were started, not slurm.nodes x slurm.ranks_per_node = {slurm.nodes} x "
+            f"{slurm.ranks_per_node}; look at the profile's options and at the variables SBATCH_* of your shell"
+        )
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:

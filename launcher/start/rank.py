@@ -44,10 +44,11 @@ class Rank:
                 record_stop(log_dir(run_dir, attempt), None, signal_name)
 
         with self._stop.ending_at_once(note):
-            from biroute.launcher.ranks.agreement import check_same, run_facts
+            from biroute.launcher.ranks.agreement import check_same, check_submission, run_facts
             from biroute.launcher.ranks.rendezvous import begin_joint_attempt, join_processes
             from biroute.launcher.ranks.secret import run_secret
 
+            check_submission(Path(config_path), config, environment.world_size)
             # The local launcher's ranks meet in a folder that only this user can enter.
             secret = run_secret(run_dir) if environment.address else None
             place = join_processes(environment, config.train, secret)

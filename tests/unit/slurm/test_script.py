@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pytest
+from helpers.job_request import request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_p
 from biroute.configs.errors import UsageError
 from biroute.slurm import script as job_script
 from biroute.slurm.client import seconds_of
-from biroute.slurm.script import JobRequest, render_job
+from biroute.slurm.script import render_job
 
 # Anything that a shell could take for more than text; the shell itself holds no NUL.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -26,22 +25,6 @@ ATTACKS = st.sampled_from(
      "\\", "'", '"', "\n#SBATCH --partition=other", "$HOME", "*", "~", "-n", "${IFS}", "a\r\nb", "\t", "#", "x' \\\n"]
 )  # fmt: skip
 HOSTILE = st.one_of(TEXT, ATTACKS, st.builds(lambda a, b: a + b, TEXT, ATTACKS))
-
-
-def request(**changes: Any) -> JobRequest:
-    base = JobRequest(
-        run_dir=Path("/shared/runs/one"),
-        working_dir=Path("/home/someone"),
-        profile=ClusterProfile(),
-        python=("/usr/bin/python3",),
-        host_python="/submitting/python3",
-        nodes=2,
-        ranks_per_node=4,
-        time_limit="24:00:00",
-        signal_seconds=120,
-        requeue=True,
-    )
-    return replace(base, **changes)
 
 
 def directives(script: str) -> list[str]:

@@ -181,3 +181,16 @@ def test_control_characters_are_shown_and_not_sent(run: RunFolder, capsys: pytes
     shown = capsys.readouterr().out
     assert shown.count("\\x1b]52;c;ZXZpbA==\\x07 \\x9b2J \\u202etxt") >= 4
     assert not set(shown) & set("\x1b\x07\x9b\u202e")
+
+
+def test_one_unreadable_run_does_not_hide_the_others(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from biroute.slurm.commands import status
+
+    other = tmp_path / "runs" / "broken"
+    (other / "attempts.jsonl").mkdir(parents=True)
+    status([str(other), str(run.path)])
+    shown = capsys.readouterr()
+    assert "run large: " in shown.out
+    assert f"run broken: {other} cannot be read" in shown.err

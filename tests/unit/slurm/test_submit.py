@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 import yaml
 from helpers.corpus import small_run
 
+import biroute.configs
 from biroute.configs.errors import UsageError
+from biroute.configs.load import load_config
+from biroute.launcher.ranks.agreement import check_submission
+from biroute.slurm import client
 from biroute.slurm.submit import Submission, check_run_dir, freeze, prepare
 
 
@@ -69,3 +74,63 @@ def test_a_run_folder_may_hold_checkpoints_to_start_from_and_nothing_else(tmp_pa
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(UsageError, match=r"run is not empty \(notes\); set train.run_dir to a new folder"):
         check_run_dir(tmp_path / "run")
+
+
+def test_a_colon_in_the_run_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("{}")
+    with pytest.raises(UsageError, match=r"2026-11-26T02:40: a colon would split PYTHONPATH"):
+        submission(
+            corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml")}, ["train.run_dir=runs/2026-11-26T02:40"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "option", "remedy"),
+    [
+        ("sbatch_options", "--nodes=1", "is what slurm.nodes is for; set that"),
+        ("sbatch_options", "--ntasks=1", "is set by BiRoute from the run; leave it out"),
+        ("sbatch_options", "--time=1", "is what time_limit is for"),
+        ("sbatch_options", "--wait", "is set by BiRoute"),
+        ("srun_options", "--nodes=1", "is set by BiRoute"),
+        ("srun_options", "--time=1", "is set by BiRoute"),
+    ],
+)
+def test_options_that_would_change_what_was_asked_for_are_refused(
+    corpus: Path, tmp_path: Path, field: str, option: str, remedy: str
+) -> None:
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({field: [option]}))
+    with pytest.raises(UsageError, match=rf"'{option}' {remedy}"):
+        submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml")})
+
+
+def test_a_rank_of_a_submission_proves_code_and_number(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("{}")
+    made = submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml"), "ranks_per_node": 2})
+    folder = made.request.run_dir / "submission"
+    freeze(made, folder)
+    config = load_config(folder / "config.yaml")
+    assert config.slurm.ranks_per_node == 2
+    with pytest.raises(UsageError, match=r"this rank runs the code in .* and not what was submitted"):
+        check_submission(folder / "config.yaml", config, 2)  # this test imports the checkout
+    check_submission(tmp_path / "run.yaml", config, 7)  # no rank of the submission
+    code = folder / "code" / "biroute"
+    shutil.rmtree(code)
+    code.symlink_to(Path(str(biroute.configs.__file__)).parents[1])
+    check_submission(folder / "config.yaml", config, 2)
+    with pytest.raises(UsageError, match=r"1 ranks were started, not slurm.nodes x slurm.ranks_per_node = 1 x 2"):
+        check_submission(folder / "config.yaml", config, 1)
+
+
+def test_variables_of_the_shell_do_not_override_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/got\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SBATCH_PARTITION", "SLURM_TIMELIMIT", "SLURM_LABELIO", "PYTHONPATH", "SLURM_CLUSTERS", "EDITOR"):
+        monkeypatch.setenv(name, "x")
+    assert client.submit(tmp_path / "job.sbatch") == "7"
+    got = {line.partition("=")[0] for line in (tmp_path / "got").read_text().splitlines()}
+    assert {"SLURM_CLUSTERS", "EDITOR"} <= got
+    assert not got & {"SBATCH_PARTITION", "SLURM_TIMELIMIT", "SLURM_LABELIO", "PYTHONPATH"}
+    assert "not passed on to the job: PYTHONPATH, SBATCH_PARTITION; the profile decides" in capsys.readouterr().err

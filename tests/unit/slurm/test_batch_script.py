@@ -1,0 +1,128 @@
+"""The batch script run by bash, with programs in place of Slurm's commands that note what they get.
+
+What Slurm really does is tested on a cluster (tests/system/slurm); here a command fails, or a job ends in a way,
+that a cluster shows only now and then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.job_request import request
+
+from biroute.configs.cluster_profile import ClusterProfile
+from biroute.slurm.script import render_job
+
+PYTHON = """#!/bin/bash
+echo "python $*" >> "$LOG"
+case "$*" in
+*slurm.job\\ begin*) echo 1 ;;
+*slurm.job\\ end*) echo "${DECISION:-requeue}" ;;
+*slurm.preflight*) exit 0 ;;
+*start.worker*) trap 'exit 75' USR1; sleep "${TRAINING:-0}" & wait; exit "${STATUS:-75}" ;;
+esac
+"""
+SRUN = '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n'
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> "$LOG"
+case "$1" in
+show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} PreemptTime=${PREEMPTED:-None}" ;;
+requeue) left=$(cat "$FAILURES"); echo $((left - 1)) > "$FAILURES"
+    if [ "$left" -gt 0 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi ;;
+esac
+"""
+SBATCH = '#!/bin/bash\necho "sbatch $*" >> "$LOG"\necho 8\n'
+
+
+class Batch:
+    """The script in a folder of its own, and what its programs noted."""
+
+    def __init__(self, folder: Path, profile: dict[str, Any] | None = None, failures: int = 0) -> None:
+        self.run_dir, self.log = folder / "run", folder / "log"
+        (self.run_dir / "submission").mkdir(parents=True)
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, text in (("python", PYTHON), ("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        (folder / "failures").write_text(str(failures))
+        python = str(programs / "python")
+        given = request(
+            run_dir=self.run_dir, working_dir=folder, python=(python,), host_python=python,
+            profile=ClusterProfile(**profile or {}),
+        )  # fmt: skip
+        script = re.sub(r'requeue_pauses="[^"]*"', 'requeue_pauses="0 0 0"', render_job(given))
+        self.script = self.run_dir / "submission" / "job.sbatch"
+        self.script.write_text(script)
+        self.environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}", "LOG": str(self.log), "FAILURES": str(folder / "failures"),
+            "PYTHON": python, "STATE": "RUNNING", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NODELIST": "n1",
+        }  # fmt: skip
+
+    def start(self, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.script)], env=self.environment | environment, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, **environment: str) -> tuple[int, str]:
+        process = self.start(**environment)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+    def noted(self, beginning: str) -> list[str]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if line.startswith(beginning)]
+
+
+def test_a_requeue_that_fails_is_tried_again(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, failures=2)
+    status, output = batch.run()
+    assert status == 75
+    assert len(batch.noted("scontrol requeue 7")) == 3 and not batch.noted("sbatch")
+    assert output.count("scontrol requeue failed (Unable to contact slurm controller); again in") == 2
+
+
+def test_a_site_that_forbids_requeueing_gets_a_new_job(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, failures=100)
+    _, output = batch.run()
+    assert batch.noted("sbatch") == [f"sbatch --parsable --exclude= {batch.script}"]
+    assert "submitted anew as job 8" in output
+
+
+@pytest.mark.parametrize("decision", ["stop", "finished"])
+def test_what_the_journal_does_not_want_is_not_queued_again(tmp_path: Path, decision: str) -> None:
+    batch = Batch(tmp_path)
+    batch.run(DECISION=decision)
+    assert not batch.noted("scontrol requeue") and not batch.noted("sbatch")
+
+
+def test_a_signal_during_the_set_up_is_remembered(tmp_path: Path) -> None:
+    """The limit comes while `setup` still runs: the attempt is recorded and the job queued again."""
+    batch = Batch(tmp_path, {"setup": [f"touch {tmp_path}/begun", "sleep 1.5"]})
+    process = batch.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "USR1 received" in output
+    (end,) = batch.noted("python -P -m biroute.slurm.job end")
+    assert end.endswith("75 --signal=USR1")
+    assert batch.noted("scontrol requeue 7")
+
+
+def test_the_frozen_code_comes_first_whatever_the_profile_sets(tmp_path: Path) -> None:
+    profile = {"environment": {"PYTHONPATH": "/other"}, "setup": ['export PYTHONPATH="/more:$PYTHONPATH"']}
+    batch = Batch(tmp_path, profile)
+    (tmp_path / "bin" / "python").write_text(PYTHON.replace('echo "python $*"', 'echo "path $PYTHONPATH"'))
+    batch.run()
+    assert set(batch.noted("path ")) == {f"path {batch.run_dir}/submission/code:/more:/other"}
