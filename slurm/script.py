@@ -65,6 +65,7 @@ def render_job(request: JobRequest) -> str:
         python=request.python,
         journal_python=(request.host_python,) if _pyxis(profile) else request.python,
         cpus_per_rank=str(profile.cpus_per_rank),
+        signal_seconds=_Quoted(request.signal_seconds),
         network_interface=profile.network_interface,
         environment=sorted(profile.environment.items()),
         setup=profile.setup,

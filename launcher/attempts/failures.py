@@ -38,6 +38,12 @@ _LOST_PEER = re.compile(
     r"|communicator was aborted|ncclremoteerror|ncclsystemerror|unhandled system error",
     re.IGNORECASE,
 )
+_WORDS_OF_SLURM = {
+    "TIMEOUT": "time limit",
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "a node was lost",
+    "CANCELLED": "scancel",
+}
 _RANKS_NAMED = 4
 _LINES_OF_LOG_SHOWN = 25
 _BRIEF_CHARACTERS = 300
@@ -164,14 +170,20 @@ def bad_nodes(logs: Path) -> dict[str, list[str]]:
 
 
 def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
-    """Explain why an attempt ended with `status`; `signal_name` is the signal that the job received, if any."""
+    """Explain why an attempt ended with `status`.
+
+    `signal_name` is the signal that the job received, if any, and how Slurm ended it, such as `USR1 (TIMEOUT)`.
+    """
+    signal_name, _, ended_by = signal_name.rstrip(")").partition(" (")
     signal_name = f"SIG{signal_name.removeprefix('SIG')}" if signal_name else ""
+    words = _WORDS_OF_SLURM.get(ended_by, "")
     step = last_step(logs)
     stopped = _read(logs / "stopped.json")
     if status == EXIT_OK:
         return End(status, "the last step is done", step)
     if status == EXIT_STOPPED:
         name = stopped["signal"] if stopped else signal_name or "a signal"
+        name = f"{words} ({name})" if words else name
         if stopped and stopped["step"] is not None:
             return End(status, f"{name}, stopped after step {stopped['step']}", int(stopped["step"]))
         return End(status, f"{name} before training began", step)
@@ -185,7 +197,8 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
     if first is not None and first.kind != "peer":
         return End(status, str(first), first.step, crash=True)
     if signal_name and first is None:
-        return End(status, f"{signal_name}; the ranks ended before they could save", step)
+        name = f"{words} ({signal_name})" if words else signal_name
+        return End(status, f"{name}; the ranks ended before they could save", step)
     return End(status, _cause_without_record(logs, status, first), step, crash=True)
 
 

@@ -33,7 +33,8 @@ SRUN = '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n'
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$LOG"
 case "$1" in
-show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} PreemptTime=${PREEMPTED:-None}" ;;
+show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} Restarts=0 StartTime=2026-11-27T17:00:00" \
+    "EndTime=${END:-Unknown} PreemptTime=${PREEMPTED:-None} Partition=main" ;;
 requeue) left=$(cat "$FAILURES"); echo $((left - 1)) > "$FAILURES"
     if [ "$left" -gt 0 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi ;;
 esac
@@ -126,3 +127,49 @@ def test_the_frozen_code_comes_first_whatever_the_profile_sets(tmp_path: Path) -
     (tmp_path / "bin" / "python").write_text(PYTHON.replace('echo "python $*"', 'echo "path $PYTHONPATH"'))
     batch.run()
     assert set(batch.noted("path ")) == {f"path {batch.run_dir}/submission/code:/more:/other"}
+
+
+BEFORE, SINCE = "2026-11-27T16:59:59", "2026-11-27T17:17:54"
+
+
+# What Slurm 22.05 said while each of these ends was under way, on the cluster of tests/system/slurm.
+@pytest.mark.parametrize(
+    ("said", "noted", "again"),
+    [
+        ({"STATE": "RUNNING"}, "", True),
+        ({"STATE": "COMPLETING", "REASON": "TimeLimit"}, "TERM (TIMEOUT)", True),
+        ({"STATE": "COMPLETING", "PREEMPTED": SINCE}, "TERM (PREEMPTED)", True),
+        ({"STATE": "RUNNING", "PREEMPTED": SINCE}, "TERM (PREEMPTED)", True),
+        ({"STATE": "RUNNING", "PREEMPTED": BEFORE}, "", True),
+        ({"STATE": "COMPLETING", "PREEMPTED": BEFORE}, "TERM (CANCELLED)", False),
+        ({"STATE": "COMPLETING", "REASON": "NodeDown"}, "TERM (NODE_FAIL)", True),
+        ({"STATE": "COMPLETING"}, "TERM (CANCELLED)", False),
+        ({"STATE": "CANCELLED"}, "TERM (CANCELLED)", False),
+    ],
+)
+def test_how_slurm_ends_the_job_is_told_and_only_scancel_marks_it_cancelled(
+    tmp_path: Path, said: dict[str, str], noted: str, again: bool
+) -> None:
+    batch = Batch(tmp_path)
+    batch.run(**said)
+    (end,) = batch.noted("python -P -m biroute.slurm.job end")
+    assert end.endswith(f"75 --signal={noted}")
+    assert (batch.run_dir / "submission" / "cancelled").exists() != again
+
+
+def test_the_signal_before_the_limit_is_the_limit(tmp_path: Path) -> None:
+    def noted(folder: Path, seconds: int) -> str:
+        folder.mkdir()
+        batch = Batch(folder)
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+        process = batch.start(TRAINING="30", END=end)
+        deadline = time.monotonic() + 30
+        while not batch.noted("python -P -m biroute.launcher.start.worker") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # until its trap is set
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=60)
+        return batch.noted("python -P -m biroute.slurm.job end")[0].partition("--signal=")[2]
+
+    assert noted(tmp_path / "near", 100) == "USR1 (TIMEOUT)"
+    assert noted(tmp_path / "far", 5000) == "USR1"
