@@ -14,7 +14,7 @@ _SLURM_TIME = r"\d+|\d+:\d\d?|\d+:\d\d?:\d\d?|\d+-\d+(:\d\d?){0,2}|UNLIMITED|INF
 
 def _check_slurm_time(value: object) -> str:
     text = str(value) if type(value) is int else value
-    if not isinstance(text, str) or not re.fullmatch(_SLURM_TIME, text):
+    if not isinstance(text, str) or not re.fullmatch(_SLURM_TIME, text, re.IGNORECASE):
         raise ValueError("not a time that Slurm accepts; use minutes, hours:minutes:seconds or days-hours")
     return text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,11 @@ from pathlib import Path
 from biroute.configs.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
+SUBMIT_SECONDS = 120.0  # a busy controller may take long, and what it does then is not undone
+UNCLEAR_PAUSES = (1.0, 4.0, 10.0)  # seconds between looks for a job whose submission had no clear answer
+_UNCLEAR = re.compile(
+    r"timed out|Zero Bytes|Unexpected message|communication|connection (reset|failure)", re.IGNORECASE
+)
 _SEPARATOR = "\x1f"  # a character that no field contains
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
@@ -35,17 +42,41 @@ class Job:
         return self.state in _LIVE
 
 
+class UnclearError(UsageError):
+    """Slurm was asked for something and gave no clear answer, so that it may have done it."""
+
+
 def submit(script: Path) -> str:
-    """Submit a batch script and return the job's id.
+    """Submit a batch script and return the job's id. After an unclear answer, the job of this script is looked for.
 
     Raises:
         UsageError: Slurm is not available or refuses the job.
+        UnclearError: the job may have been queued.
     """
-    answer = _call(["sbatch", "--parsable", str(script)], environment=_own_environment())
+    command = ["sbatch", "--parsable", str(script)]
+    try:
+        answer = _call(command, environment=_own_environment(), seconds=SUBMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return _find_submitted(script, f"sbatch gave no answer in {SUBMIT_SECONDS:g} s")
     job_id = answer.stdout.strip().partition(";")[0]  # the format is job;cluster
-    if answer.returncode != 0 or not job_id.isdigit():
-        raise UsageError(f"sbatch refuses the job: {_last_line(answer)}")
-    return job_id
+    if answer.returncode == 0 and job_id.isdigit():
+        return job_id
+    if _UNCLEAR.search(answer.stderr):
+        return _find_submitted(script, f"sbatch said: {_said(answer)}")
+    raise UsageError(f"sbatch refuses the job: {_said(answer)}")
+
+
+def _find_submitted(script: Path, why: str) -> str:
+    for pause in UNCLEAR_PAUSES:
+        time.sleep(pause)
+        with contextlib.suppress(UsageError):
+            for job in queue():
+                if job.script == script:
+                    return job.job_id
+    raise UnclearError(
+        f"{why}; whether the job is queued is not known, so {script.parent} is kept: look with `squeue --me`, and "
+        "when no job comes, `biroute resume` submits it again"
+    )
 
 
 def test_script(text: str) -> str:
@@ -56,8 +87,8 @@ def test_script(text: str) -> str:
     """
     answer = _call(["sbatch", "--test-only"], text)
     if answer.returncode != 0:
-        raise UsageError(f"Slurm could not run the job: {_last_line(answer)}")
-    return _last_line(answer)
+        raise UsageError(f"Slurm could not run the job: {_said(answer)}")
+    return _said(answer)
 
 
 def largest_partition(partitions: str | None) -> tuple[str, int] | None:
@@ -80,16 +111,19 @@ def largest_partition(partitions: str | None) -> tuple[str, int] | None:
     return max(sizes.items(), key=lambda size: size[1], default=None)
 
 
-def queue() -> list[Job]:
-    """Return all jobs of this user that are queued or running.
+def queue(job_ids: Sequence[str] = ()) -> list[Job]:
+    """Return all jobs of this user that are queued or running; or with `job_ids` those of them, whoever's they are.
 
     Raises:
         UsageError: Slurm is not available or does not answer.
     """
     fields = ["%i", "%T", "%L", "%r", "%N", "%o"]
-    answer = _call(["squeue", "--noheader", "--me", "--format", _SEPARATOR.join(fields)])
+    which = [f"--jobs={','.join(job_ids)}"] if job_ids else ["--me"]
+    answer = _call(["squeue", "--noheader", *which, "--format", _SEPARATOR.join(fields)])
+    if job_ids and "Invalid job id" in answer.stderr:  # Slurm has forgotten all of them
+        return []
     if answer.returncode != 0:
-        raise UsageError(f"squeue fails: {_last_line(answer)}")
+        raise UsageError(f"squeue fails: {_said(answer)}")
     jobs = []
     for line in answer.stdout.splitlines():
         job_id, state, time_left, reason, nodes, command = line.split(_SEPARATOR, 5)
@@ -161,7 +195,7 @@ def ask_to_stop(job_id: str) -> None:
 def _check(command: list[str]) -> None:
     answer = _call(command)
     if answer.returncode != 0:
-        raise UsageError(f"{command[0]} fails: {_last_line(answer)}")
+        raise UsageError(f"{command[0]} fails: {_said(answer)}")
 
 
 def _own_environment() -> dict[str, str]:
@@ -178,21 +212,37 @@ def _own_environment() -> dict[str, str]:
 
 
 def _call(
-    command: Sequence[str], text: str | None = None, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    text: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    seconds: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a client command; raises UsageError if the command or the cluster is missing or does not answer."""
+    """Run a client command.
+
+    Raises:
+        UsageError: the command or the cluster is missing, or does not answer.
+        subprocess.TimeoutExpired: it does not answer in the given `seconds`.
+    """
     configured = os.environ.get("SLURM_CONF")
     if configured and not Path(configured).is_file():  # Slurm's commands would retry for a minute
         raise UsageError(f"SLURM_CONF={configured}: no such file, so there is no Slurm cluster; unset or correct it")
     try:
         answer = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, env=environment
+            command,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=seconds or TIMEOUT_SECONDS,
+            check=False,
+            env=environment,
         )
     except FileNotFoundError:
         raise UsageError(
             f"{command[0]}: no such command; run this on a login node of a Slurm cluster, or use `biroute train`"
         ) from None
     except subprocess.TimeoutExpired:
+        if seconds is not None:
+            raise
         raise UsageError(
             f"{command[0]} gave no answer in {TIMEOUT_SECONDS:g} s; is the Slurm controller up? (scontrol ping)"
         ) from None
@@ -212,6 +262,7 @@ def _script(command: str) -> Path | None:
     return Path(words) if words.startswith("/") else None
 
 
-def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
+def _said(answer: subprocess.CompletedProcess[str]) -> str:
+    """Return what a command said, all of its lines as one."""
     lines = [line.strip() for line in (answer.stderr or answer.stdout).splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else f"exit status {answer.returncode}"
+    return "; ".join(re.sub(r"^\w+: (error: )?", "", line) for line in lines) or f"exit status {answer.returncode}"

@@ -40,7 +40,7 @@ def format_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> s
         return _last_lines(output, lines)
     logs = log_dir(run.path, found.number)
     parts = [_heading(found)]
-    failure = format_first_failure(logs)
+    failure = format_first_failure(logs) if found.crash else ""
     if failure:
         parts += ["first failure:", failure]
     path = log_file(logs, rank)
@@ -63,11 +63,22 @@ def follow_logs(run: RunFolder, rank: int, lines: int, say: Callable[[str], None
     """
     queue = _QueueWatch(run)
     number = 0
+    if _attempt(run, None) is None and (waiting := _waiting(run)):
+        say(waiting)
     while (attempt := _next_attempt(run, number, queue)) is not None:
         say(_heading(attempt))
         _follow_attempt(run, attempt, rank, lines if number == 0 else None, queue, say)
         number = attempt.number
     say(f"run {run.name}: {status_of(run, []).state}")
+
+
+def _waiting(run: RunFolder) -> str:
+    """Say what a run without an attempt waits for; "" if it has no job."""
+    with contextlib.suppress(UsageError):
+        for job in run.jobs():
+            why = f" ({job.reason})" if job.reason not in ("", "None") else ""
+            return f"job {job.job_id} is {job.state.lower()}{why}; nothing is printed before it begins"
+    return ""
 
 
 class _QueueWatch:

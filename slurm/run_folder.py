@@ -59,6 +59,16 @@ class RunFolder:
                 found[attempt.job] = None
         return list(found)
 
+    def jobs(self) -> list[client.Job]:
+        """Ask Slurm for the jobs of this run, also if it is another user's.
+
+        Raises:
+            UsageError: Slurm is not available or does not answer.
+        """
+        if self.stranger() is None:
+            return self.jobs_in(client.queue())
+        return client.queue(ids) if (ids := self.job_ids()) else []
+
     def jobs_in(self, queue: list[client.Job]) -> list[client.Job]:
         """Return the jobs in `queue` that belong to this run; a stranger's folder cannot name a job of this user."""
         ids = set(self.job_ids()) if self.stranger() is None else set()

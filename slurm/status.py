@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from biroute.configs.errors import EXIT_OK
+from biroute.configs.errors import EXIT_OK, UsageError
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.track.progress_line import duration, with_prefix
 from biroute.slurm.client import Job, past_jobs
@@ -45,8 +45,11 @@ def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
         queue: this user's jobs; None if Slurm is not available or does not answer.
     """
     attempts = read_attempts(run.path)
-    live = run.jobs_in(queue) if queue is not None else []
+    stranger = run.stranger()
+    live = [] if queue is None else run.jobs_in(queue) if stranger is None else _jobs_of_stranger(run)
     state, reason = run_state(live if queue is not None else None, attempts, cancelled=run.cancelled_mark.exists())
+    if stranger is not None:
+        reason = f"a run of {stranger[1]}" + (f"; {reason}" if reason else "")
     config, point = run.config(), run.last_point()
     steps = config.train.steps if config else None
     metrics = point.metrics if point else {}
@@ -65,6 +68,13 @@ def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
         jobs=tuple(live or past_jobs(ids[-1:])),
         attempts=tuple(attempts),
     )
+
+
+def _jobs_of_stranger(run: RunFolder) -> list[Job]:
+    try:
+        return run.jobs()
+    except UsageError:
+        return []
 
 
 def run_state(live: Sequence[Job] | None, attempts: Sequence[Attempt], *, cancelled: bool) -> tuple[str, str]:

@@ -87,23 +87,40 @@ def submit_run(submission: Submission) -> str:
     Raises:
         UsageError: the folder belongs to another run or can't be written, or Slurm refuses the job. The folder is
             then left as it was.
+        UnclearError: the job may have been queued; the folder is kept.
     """
     run_dir = submission.request.run_dir
     check_run_dir(run_dir)
     _check_partition(submission.request)  # also whether there is a Slurm: nothing is written before
     folder = run_dir / SUBMISSION
+    with explain_run_dir_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    ours = False
     try:
         with explain_run_dir_errors(run_dir):
+            _claim(folder)
+            ours = True
             freeze(submission, folder)
         job_id = client.submit(submission.request.script)
+    except client.UnclearError:
+        raise
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
         for left in (run_dir / LOGS, run_dir):
             with contextlib.suppress(OSError):
                 left.rmdir()  # only if it is empty
         raise
     record_job(run_dir, job_id, "submit")
     return job_id
+
+
+def _claim(folder: Path) -> None:
+    """Create the folder of a submission, which only one of several at a time can."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise UsageError(f"train.run_dir={folder.parent}: another submission of this folder is under way") from None
 
 
 def check_request(request: JobRequest) -> None:
@@ -163,12 +180,11 @@ def explain_run_dir_errors(run_dir: Path) -> Iterator[None]:
 
 
 def freeze(submission: Submission, folder: Path) -> None:
-    """Write all that the job needs into `folder`, which must not exist.
+    """Write all that the job needs into `folder`, which is empty.
 
     Raises:
         OSError: it cannot be written.
     """
-    folder.mkdir(parents=True)
     (folder.parent / LOGS).mkdir(exist_ok=True)
     snapshot_code(folder / "code")
     profile = folder / "profile.yaml"

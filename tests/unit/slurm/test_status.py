@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.attempts.failures import End, Failure, log_file, write_failure
-from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt
+from biroute.launcher.attempts.failures import End, Failure, Heartbeat, log_file, write_failure, write_heartbeat
+from biroute.launcher.attempts.journal import Attempt, Limits, begin_attempt, end_attempt, read_attempts
 from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm import client
 from biroute.slurm.client import Job
@@ -194,3 +194,38 @@ def test_one_unreadable_run_does_not_hide_the_others(
     shown = capsys.readouterr()
     assert "run large: " in shown.out
     assert f"run broken: {other} cannot be read" in shown.err
+
+
+def test_a_running_run_of_somebody_else_is_asked_for_by_its_jobs(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[str]] = []
+
+    def queue(job_ids: Sequence[str] = ()) -> list[Job]:
+        asked.append(job_ids)
+        return [Job("7", "RUNNING", run.script)]
+
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(client, "queue", queue)
+    found = status_of(run, [])
+    assert asked == [["7"]]
+    assert (found.state, found.reason) == ("running", f"a run of {run.path.owner()}")
+
+
+def test_logs_of_a_healthy_run_show_no_failure(run: RunFolder) -> None:
+    newest = read_attempts(run.path)[-1]
+    assert newest.ended is None
+    log_file(log_dir(run.path, newest.number), 0).write_text("step 12 loss 2.0\n")
+    write_heartbeat(log_dir(run.path, newest.number), Heartbeat(0, "n1", 1, time.time(), 12, "training"))
+    shown = format_logs(run, None, 0, 5)
+    assert "first failure" not in shown and "step 12 loss 2.0" in shown
+
+
+def test_following_a_queued_run_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission" / "jobs.jsonl").write_text('{"job_id": "9"}\n')
+    waiting = [[Job("9", "PENDING", reason="Resources")], []]  # then it is gone
+    monkeypatch.setattr(client, "queue", lambda: waiting.pop(0) if waiting else [])
+    said: list[str] = []
+    follow_logs(RunFolder(tmp_path), 0, 5, said.append)
+    assert said[0] == "job 9 is pending (Resources); nothing is printed before it begins"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.launcher.ranks.agreement import check_submission
 from biroute.slurm import client
-from biroute.slurm.submit import Submission, check_run_dir, freeze, prepare
+from biroute.slurm.submit import Submission, check_run_dir, freeze, prepare, submit_run
 
 
 def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
@@ -57,6 +60,7 @@ def test_what_may_hold_a_token_is_for_its_owner_alone(corpus: Path, tmp_path: Pa
     overrides = ["tracking.uri=http://me:s3cret@server:5000"]
     before = os.umask(0o022)
     try:
+        (tmp_path / "submission").mkdir()
         freeze(submission(corpus, tmp_path, {"profile": str(profile)}, overrides), tmp_path / "submission")
     finally:
         os.umask(before)
@@ -107,6 +111,7 @@ def test_a_rank_of_a_submission_proves_code_and_number(corpus: Path, tmp_path: P
     (tmp_path / "cluster.yaml").write_text("{}")
     made = submission(corpus, tmp_path, {"profile": str(tmp_path / "cluster.yaml"), "ranks_per_node": 2})
     folder = made.request.run_dir / "submission"
+    folder.mkdir(parents=True)
     freeze(made, folder)
     config = load_config(folder / "config.yaml")
     assert config.slurm.ranks_per_node == 2
@@ -134,3 +139,74 @@ def test_variables_of_the_shell_do_not_override_the_script(
     assert {"SLURM_CLUSTERS", "EDITOR"} <= got
     assert not got & {"SBATCH_PARTITION", "SLURM_TIMELIMIT", "SLURM_LABELIO", "PYTHONPATH"}
     assert "not passed on to the job: PYTHONPATH, SBATCH_PARTITION; the profile decides" in capsys.readouterr().err
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Put a shell script in the place of one of Slurm's commands."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(client, "UNCLEAR_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(client, "SUBMIT_SECONDS", 2.0)
+
+    def replace(name: str, text: str) -> None:
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+
+    replace("sinfo", "echo 'main* 3'")
+    return replace
+
+
+Commands = Callable[[str, str], None]
+UNCLEAR = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+
+
+def made_for(corpus: Path, folder: Path) -> Submission:
+    (folder / "cluster.yaml").write_text("{}")
+    return submission(corpus, folder, {"profile": str(folder / "cluster.yaml")})
+
+
+@pytest.mark.parametrize("unclear", [UNCLEAR, "sleep 30"], ids=["timed out", "no answer"])
+def test_after_an_unclear_answer_the_job_is_looked_for(
+    corpus: Path, tmp_path: Path, commands: Commands, unclear: str
+) -> None:
+    made = made_for(corpus, tmp_path)
+    commands("sbatch", unclear)
+    commands("squeue", "exit 1")
+    with pytest.raises(client.UnclearError, match=r"whether the job is queued is not known, so .* is kept"):
+        submit_run(made)
+    assert made.request.script.exists(), "a job may need it"
+    shutil.rmtree(made.request.run_dir)
+    job = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", str(made.request.script)])
+    commands("squeue", f"printf '%s\\n' '{job}'")
+    assert submit_run(made) == "17"
+    assert made.request.script.exists()
+
+
+def test_a_refusal_is_told_whole_and_leaves_nothing(corpus: Path, tmp_path: Path, commands: Commands) -> None:
+    made = made_for(corpus, tmp_path)
+    commands("sbatch", "echo 'sbatch: error: invalid partition' >&2; echo 'sbatch: error: Batch failed' >&2; exit 1")
+    with pytest.raises(UsageError, match="sbatch refuses the job: invalid partition; Batch failed") as caught:
+        submit_run(made)
+    assert not isinstance(caught.value, client.UnclearError)
+    assert not made.request.run_dir.exists()
+
+
+def test_of_two_submissions_at_once_one_wins_and_the_other_harms_nothing(
+    corpus: Path, tmp_path: Path, commands: Commands
+) -> None:
+    made = made_for(corpus, tmp_path)
+    commands("sbatch", "sleep 0.5; echo 5")
+
+    def attempt(_: int) -> str:
+        try:
+            return submit_run(made)
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = sorted(pool.map(attempt, range(4)))
+    assert answers[0] == "5"
+    assert all(re.search("is under way|holds a submitted run", answer) for answer in answers[1:])
+    assert made.request.script.exists() and (made.request.script.parent / "code" / "biroute").is_dir()
