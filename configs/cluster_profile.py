@@ -66,6 +66,16 @@ class ClusterProfile(Section):
     environment: dict[str, str] = Field({}, description="environment variables of the job")
     network_interface: str | None = Field(None, description="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of the ranks")
 
+    @field_validator("setup", mode="before")
+    @classmethod
+    def _lines_of_setup(cls, setup: object) -> object:
+        return tuple(setup.splitlines()) if isinstance(setup, str) else setup  # a block of YAML, `setup: |`
+
+    @field_validator("sbatch_options", "srun_options", "container", mode="before")
+    @classmethod
+    def _one_word(cls, words: object) -> object:
+        return (words,) if isinstance(words, str) else words
+
     @field_validator("memory_per_node", mode="before")
     @classmethod
     def _memory_as_text(cls, value: object) -> object:

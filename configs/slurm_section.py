@@ -37,7 +37,9 @@ class SlurmConfig(Section):
         None, description="time limit of a job in sbatch's format (24:00:00, 2-0, minutes); empty: the profile's"
     )
     signal_seconds: int = Field(
-        120, ge=10, description="seconds before the time limit at which to save and stop; Slurm may be a minute early"
+        120,
+        ge=60,
+        description="seconds before the time limit at which to save and stop; Slurm may be a minute early or late",
     )
     requeue: bool = Field(True, description="queue the job again after a stop, a crash or the loss of a node")
     max_restarts: int = Field(20, ge=0, description="how often a job is queued again after crashes and hangs")

@@ -159,6 +159,16 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     return jobs
 
 
+def expected_start(job_id: str) -> str:
+    """Return when Slurm expects a queued job to begin, such as 2026-11-27T17:30:00; "" if it does not say."""
+    try:
+        answer = _call(["squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S"])
+    except UsageError:
+        return ""
+    found = answer.stdout.strip() if answer.returncode == 0 else ""
+    return found if found[:1].isdigit() else ""
+
+
 def seconds_of(time_limit: str) -> int | None:
     """Convert a time limit in sbatch's format to seconds; None if it is unlimited."""
     if not time_limit[0].isdigit():

@@ -40,7 +40,7 @@ def submit(
     the profile.
     """
     from biroute.slurm import client
-    from biroute.slurm.submit import check_request, prepare, submit_run
+    from biroute.slurm.submit import check_request, limit_in_words, prepare, submit_run
 
     submission = prepare(config, overrides or [], Path.cwd())
     request = submission.request
@@ -63,9 +63,14 @@ def submit(
     if as_json:
         echo(json.dumps(answer))
         return
+    partition, begins = request.profile.partition or "the default partition", client.expected_start(answer["job_id"])
+    begins = f", expected to begin {begins}" if begins else ""
     echo(
         f"job {answer['job_id']}, run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, "
         f"{submission.layout}\n"
+        f"in {partition}, {limit_in_words(request.time_limit)}"
+        + (f", expected to begin {begins}" if begins else "")
+        + "\n"
         f"run folder {request.run_dir}\n"
         f"follow it with: biroute logs --follow {request.run_dir}"
     )

@@ -247,6 +247,21 @@ def _check_partition(request: JobRequest) -> None:
         )
 
 
+def limit_in_words(time_limit: str | None) -> str:
+    """Say a time limit of Slurm's in words, as `24:00` is 24 minutes and not hours."""
+    if not time_limit:
+        return "with the partition's time limit"
+    seconds = client.seconds_of(time_limit)
+    if seconds is None:
+        return "without a time limit"
+    parts = []
+    for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count} {unit}{'s' if count > 1 else ''}")
+    return f"for at most {' '.join(parts) or '0 seconds'}"
+
+
 def _check_signal(config: RunConfig, time_limit: str | None) -> None:
     seconds = client.seconds_of(time_limit) if time_limit else None
     if seconds and seconds <= config.slurm.signal_seconds:

@@ -16,11 +16,12 @@ import yaml
 from helpers.corpus import small_run
 
 import biroute.configs
+from biroute.configs.cluster_profile import load_profile
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.launcher.ranks.agreement import check_submission
 from biroute.slurm import client
-from biroute.slurm.submit import Submission, check_run_dir, freeze, prepare, submit_run
+from biroute.slurm.submit import Submission, check_run_dir, freeze, limit_in_words, prepare, submit_run
 
 
 def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
@@ -210,3 +211,29 @@ def test_of_two_submissions_at_once_one_wins_and_the_other_harms_nothing(
     assert answers[0] == "5"
     assert all(re.search("is under way|holds a submitted run", answer) for answer in answers[1:])
     assert made.request.script.exists() and (made.request.script.parent / "code" / "biroute").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("24:00", "for at most 24 minutes"),
+        ("24:00:00", "for at most 1 day"),
+        ("90", "for at most 1 hour 30 minutes"),
+        ("2-3:0:5", "for at most 2 days 3 hours 5 seconds"),
+        ("infinite", "without a time limit"),
+        (None, "with the partition's time limit"),
+    ],
+)
+def test_a_limit_is_said_in_words(limit: str | None, words: str) -> None:
+    assert limit_in_words(limit) == words
+
+
+def test_forms_of_yaml_that_people_write_in_a_profile(tmp_path: Path) -> None:
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text(
+        "time_limit: infinite\nsetup: |\n  module load cuda\n  ulimit -l unlimited\n"
+        "sbatch_options: --mail-type=FAIL\n"
+    )
+    found = load_profile(str(profile))
+    assert found.setup == ("module load cuda", "ulimit -l unlimited")
+    assert found.sbatch_options == ("--mail-type=FAIL",) and found.time_limit == "infinite"
