@@ -68,9 +68,7 @@ def submit(
     echo(
         f"job {answer['job_id']}, run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, "
         f"{submission.layout}\n"
-        f"in {partition}, {limit_in_words(request.time_limit)}"
-        + (f", expected to begin {begins}" if begins else "")
-        + "\n"
+        f"in {partition}, {limit_in_words(request.time_limit)}{begins}\n"
         f"run folder {request.run_dir}\n"
         f"follow it with: biroute logs --follow {request.run_dir}"
     )
