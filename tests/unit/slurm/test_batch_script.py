@@ -26,7 +26,7 @@ case "$*" in
 *slurm.job\\ begin*) echo 1 ;;
 *slurm.job\\ end*) echo "${DECISION:-requeue}" ;;
 *slurm.preflight*) exit 0 ;;
-*start.worker*) trap 'exit 75' USR1; sleep "${TRAINING:-0}" & wait; exit "${STATUS:-75}" ;;
+*start.worker*) trap 'kill $!; exit 75' USR1; sleep "${TRAINING:-0}" & wait; exit "${STATUS:-75}" ;;
 esac
 """
 SRUN = '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n'
