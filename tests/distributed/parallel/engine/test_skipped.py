@@ -122,7 +122,7 @@ def torch_without_spike_job() -> Any:
     return plain_torch_run(small_config(), [1, 2, 3, 4, 6])
 
 
-@pytest.mark.parametrize("layout", ["ZeRO 0", "ZeRO 2", "ZeRO 3", "pipeline, ZeRO 1"])
+@pytest.mark.parametrize("layout", ["ZeRO 0", "ZeRO 3", "pipeline, ZeRO 1"])
 def test_a_spike_changes_nothing(layout: str, ranks: Ranks, tmp_path: Path) -> None:
     answers = ranks(2).run(spike_job, LAYOUTS[layout], "fp32", tmp_path)
     ((expected_reports, expected),) = ranks(1).run(torch_without_spike_job)
