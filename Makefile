@@ -92,13 +92,21 @@ docs-check: $(INSTALLED) ## run the commands of the documentation, and check its
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_packages.py \
 	    tests/system/test_docs.py tests/system/test_help_examples.py
 
-# Some hours. The runs whose routes the page on exchanges shows: docs/architecture.md.
+EXCHANGE := configs/demo.yaml parallel.data=1 model.sequence_length=4096 train.global_batch_size=1 \
+    model.attention.descriptors_per_region=1 train.microbatch_size=1 train.steps=400 train.evaluate_sequences=16
+
+# Some hours. The page on exchanges shows the routes of two runs, which are trained first.
 pages: $(INSTALLED) ## measure all benchmark pages anew, from one commit
 	test -z "$$(git status --porcelain)" || { echo "make pages: commit first, so that the pages name one commit"; exit 2; }
 	$(BIN)/biroute bench attention --out docs/benchmarks
 	$(BIN)/biroute bench recall --seeds 3 --out docs/benchmarks
 	$(BIN)/biroute bench quality configs/demo.yaml --out docs/benchmarks
 	$(BIN)/biroute bench memory configs/long.yaml train.evaluate_sequences=1 --out docs/benchmarks
+	$(BIN)/biroute train $(EXCHANGE) train.run_dir=runs/exchange-token
+	$(BIN)/biroute train $(EXCHANGE) train.run_dir=runs/exchange-region model.attention.query_block_size=16
+	$(BIN)/biroute bench exchange runs/exchange-token/config.yaml --compare runs/exchange-region/config.yaml \
+	    --out docs/benchmarks
+	$(BIN)/biroute bench pictures --out docs/images
 
 # Keeps data and runs: a trained model is nothing to clean away.
 clean: ## remove the environment and build leftovers; data and runs stay
