@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from biroute.configs.records import parse_json
+
 _LARGEST_BYTES = 64 << 20  # what a size on the wire may make a rank allocate
 
 
@@ -53,7 +55,7 @@ def _encode(message: Any) -> Tensor:
 
 
 def _decode(content: Tensor) -> Any:
-    return json.loads(content.cpu().numpy().tobytes())
+    return parse_json(content.cpu().numpy().tobytes())
 
 
 def _checked(size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import time
@@ -12,8 +11,8 @@ from multiprocessing.connection import Connection
 from typing import Any, ParamSpec, TypeVar
 
 from biroute.configs.errors import UsageError
+from biroute.configs.process import signal_when_parent_dies
 
-_PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its parent dies
 _LOOK_SECONDS = 0.5
 
 _Arguments = ParamSpec("_Arguments")
@@ -23,7 +22,7 @@ _Result = TypeVar("_Result")
 def become_child() -> None:
     """Set up a child process: its parent handles Ctrl-C, and when the parent is killed, it ends as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_when_parent_dies(signal.SIGKILL)
     parent = parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before
         os._exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -20,10 +19,9 @@ from biroute.configs.errors import (
     UsageError,
 )
 from biroute.configs.messages import printable
+from biroute.configs.process import signal_when_parent_dies
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.start.library_warnings import LibraryWarnings
-
-_PR_SET_PDEATHSIG = 1  # Linux: the signal to send to this process when its parent dies
 
 
 def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
@@ -68,7 +66,7 @@ def train_rank(config_path: str, overrides: list[str]) -> int:
 
 def main() -> None:
     # If the launcher is killed, the ranks save and stop rather than continue unsupervised.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_when_parent_dies(signal.SIGTERM)
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(
             "error: no configuration; use: python -m biroute.launcher.start.worker CONFIG [section.field=value ...]",

@@ -56,9 +56,7 @@ def copy_checkpoint(source: Path, directory: Path) -> Path:
     target = directory / source.name
     if target.exists():
         raise UsageError(f"{target} exists; remove it, or copy to another run folder")
-    problem = _look(source, deep=True).problem
-    if problem:
-        raise UsageError(f"{source}: {problem}; choose another with --step")
+    _check_source(source, deep=False)
     draft = unfinished_folder(directory, int(source.name.rpartition("-")[2]), 0)
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -68,6 +66,7 @@ def copy_checkpoint(source: Path, directory: Path) -> Path:
                 shutil.copyfileobj(original, copy, 1 << 20)
         problem = _look(draft, deep=True).problem
         if problem:
+            _check_source(source, deep=True)  # only now: reading a large checkpoint once more takes minutes
             raise UsageError(f"{draft}: {problem} after copying; the disk there is not to be trusted")
         draft.rename(target)
         sync_folder(directory)
@@ -76,6 +75,11 @@ def copy_checkpoint(source: Path, directory: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _check_source(source: Path, deep: bool) -> None:
+    if problem := _look(source, deep).problem:
+        raise UsageError(f"{source}: {problem}; choose another with --step")
 
 
 def checkpoint_of(directory: Path, step: int | None) -> Path:
