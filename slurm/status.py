@@ -10,6 +10,7 @@ from typing import Any
 from biroute.configs.errors import EXIT_OK, UsageError
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.track.progress_line import duration, with_prefix
+from biroute.launcher.track.uploader import values_waiting
 from biroute.slurm.client import Job, past_jobs
 from biroute.slurm.run_folder import RunFolder
 
@@ -26,6 +27,7 @@ class RunStatus:
     steps: int | None
     tokens_per_second: float | None
     seconds_left: float | None
+    values_waiting: int  # for MLflow
     jobs: tuple[Job, ...]  # the queued and running ones; if there are none, the last one if Slurm still knows it
     attempts: tuple[Attempt, ...]
 
@@ -65,6 +67,7 @@ def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
         steps=steps,
         tokens_per_second=rate,
         seconds_left=left,
+        values_waiting=values_waiting(run.path),
         jobs=tuple(live or past_jobs(ids[-1:])),
         attempts=tuple(attempts),
     )
@@ -132,6 +135,8 @@ def format_status(status: RunStatus) -> str:
             words.append(f"{job.time_left} to its time limit")
         lines.append(", ".join(words))
     lines += [f"  {_tell_attempt(attempt)}" for attempt in status.attempts]
+    if status.values_waiting and status.state not in ("running", "ending"):  # a running one sends them itself
+        lines.append(f"  {status.values_waiting} values wait for MLflow: `biroute track sync {status.run_dir}`")
     return "\n".join(lines)
 
 

@@ -35,6 +35,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with tables and no run, to be copied: making one takes seconds."""
+    from biroute.launcher.track.mlflow_client import open_client, prepare_mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    prepare_mlflow(f"sqlite:///{path}", 5.0)
+    open_client(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """The same random numbers in every test, whichever ran before: a failure comes back."""

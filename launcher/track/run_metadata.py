@@ -43,12 +43,29 @@ def parameters(config: RunConfig) -> dict[str, str]:
     return {name: value[:PARAMETER_CHARACTERS] for name, value in kept.items()}
 
 
-def placement_tags(config: RunConfig) -> dict[str, str]:
-    """Return dotted field -> value of the fields that may change between attempts.
+def placement_tags(config: RunConfig, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return dotted field -> value of the fields that may change between attempts and are not at their default.
 
-    Section `tracking` is not among them, as it may contain a password.
+    `known` are the tags of earlier attempts: a field among them is returned in any case. Section `tracking` is left
+    out, as it may contain a password.
     """
-    return {name: value for name, value in flatten(config).items() if name.startswith(_PLACEMENT)}
+    defaults = flatten(RunConfig())
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if name.startswith(_PLACEMENT) and (value != defaults.get(name) or name in (known or {}))
+    }
+
+
+def chosen_tags(config: RunConfig) -> dict[str, str]:
+    """Return the tags that the user chose, and those by which MLflow groups runs."""
+    tracking = config.tracking
+    tags = dict(tracking.tags)
+    if tracking.group:
+        tags["group"] = tracking.group
+    if tracking.parent:
+        tags["mlflow.parentRunId"] = tracking.parent
+    return tags
 
 
 def changed_parameters(before: Mapping[str, str], now: Mapping[str, str]) -> str:

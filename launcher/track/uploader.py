@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-import math
-import os
+import contextlib
+import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from biroute.launcher.attempts.run_files import METRICS_LOG, UPLOAD_STATE
+from biroute.launcher.track.artifact_uploader import ArtifactUploader
 from biroute.launcher.track.metrics_log import Point, scan
-from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.mlflow_errors import Trouble
+from biroute.launcher.track.upload_state import TrackingState, read_state
 
 _SEND_SECONDS = 1.0  # at most one pass per second: sending costs CPU time that training needs
-_LOOK_SECONDS = 10.0  # between two checks of the artifacts, and at least between two uploads of the same one
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS, _CLOSING_DELAY_SECONDS = 0.5, 30.0, 0.5
-_METRICS_PER_BATCH = 1000
+_LOOK_SECONDS = 10.0  # without new points
+_NOTE_SECONDS = 60.0  # between two updates of the description
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _CLOSING_PAUSE_SECONDS = 0.5, 10.0, 0.5
+_PERMANENT_PAUSE_SECONDS = 60.0  # where only a person can mend it
+_REMIND_SECONDS = 3600.0
+_MOST_METRICS, _FEWEST_METRICS = 1000, 50  # of a call
+_LONGEST_CALL_SECONDS = 120.0
+_LATELY_SECONDS = 60.0  # who has not answered since then is not waited for at the end
+_LAST_TRY_SECONDS = 2.0
 
 
 class Destination(Protocol):
     """Where points are sent. Any method may block until the timeout and raise anything; all are safe to repeat."""
 
+    page: str  # where people see the run; "" until connected
+
     def connect(self) -> None:
         """Find or create the run that `TrackingState` names."""
 
-    def log_points(self, points: list[Point]) -> None: ...
+    def log_points(self, points: list[Point], end_byte: int) -> None: ...
 
     def log_artifact(self, path: Path) -> None: ...
+
+    def update_note(self) -> None: ...
 
     def terminate(self, status: str, end_ms: int, cause: str) -> None: ...
 
     def lost_run(self, error: Exception) -> bool:
-        """Return whether `error` means that the run is gone, so that `connect` must be called again."""
+        """Return whether `error` means that `connect` must be called again."""
 
-    def describe(self, error: Exception) -> str:
-        """Return the cause in a few words."""
+    def explain(self, error: Exception) -> Trouble: ...
+
+    def set_timeout(self, seconds: float) -> None: ...
 
 
 class Uploader(threading.Thread):
@@ -52,15 +65,20 @@ class Uploader(threading.Thread):
         destination: Destination,
         say: Callable[[str], None],
         owned: Callable[[], bool] = lambda: True,
+        *,
+        timeout_seconds: float,
     ) -> None:
         super().__init__(name="biroute-tracking", daemon=True)  # daemon: a frozen server must not delay the exit
         self._metrics_log_path, self._state, self._destination, self._say = metrics_log_path, state, destination, say
         self._owned = owned
+        self._artifacts = ArtifactUploader(metrics_log_path.parent.absolute(), state, destination, say)
+        self._timeout, self._first_timeout = timeout_seconds, timeout_seconds
+        self._metrics_per_call = _MOST_METRICS
         self._connected = False
-        self._final: tuple[str, int, str] | None = None  # status, end time in ms, cause
-        self._final_sent = False
-        self._new_artifacts: deque[Path] = deque()
-        self._uploaded_at: dict[str, float] = {}
+        self._failures = 0
+        self._trouble = Trouble("")
+        self._told: tuple[float, str] | None = None  # when people were last told of a trouble, and of which
+        self._answered_at = self._noted_at = float("-inf")
         self._wake, self._closing, self._given_up, self._done = (threading.Event() for _ in range(4))
         self._wake.set()  # an earlier attempt may have left points unsent
 
@@ -69,21 +87,39 @@ class Uploader(threading.Thread):
         self._wake.set()
 
     def add_artifact(self, path: Path) -> None:
-        """Upload `path` now, and again whenever it changes."""
-        self._new_artifacts.append(path)
-        self._wake.set()
+        """Upload `path` soon, and again whenever it changes."""
+        self._artifacts.add(path)
 
-    def finish(self, status: str, cause: str, seconds: float) -> None:
-        """Request a last pass and wait for it, `seconds` at most."""
-        self._final = (status, time.time_ns() // 1_000_000, cause)
+    def finish(self, end: tuple[str, int, str], seconds: float) -> None:
+        """Make a last pass and wait for it, `seconds` at most; less if nothing has answered lately.
+
+        `end` is the final status, the time in ms and the cause. What is not sent then, waits in the run folder.
+        """
+        start = time.monotonic()
+        self._state.end = end
+        with contextlib.suppress(OSError):  # a full disk; the pass may succeed all the same
+            self._state.save()
         self._closing.set()
         self._wake.set()
-        if not self._done.wait(seconds):
+        while not self._done.wait(0.05):
+            waited = time.monotonic() - start
+            silent = self._failures and time.monotonic() - self._answered_at > _LATELY_SECONDS
+            if waited > (min(seconds, _LAST_TRY_SECONDS) if silent else seconds):
+                break
+        sent = self._done.is_set()
+        if not sent:
             self._given_up.set()
-            self._say(f"not all was sent within flush_seconds={seconds:g}; the next attempt sends the rest")
+            why = f" ({self._trouble.reason})" if self._failures else ""
+            self._say(
+                f"{self.waiting()} values and the end of the run are not sent{why}; the next attempt sends them, or "
+                f"`biroute track sync {self._metrics_log_path.parent}`"
+            )
+        elif self._destination.page:
+            self._say(f"all is sent: {self._destination.page}")
+        self._artifacts.finish(max(0.0, seconds - (time.monotonic() - start)) if sent else 0.0)
 
     def run(self) -> None:
-        failures = 0
+        """Send until the last pass is done."""
         while not self._given_up.is_set():
             self._wake.wait(_LOOK_SECONDS)
             self._wake.clear()
@@ -93,97 +129,105 @@ class Uploader(threading.Thread):
                 self._done.set()
                 return
             try:
-                self._pass()
+                self._pass(last_pass)
             except Exception as error:  # of any kind: retried forever, never passed on to training
-                failures += 1
-                if failures == 2:  # not after the first: a locked database is soon available again
-                    what = f"training continues, metrics are kept in {self._metrics_log_path} and sent later"
-                    self._say(f"{self._destination.describe(error)}; {what}")
-                self._pause(min(_FIRST_DELAY_SECONDS * 2 ** min(failures - 1, 10), _LONGEST_DELAY_SECONDS))
-                self._wake.set()
+                self._fail(error)
                 continue
-            if failures >= 2:
-                self._say("reached again, metrics are up to date")
-            failures = 0
+            self._recover()
             if last_pass:
                 self._done.set()
                 return
             self._closing.wait(_SEND_SECONDS)
 
-    def _pause(self, seconds: float) -> None:
-        if self._closing.is_set():
-            self._given_up.wait(min(seconds, _CLOSING_DELAY_SECONDS))  # little time is left, so retry often
-        else:
-            self._closing.wait(seconds)
-
-    def _pass(self) -> None:
-        self._take_in_artifacts()
+    def _pass(self, last: bool) -> None:
         if not self._connected:
             self._destination.connect()
             self._connected = True
+            if not self._artifacts.is_alive():
+                self._artifacts.start()
         try:
             self._send_points()
-            # Before the artifacts: if one cannot be uploaded, the run must not stay RUNNING.
-            if self._final is not None and not self._final_sent:
-                self._destination.terminate(*self._final)
-                self._final_sent = True
-            self._send_artifacts()
+            if last or time.monotonic() - self._noted_at > _NOTE_SECONDS:
+                self._destination.update_note()
+                self._noted_at = time.monotonic()
+            if last and self._state.end is not None:
+                self._destination.terminate(*self._state.end)
+                self._state.end = None
+                self._state.save()
         except Exception as error:
             if self._destination.lost_run(error):
-                self._connected = self._final_sent = False
+                self._connected = False
             raise
 
     def _send_points(self) -> None:
         while not self._given_up.is_set():
-            points, end = next_batch(self._metrics_log_path, self._state.sent_bytes)
+            points, end = next_batch(self._metrics_log_path, self._state.sent_bytes, self._metrics_per_call)
             if end == self._state.sent_bytes:
                 return
-            self._destination.log_points(points)
+            self._destination.log_points(points, end)
+            self._answered_at = time.monotonic()
             self._state.sent_bytes = end
             self._state.save()
 
-    def _take_in_artifacts(self) -> None:
-        """Record new paths in the state file immediately, so that after a kill the next attempt uploads them."""
-        if not self._new_artifacts:
-            return
-        while self._new_artifacts:
-            key = os.path.relpath(self._new_artifacts.popleft().absolute(), self._run_dir)
-            self._state.artifacts.setdefault(key, "")
-        self._state.save()
+    def _fail(self, error: Exception) -> None:
+        self._failures += 1
+        self._trouble = self._destination.explain(error)
+        if self._trouble.timed_out:
+            # A slow server: waiting in this thread costs nothing, and it may carry out what we gave up on.
+            self._timeout = min(2 * self._timeout, max(_LONGEST_CALL_SECONDS, self._first_timeout))
+            self._metrics_per_call = max(_FEWEST_METRICS, self._metrics_per_call // 2)
+            self._destination.set_timeout(self._timeout)
+        if self._worth_telling():
+            self._told = time.monotonic(), self._trouble.reason
+            self._say(f"{self._trouble.reason}{self._what_follows()}")
+        self._pause()
+        self._wake.set()
 
-    def _send_artifacts(self) -> None:
-        failure: Exception | None = None
-        for key, sent in list(self._state.artifacts.items()):
-            recently = time.monotonic() - self._uploaded_at.get(key, -math.inf) < _LOOK_SECONDS
-            if recently and not self._closing.is_set():
-                continue
-            path = self._run_dir / key
-            fingerprint = _fingerprint(path)  # before the upload, so that a change during it is noticed next time
-            if fingerprint is None or fingerprint == sent:
-                continue
-            try:
-                self._destination.log_artifact(path.resolve())
-            except Exception as error:  # it must not hold up the other artifacts
-                failure = error
-                continue
-            self._uploaded_at[key] = time.monotonic()
-            self._state.artifacts[key] = fingerprint
-            self._state.save()
-        if failure is not None:
-            raise failure
+    def _worth_telling(self) -> bool:
+        """Return whether people should hear of this failure: at first, hourly, and of what only they can mend."""
+        if self._told is None:  # not of the first failure: a locked database is soon available again
+            return self._failures >= 2 or self._trouble.permanent
+        when, reason = self._told
+        news = self._trouble.permanent and self._trouble.reason != reason
+        return news or time.monotonic() - when > _REMIND_SECONDS
 
-    @property
-    def _run_dir(self) -> Path:
-        return self._metrics_log_path.parent.absolute()
+    def _what_follows(self) -> str:
+        """Say what happens to the points after a failure."""
+        slow = f" (tracking.timeout_seconds={self._first_timeout:g}; calls now wait up to {self._timeout:g} s)"
+        return (
+            f"{slow if self._trouble.timed_out else ''}; training continues, {self.waiting()} values wait in "
+            f"{self._metrics_log_path} and are sent later"
+        )
+
+    def waiting(self) -> int:
+        """Return how many values of the metrics log are not sent yet."""
+        return values_after(self._metrics_log_path, self._state.sent_bytes)
+
+    def _recover(self) -> None:
+        self._answered_at = time.monotonic()
+        if self._told is not None:
+            self._say("reached again, metrics are up to date")
+        self._failures, self._told = 0, None
+        self._metrics_per_call = min(_MOST_METRICS, 2 * self._metrics_per_call)
+
+    def _pause(self) -> None:
+        pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(self._failures - 1, 10), _LONGEST_PAUSE_SECONDS)
+        if self._trouble.permanent:
+            pause = _PERMANENT_PAUSE_SECONDS
+        pause *= random.uniform(0.75, 1.25)  # so that many runs do not come back at the same moment
+        if self._closing.is_set():
+            self._given_up.wait(min(pause, _CLOSING_PAUSE_SECONDS))  # little time is left, so retry often
+        else:
+            self._closing.wait(pause)
 
 
-def next_batch(path: Path, start_byte: int) -> tuple[list[Point], int]:
-    """Return the points from `start_byte` on, about one batch of metrics, and the byte after them."""
+def next_batch(path: Path, start_byte: int, most_metrics: int = _MOST_METRICS) -> tuple[list[Point], int]:
+    """Return the points from `start_byte` on, about `most_metrics` values, and the byte after them."""
     points: list[Point] = []
     end, count = start_byte, 0
     for point, after in scan(path, start_byte):
         if point is not None:
-            if points and count + len(point.metrics) > _METRICS_PER_BATCH:
+            if points and count + len(point.metrics) > most_metrics:
                 break
             points.append(point)
             count += len(point.metrics)
@@ -191,12 +235,17 @@ def next_batch(path: Path, start_byte: int) -> tuple[list[Point], int]:
     return points, end
 
 
-def _fingerprint(path: Path) -> str | None:
-    """Return a text that changes when the file, or a file in the folder, does; None if there is no such path."""
+def values_after(path: Path, start_byte: int) -> int:
+    """Return how many values a metrics log holds from `start_byte` on; 0 if it cannot be read."""
     try:
-        files = sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
-        stats = [file.stat() for file in files]
+        return sum(len(point.metrics) for point, _ in scan(path, start_byte) if point is not None)
     except OSError:
-        return None
-    newest_ns = max((stat.st_mtime_ns for stat in stats), default=0)
-    return f"{len(stats)}:{sum(stat.st_size for stat in stats)}:{newest_ns}"
+        return 0
+
+
+def values_waiting(run_dir: Path) -> int:
+    """Return how many values of a run MLflow does not have yet; 0 if it is not tracked."""
+    try:
+        return values_after(run_dir / METRICS_LOG, read_state(run_dir / UPLOAD_STATE).sent_bytes)
+    except (OSError, ValueError, TypeError):
+        return 0

@@ -27,8 +27,8 @@ class TrainerHook:
     def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
         """Called after an evaluation, after `on_point` and with the same values."""
 
-    def on_save(self, step: int, checkpoint: Path) -> None:
-        """Called when a checkpoint is on disk under its final name."""
+    def on_save(self, step: int, checkpoint: Path, seconds: float) -> None:
+        """Called when a checkpoint is on disk under its final name, which took so many seconds."""
 
     def on_end(self, status: Status, cause: str) -> None:
         """Called once when the attempt ends, however it ends; no other call follows."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
+from biroute.configs.layout import Layout
 from biroute.configs.load import dump_config
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
+from biroute.data_pipeline.dataset import Dataset
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, shown_config
 from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
 from biroute.launcher.track.tracker import Status, open_tracker
 from biroute.launcher.train.hooks import TrainerHook
+from biroute.launcher.train.identity import describe
 
 
 class Observer(TrainerHook):
@@ -27,7 +31,7 @@ class Observer(TrainerHook):
     """
 
     def __init__(
-        self, config: RunConfig, tags: Mapping[str, str], fencing_token: FencingToken, log: TextIO | None
+        self, config: RunConfig, layout: Layout, dataset: Dataset, fencing_token: FencingToken, log: TextIO | None
     ) -> None:
         """Open the tracker; what is printed also goes to `log`.
 
@@ -39,8 +43,20 @@ class Observer(TrainerHook):
         streams = [sys.stdout, log] if log is not None else [sys.stdout]
         train = config.train
         self._progress = [ProgressLine(train.steps, log_every=train.log_every, stream=stream) for stream in streams]
+        axes = {f"layout/{name}": float(size) for name, size in asdict(layout).items()}
+        # What charts compare runs by; sent with the first point.
+        self._facts = axes | {
+            "layout/ranks": float(layout.world_size),
+            "progress/attempt": float(fencing_token.attempt),
+        }
         self._tracker = open_tracker(
-            config, self._run_dir, tags=tags, notify=self.on_message, fencing_token=fencing_token
+            config,
+            self._run_dir,
+            tags={"layout": str(layout), "world_size": str(layout.world_size)},
+            headline=describe(config, layout),
+            datasets={"train": _about_dataset(dataset)},
+            notify=self.on_message,
+            fencing_token=fencing_token,
         )
         self._tracker.log_artifact(self._write_shown_config(config))
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
@@ -61,6 +77,16 @@ class Observer(TrainerHook):
 
     def on_point(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics."""
+        self._tracker.log(step, {**values, **self._facts})
+        self._facts = {}
+
+    def on_save(self, step: int, checkpoint: Path, seconds: float) -> None:
+        """Record what the checkpoint took."""
+        try:
+            size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        except OSError:  # a newer one has displaced it
+            return
+        values = {"checkpoint/step": float(step), "checkpoint/seconds": seconds, "checkpoint/gib": size / 2**30}
         self._tracker.log(step, values)
 
     def on_message(self, text: str) -> None:
@@ -85,3 +111,15 @@ class Observer(TrainerHook):
         for line in self._progress:
             line.close()
         self._tracker.close(status, cause)
+
+
+def _about_dataset(dataset: Dataset) -> dict[str, str]:
+    """Return what MLflow shows of the dataset that a run is trained on."""
+    manifest, folder = dataset.manifest, dataset.config.data.dir.absolute()
+    sources = ", ".join(source.name for source in manifest.sources)
+    return {
+        "name": folder.name,
+        "digest": manifest.checksum[:12],
+        "source": str(folder),
+        "profile": f"{manifest.tokens('train'):,} tokens of {sources}",
+    }

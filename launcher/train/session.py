@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
@@ -24,11 +25,13 @@ from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import about_run, describe, writer
 from biroute.launcher.train.observer import Observer
+from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.launcher.train.trainer import Trainer
 from biroute.parallel.checkpoint.load import load_checkpoint
 from biroute.parallel.engine.engine import build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
+from biroute.parallel.messages import gather_messages
 
 
 def run(
@@ -57,8 +60,7 @@ def run(
     logs = log_dir(config.train.run_dir, fencing_token.attempt)
     if place.rank == 0:
         write_config(config.train.run_dir / CONFIG, config)
-        tags = {"layout": str(layout), "world_size": str(layout.world_size)}
-        hooks = [Observer(config, tags, fencing_token, log), *hooks]
+        hooks = [Observer(config, layout, dataset, fencing_token, log), *hooks]
 
     def say(text: str) -> None:
         for hook in hooks:
@@ -80,7 +82,10 @@ def run(
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        trainer = Trainer(config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, hooks)
+        system = SystemMetrics(gather_messages(socket.gethostname()), place.rank, place.device)
+        trainer = Trainer(
+            config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, hooks, system
+        )
         if progress is not None:
             trainer.resume(progress)
         with loader:

@@ -20,6 +20,7 @@ from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.schedule import learning_rate
+from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.files import folder_of_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
@@ -44,6 +45,7 @@ class Trainer:
     stop_consensus: StopConsensus
     watchdog: Watchdog
     hooks: Sequence[TrainerHook] = ()
+    system: SystemMetrics | None = None
     step: int = 0
     _evaluation_pending: bool = False
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
@@ -186,6 +188,8 @@ class Trainer:
         values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
         if self.engine.traffic is not None:
             values |= exchange_metrics(self.engine.traffic, steps)
+        if self.system is not None:
+            values |= self.system.gather()
         for hook in self.hooks:
             hook.on_point(self.step, values)
 
@@ -263,7 +267,7 @@ class Trainer:
             gradient_norms=tuple(self.engine.spike_guard.norms),
             evaluation_pending=self._evaluation_pending,
         )
-        saving = f"saving after step {self.step}"
+        saving, started = f"saving after step {self.step}", time.perf_counter()
         self.watchdog.reached(saving)
         path = save_checkpoint(
             self.engine,
@@ -277,9 +281,10 @@ class Trainer:
         )
         self._saved_step, self._failed_saves = self.step, False
         self.watchdog.reached("training")
+        seconds = time.perf_counter() - started
         self._say(f"step {self.step}: saved {path}")
         for hook in self.hooks:
-            hook.on_save(self.step, path)
+            hook.on_save(self.step, path, seconds)
 
     def _say(self, text: str) -> None:
         for hook in self.hooks:

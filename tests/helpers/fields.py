@@ -25,6 +25,7 @@ SUBMIT = "unit/slurm/test_submit.py::test_a_request_is_what_the_configuration_sa
 JOURNAL = "unit/launcher/attempts/test_journal.py::test_what_the_batch_script_calls"
 ROUTE = "unit/model/attention/test_core.py::"
 EXCHANGE = "distributed/launcher/bench/test_exchange.py::"
+MOVES = "system/test_tracking_moves.py::test_what_people_see_of_a_run"
 SCRIPT = "unit/slurm/test_script.py::"
 
 # Field -> the test, below tests/.
@@ -108,6 +109,7 @@ SHOWN_BY: dict[str, str] = {
     "tracking.uri": RUN,
     "tracking.experiment": RUN,
     "tracking.run_name": RUN,
+    "tracking.tags": MOVES, "tracking.group": MOVES, "tracking.parent": MOVES,
     "tracking.timeout_seconds": "system/test_tracking.py::test_server_frozen",
     "tracking.flush_seconds": "system/test_tracking.py::test_server_frozen",
     **{

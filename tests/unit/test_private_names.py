@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -58,6 +59,14 @@ def aten(name: str) -> bool:
     return hasattr(torch.ops.aten, name)
 
 
+def mlflow_store(name: str) -> bool:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.tracking import _tracking_service
+
+    registry = _tracking_service.utils._tracking_store_registry
+    return any(hasattr(one, name) for one in (SqlAlchemyStore, registry, _tracking_service.utils))
+
+
 # Name -> whether the library still has it.
 PRIVATE: dict[str, Callable[[str], bool]] = {
     "_local_start": pipeline_module,
@@ -72,10 +81,14 @@ PRIVATE: dict[str, Callable[[str], bool]] = {
     "_foreach_mul_": lambda name: hasattr(torch, name),
     "_scaled_dot_product_flash_attention_for_cpu": aten,
     "_scaled_dot_product_flash_attention_for_cpu_backward": aten,
+    "_engine_map": mlflow_store,
+    "_tracking_store_registry": mlflow_store,
+    "_get_store_with_resolved_uri": mlflow_store,
+    "_tracking_service": lambda name: importlib.util.find_spec(f"mlflow.tracking.{name}") is not None,
     "_exit": lambda name: hasattr(os, name),
     "_current_frames": lambda name: hasattr(sys, name),
 }
-PUBLIC = re.compile(r"__(name|doc|dict|file|version|context)__")
+PUBLIC = re.compile(r"__(name|doc|dict|file|version|context|cause)__")
 
 
 def private_names(path: Path) -> Iterator[str]:

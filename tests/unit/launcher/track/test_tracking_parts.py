@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
 from biroute.launcher.track.mlflow_ui import check_port, server_command
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import next_batch
-from biroute.launcher.track.uri import sqlite_path, tracking_uri
+from biroute.launcher.track.uri import experiment_name, run_page, sqlite_path, tracking_uri
 
 # ---- metrics_log ----
 
@@ -126,9 +127,14 @@ def test_state_survives_and_starts_over_for_another_target(tmp_path: Path) -> No
     state.save()
     assert TrackingState.load(path, "server experiment", 500, print) == state
     assert TrackingState.load(path, "server experiment", 100, print).sent_bytes == 0
-    moved = TrackingState.load(path, "elsewhere experiment", 500, print)
-    assert (moved.run_id, moved.sent_bytes, moved.artifacts) == (None, 0, {"x.png": ""})
+    said: list[str] = []
+    # Perhaps another name of the same server: what it has is seen there.
+    moved = TrackingState.load(path, "elsewhere experiment", 500, said.append)
+    assert (moved.run_id, moved.sent_bytes, moved.artifacts) == ("r1", 0, {"x.png": ""})
     assert moved.run_key == state.run_key
+    assert "earlier attempts were sent to server experiment, this one goes to elsewhere experiment" in said[0]
+    other = TrackingState.load(path, "server trials", 500, said.append)
+    assert (other.run_id, other.sent_bytes) == (None, 0) and other.run_key != state.run_key
 
 
 def test_unreadable_state_is_said_and_replaced(tmp_path: Path) -> None:
@@ -154,6 +160,13 @@ def test_unreadable_state_is_said_and_replaced(tmp_path: Path) -> None:
         ("http://server:99999", "Port out of range"),
         ("http://my server:5000", "blanks"),
         ("http://[::1", "Invalid IPv6 URL"),
+        ("http://server:5000/#/experiments/1", "the address of a page; use the part before the #"),
+        ("databricks", "Databricks is not supported"),
+        ("databricks://profile", "Databricks is not supported"),
+        ("postgresql://db/x", "`pip install psycopg2-binary`"),
+        ("postgresql+psycopg2://db/x", "`pip install psycopg2-binary`"),
+        ("mysql+pymysql://db/x", "`pip install pymysql`"),
+        ("mssql://db/x", "`pip install pyodbc`"),
         ("sqlite://", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite://mlflow.db", "names no file"),
@@ -180,6 +193,41 @@ def test_default_uri_is_shared_by_the_runs_of_a_folder(tmp_path: Path) -> None:
     uris = {tracking_uri(config, tmp_path / name) for name in ("a", "b")}
     assert uris == {f"sqlite:///{tmp_path}/mlflow.db"}
     assert sqlite_path(uris.pop()) == tmp_path / "mlflow.db"
+
+
+def test_a_database_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Root may write everywhere, so the system is asked in a way that answers as for a user.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match=r"mlflow\.db cannot be written; name a file in a writable folder"):
+        tracking_uri(config_from_tree({}, "test"), tmp_path / "run")
+
+
+def test_the_configuration_comes_before_mlflows_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:5000")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "poems")
+    unset, given = (
+        config_from_tree({"tracking": tree}, "test") for tree in ({}, {"uri": "http://a", "experiment": "b"})
+    )
+    assert (tracking_uri(unset, tmp_path / "run"), experiment_name(unset)) == ("http://team:5000", "poems")
+    assert (tracking_uri(given, tmp_path / "run"), experiment_name(given)) == ("http://a", "b")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "team:5000")
+    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI=team:5000: "):
+        tracking_uri(unset, tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "x" * 300)
+    with pytest.raises(UsageError, match=r"has 300 characters, its database holds 256; shorten tracking\.experiment"):
+        experiment_name(unset)
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("http://me:secret@host:5000", "http://host:5000/#/experiments/1/runs/r?workflowType=machine_learning"),
+        ("https://host/a/b/", "https://host/a/b/#/experiments/1/runs/r?workflowType=machine_learning"),
+        ("sqlite:////x/mlflow.db", "`biroute ui runs/x/config.yaml` shows it"),
+    ],
+)
+def test_where_people_see_a_run(uri: str, page: str) -> None:
+    assert run_page(uri, "1", "r", Path("runs/x")) == page
 
 
 @pytest.mark.parametrize("name", ["what?", "a%41b"])
@@ -245,7 +293,10 @@ def test_every_setting_is_a_parameter_or_a_tag() -> None:
     config = config_from_tree({"data": {"sources": [{"name": "long", "paths": ["x" * 9000]}]}}, "test")
     parameters, tags = run_metadata.parameters(config), run_metadata.placement_tags(config)
     assert parameters["optim.learning_rate"] == "0.0003"
-    assert tags["parallel.tensor"] == "1"
+    assert "parallel.tensor" not in tags and "train.run_dir" not in tags
+    changed = config_from_tree({"parallel": {"tensor": 2}}, "test")
+    assert run_metadata.placement_tags(changed) == {"parallel.tensor": "2"}
+    assert run_metadata.placement_tags(config, {"parallel.tensor": "2"}) == {"parallel.tensor": "1"}
     assert not set(parameters) & set(tags)
     assert max(map(len, parameters.values())) == run_metadata.PARAMETER_CHARACTERS
 

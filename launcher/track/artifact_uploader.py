@@ -1,0 +1,140 @@
+"""The thread that uploads a run's files, apart from its metrics: a file that is refused must delay none of those."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from biroute.launcher.track.mlflow_errors import Trouble, http_status
+from biroute.launcher.track.upload_state import TrackingState
+
+_LOOK_SECONDS = 10.0  # between two looks at the files, and at least between two uploads of the same one
+_LONGEST_PAUSE_SECONDS = 300.0  # between two tries of a file
+
+
+class FileDestination(Protocol):
+    """Where files go."""
+
+    def log_artifact(self, path: Path) -> None: ...
+
+    def explain(self, error: Exception) -> Trouble: ...
+
+
+class ArtifactUploader(threading.Thread):
+    """Uploads files and folders, again when they change. A version that is refused is given up, and that is said."""
+
+    def __init__(
+        self, run_dir: Path, state: TrackingState, destination: FileDestination, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(name="biroute-artifacts", daemon=True)
+        self._run_dir, self._state, self._destination, self._say = run_dir, state, destination, say
+        self._new: deque[Path] = deque()
+        self._uploaded_at: dict[str, float] = {}
+        self._failed: dict[str, tuple[str, int, float]] = {}  # path -> version, tries, when to try again
+        self._wake, self._closing, self._done = (threading.Event() for _ in range(3))
+
+    def add(self, path: Path) -> None:
+        """Upload `path` soon, and again whenever it changes. It may not exist yet."""
+        self._new.append(path)
+        self._wake.set()
+
+    def finish(self, seconds: float) -> None:
+        """Make a last pass and wait for it, `seconds` at most; what is not sent then, the next attempt sends."""
+        self._closing.set()
+        self._wake.set()
+        if self.is_alive():
+            self._done.wait(seconds)
+        else:
+            self._take_in()
+
+    def run(self) -> None:
+        """Upload until the last pass is done."""
+        while True:
+            self._wake.wait(_LOOK_SECONDS)
+            self._wake.clear()
+            last_pass = self._closing.is_set()
+            self._take_in()
+            for key in list(self._state.artifacts):
+                self._send(key)
+            if last_pass:
+                self._done.set()
+                return
+
+    def _take_in(self) -> None:
+        """Record new paths in the state file immediately, so that after a kill the next attempt uploads them."""
+        added = False
+        while self._new:
+            self._state.artifacts.setdefault(os.path.relpath(self._new.popleft().absolute(), self._run_dir), "")
+            added = True
+        if added:
+            self._save()
+
+    def _send(self, key: str) -> None:
+        recently = time.monotonic() - self._uploaded_at.get(key, -math.inf) < _LOOK_SECONDS
+        if recently and not self._closing.is_set():
+            return
+        path = self._run_dir / key
+        version = _version(path)  # before the upload, so that a change during it is noticed next time
+        if version in (None, self._state.artifacts.get(key)):
+            return
+        failed, _, again_at = self._failed.get(key, ("", 0, 0.0))
+        if failed == version and time.monotonic() < again_at:
+            return
+        try:
+            self._destination.log_artifact(path.resolve())
+        except Exception as error:  # of any kind: it must hold up neither the other files nor training
+            self._fail(path, key, str(version), error)
+            return
+        self._uploaded_at[key] = time.monotonic()
+        self._failed.pop(key, None)
+        self._state.artifacts[key] = str(version)
+        self._save()
+
+    def _fail(self, path: Path, key: str, version: str, error: Exception) -> None:
+        before, tries, _ = self._failed.get(key, ("", 0, 0.0))
+        tries = tries + 1 if before == version else 1
+        status = http_status(error)
+        refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+        reason = self._destination.explain(error).reason
+        if refused:
+            self._say(f"refuses the file {path} ({reason}); it stays there, and metrics are not affected")
+        elif tries == 2:  # not after the first: the next try may succeed
+            self._say(f"the file {path} is not uploaded yet ({reason}); it is tried again, metrics are not affected")
+        pause = math.inf if refused else min(_LOOK_SECONDS * 2 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
+        self._failed[key] = (version, tries, time.monotonic() + pause)
+
+    def _save(self) -> None:
+        try:
+            self._state.save()
+        except OSError:  # said by the uploader, which saves it too; a file sent twice does no harm
+            return
+
+
+def send_artifacts(run_dir: Path, state: TrackingState, destination: FileDestination) -> int:
+    """Upload each file that has changed since it was last sent; returns their number. An error is raised."""
+    sent = 0
+    for key, before in list(state.artifacts.items()):
+        version = _version(run_dir / key)
+        if version not in (None, before):
+            destination.log_artifact((run_dir / key).resolve())
+            state.artifacts[key] = str(version)
+            state.save()
+            sent += 1
+    return sent
+
+
+def _version(path: Path) -> str | None:
+    """Return a text that changes when the file, or a file in the folder, does; None if there is no such path."""
+    try:
+        files = sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
+        stats = [file.stat() for file in files]
+    except OSError:
+        return None
+    newest_ns = max((stat.st_mtime_ns for stat in stats), default=0)
+    return f"{len(stats)}:{sum(stat.st_size for stat in stats)}:{newest_ns}"

@@ -1,0 +1,322 @@
+"""The MLflow run of a run folder: found or created, filled with points, files and its description."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from biroute.configs.schema import RunConfig
+from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.run_files import LOGS, METRICS_LOG
+from biroute.launcher.track import run_metadata
+from biroute.launcher.track.metrics_log import Point
+from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
+from biroute.launcher.track.mlflow_errors import MlflowStateError, Trouble, code_of, explain, is_refusal
+from biroute.launcher.track.run_summary import RunSummary
+from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.uri import artifacts_dir, experiment_name, run_page, sqlite_path
+
+NAME_CHARACTERS = 250  # of a metric or a run
+_METRICS_PER_BATCH, _ENTRIES_PER_BATCH = 1000, 100  # MLflow's limits
+_PAGE = 1000
+_RUN_KEY_TAG = "biroute.run_key"
+_SENT_TAG = "biroute.sent_bytes"  # of the metrics log, set in the same call as the points
+_NOTE_TAG = "biroute.note"  # fingerprint of the description that we wrote: one that a person changed stays
+_NOTE = "mlflow.note.content"
+_EXPERIMENT_NOTE = (
+    "Runs of BiRoute. Charts to begin with: `train/loss` and `heldout/bits_per_byte` over `progress/tokens`, "
+    "`throughput/tokens_per_second`, and `layout/*` to compare layouts."
+)
+
+
+class MlflowRun:
+    """The MLflow run that a `TrackingState` names; a `Destination` of the uploader. Calls may block and raise."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        uri: str,
+        state: TrackingState,
+        say: Callable[[str], None],
+        *,
+        training: bool = True,
+    ) -> None:
+        """`say` takes messages for people; without `training` the run is not shown as running."""
+        self._config, self._run_dir, self._uri, self._state, self._say = config, run_dir, uri, state, say
+        self._training = training
+        self._experiment = experiment_name(config)
+        self._summary = RunSummary(run_dir)
+        self._client: Any = None
+        self._experiment_id = ""
+        self._creation_unsure = False
+        self._refused: set[str] = set()
+        self._nonfinite: dict[str, str] = {}
+        self.page = ""  # address of the run for people; "" until connected
+
+    def open_client(self) -> None:
+        """Open the store, and create the tables of a new database."""
+        self._client = open_client(self._uri, anew=self._client is not None)
+
+    def connect(self) -> None:
+        """Find or create the run, notice what it lacks of that which was sent, and describe it."""
+        self.open_client()
+        run = self._find() or self._create()
+        self._experiment_id = str(run.info.experiment_id)
+        if self._state.run_id != run.info.run_id:
+            self._state.run_id = str(run.info.run_id)
+        self._compare(run)
+        self._state.save()
+        if self._training:
+            self._client.update_run(self._state.run_id, status="RUNNING")
+        self._describe(run)
+        page = run_page(self._uri, self._experiment_id, str(self._state.run_id), self._run_dir)
+        if page != self.page:
+            self.page = page
+            self._say(f"run {self._run_name()} of experiment {self._experiment}: {page}")
+
+    def log_points(self, points: list[Point], end_byte: int) -> None:
+        """Send points; `end_byte` is that of the metrics log after them."""
+        from mlflow.entities import Metric, RunTag
+
+        metrics = []
+        for point in points:
+            for name, value in point.metrics.items():
+                if math.isfinite(value):
+                    metrics.append(Metric(_allowed_name(name), value, point.time_ms, point.step))
+                else:  # MLflow would draw nan as a gap and inf as 1.8e308
+                    self._nonfinite.setdefault(name, f"{name} {value:g} at step {point.step}")
+        tags = [RunTag(_SENT_TAG, str(end_byte))]
+        if self._nonfinite:
+            tags.append(RunTag("nonfinite", "; ".join(self._nonfinite.values())[: run_metadata.TAG_CHARACTERS]))
+        for start in range(0, max(1, len(metrics)), _METRICS_PER_BATCH):
+            last = start + _METRICS_PER_BATCH >= len(metrics)
+            self._log(metrics[start : start + _METRICS_PER_BATCH], tags if last else [])
+
+    def log_artifact(self, path: Path) -> None:
+        """Upload a file or folder; what lies in the logs of an attempt keeps that folder's name."""
+        attempts = self._run_dir.absolute() / LOGS
+        inside = path.parent.relative_to(attempts) if path.is_relative_to(attempts) else Path()
+        folder = f"{LOGS}/{inside.parts[0]}" if inside.parts and "shown" not in inside.parts else None
+        self._client.log_artifact(self._state.run_id, str(path), folder)
+
+    def update_note(self) -> None:
+        """Bring the descriptions of run and experiment up to date."""
+        self._summary.follow()
+        note = self._summary.note(self._state.headline or self._run_name(), self._config.train.steps)
+        tags = self._client.get_run(self._state.run_id).data.tags
+        if _ours(tags):
+            self._client.set_tag(self._state.run_id, _NOTE, note)
+            self._client.set_tag(self._state.run_id, _NOTE_TAG, _fingerprint(note))
+        experiment = self._client.get_experiment(self._experiment_id)
+        if _ours(experiment.tags):
+            heldout = self._summary.heldout()
+            note = f"{_EXPERIMENT_NOTE}\n\nNewest: {self._run_name()}" + (f", held-out {heldout}" if heldout else "")
+            self._client.set_experiment_tag(self._experiment_id, _NOTE, note)
+            self._client.set_experiment_tag(self._experiment_id, _NOTE_TAG, _fingerprint(note))
+
+    def terminate(self, status: str, end_ms: int, cause: str) -> None:
+        """Set the final status of the attempt, and its cause."""
+        if cause:
+            this = [a for a in read_attempts(self._run_dir) if a.number == self._state.attempt]
+            for name, value in run_metadata.attempt_tags([replace(attempt, cause=cause) for attempt in this]).items():
+                self._client.set_tag(self._state.run_id, name, value)
+        self._client.set_terminated(self._state.run_id, status, end_ms)
+
+    def lost_run(self, error: Exception) -> bool:
+        """Return whether `error` means that the run is gone or its store moved: then connect again."""
+        by_mlflow = code_of(error) == "RESOURCE_DOES_NOT_EXIST" or (is_refusal(error) and self._run_is_deleted())
+        return by_mlflow or not self._uri.startswith("http")
+
+    def explain(self, error: Exception) -> Trouble:
+        """Explain an error of one of the calls above."""
+        return explain(error, self._uri)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let each call wait so long for an answer."""
+        set_call_timeout(seconds)
+
+    def _run_name(self) -> str:
+        name = self._config.tracking.run_name
+        if not name:
+            layout = self._state.tags.get("layout", "")
+            name = self._run_dir.absolute().name + (f" [{_short_layout(layout)}]" if layout else "")
+        return name[:NAME_CHARACTERS]
+
+    def _find(self) -> Any:
+        """Return the run by its id, or else by its key in any experiment; None if there is none."""
+        state = self._state
+        if state.run_id is not None:
+            run = self._by_id(state.run_id)
+            if run is not None:
+                return run
+        run_id = self._search(everywhere=state.run_id is not None or state.attempt > 1)
+        state.forget_run()
+        return self._client.get_run(run_id) if run_id else None
+
+    def _by_id(self, run_id: str) -> Any:
+        try:
+            run = self._client.get_run(run_id)
+        except Exception as error:
+            if code_of(error) == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        if run.info.lifecycle_stage != "deleted":
+            return run
+        experiment = self._client.get_experiment(run.info.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            raise MlflowStateError(
+                f"experiment {experiment.name!r} is deleted there; restore it, or set tracking.experiment"
+            )
+        self._say(f"run {run_id} was deleted there; all is sent to a new one")
+        self._state.begin_new_run()
+        return None
+
+    def _search(self, *, everywhere: bool) -> str | None:
+        mine = f"tags.`{_RUN_KEY_TAG}` = '{self._state.run_key}'"
+        ids = [] if (own := self._client.get_experiment_by_name(self._experiment)) is None else [own.experiment_id]
+        if everywhere:  # the experiment may have been renamed
+            token = None
+            while token != "":
+                page = self._client.search_experiments(max_results=_PAGE, page_token=token)
+                ids += [one.experiment_id for one in page]
+                token = page.token or ""
+        for start in range(0, len(ids), _ENTRIES_PER_BATCH):
+            found = self._client.search_runs(ids[start : start + _ENTRIES_PER_BATCH], mine, max_results=1)
+            if found:
+                return str(found[0].info.run_id)
+        return None
+
+    def _create(self) -> Any:
+        experiment_id = self._experiment_for_new_run()
+        run_id = None
+        if self._creation_unsure:
+            # A request that timed out at a frozen server may still be executed when the server continues.
+            time.sleep(1.0)
+            run_id = self._search(everywhere=False)
+        if run_id is None:
+            self._state.save()  # the key must be on disk before a run has it
+            self._creation_unsure = True
+            tags = {_RUN_KEY_TAG: self._state.run_key}
+            created = self._client.create_run(experiment_id, self._state.started_ms, tags, self._run_name())
+            run_id = str(created.info.run_id)
+        self._creation_unsure = False
+        return self._client.get_run(run_id)
+
+    def _experiment_for_new_run(self) -> str:
+        name = self._experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            database = sqlite_path(self._uri)  # a server itself decides where artifacts go
+            location = artifacts_dir(database).as_uri() if database else None
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except Exception as error:
+                if code_of(error) != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self._client.get_experiment_by_name(name)  # another run created it first
+        if experiment.lifecycle_stage == "deleted":
+            raise MlflowStateError(f"experiment {name!r} is deleted there; restore it, or set tracking.experiment")
+        return str(experiment.experiment_id)
+
+    def _compare(self, run: Any) -> None:
+        """Go back to what the run really holds: its database may have been restored from an older backup."""
+        text = run.data.tags.get(_SENT_TAG, "0")
+        held = int(text) if text.isdecimal() else 0
+        if held < self._state.sent_bytes:
+            self._say(f"holds less of {METRICS_LOG} than was sent to it; the rest is sent again")
+            self._state.artifacts = dict.fromkeys(self._state.artifacts, "")
+            self._state.sent_bytes = held
+        elif held <= (self._run_dir / METRICS_LOG).stat().st_size:  # the state file may be the older one
+            self._state.sent_bytes = held
+
+    def _describe(self, run: Any) -> None:
+        """Log new parameters, tags and datasets. MLflow refuses a changed parameter, so a tag records the change."""
+        from mlflow.entities import Param, RunTag
+
+        run_id, data = self._state.run_id, run.data
+        wanted = run_metadata.parameters(self._config)
+        parameters = [Param(name, value) for name, value in wanted.items() if name not in data.params]
+        tags = {"attempt": str(self._state.attempt), "mlflow.runName": self._run_name()}
+        tags |= run_metadata.environment_tags() | run_metadata.attempt_tags(read_attempts(self._run_dir))
+        tags |= run_metadata.placement_tags(self._config, data.tags) | self._state.tags
+        tags |= run_metadata.chosen_tags(self._config)
+        if self._state.copied_from:
+            tags["copied_from"] = self._state.copied_from
+        changed = run_metadata.changed_parameters(data.params, wanted)
+        if changed or "config.changed" in data.tags:
+            tags["config.changed"] = changed
+        entries = [
+            RunTag(_allowed_name(key), str(value)[: run_metadata.TAG_CHARACTERS]) for key, value in tags.items()
+        ]
+        for start in range(0, len(parameters), _ENTRIES_PER_BATCH):
+            self._client.log_batch(run_id, params=parameters[start : start + _ENTRIES_PER_BATCH])
+        for start in range(0, len(entries), _ENTRIES_PER_BATCH):
+            self._client.log_batch(run_id, tags=entries[start : start + _ENTRIES_PER_BATCH])
+        self._log_datasets(run)
+
+    def _log_datasets(self, run: Any) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        known = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs}
+        inputs = []
+        for context, facts in self._state.datasets.items():
+            name, digest = facts["name"], facts["digest"]
+            if (name, digest) not in known:
+                source = json.dumps({"uri": facts["source"]})
+                dataset = Dataset(name, digest, "local", source, profile=json.dumps({"what": facts["profile"]}))
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        if inputs:
+            self._client.log_inputs(self._state.run_id, inputs)
+
+    def _log(self, metrics: list[Any], tags: list[Any]) -> None:
+        try:
+            self._client.log_batch(self._state.run_id, metrics=metrics, tags=tags)
+        except Exception as error:
+            if not is_refusal(error) or self._run_is_deleted() or not metrics:
+                raise
+            # A metric that MLflow will never accept must not hold up all that follow.
+            if len(metrics) > 1:
+                middle = len(metrics) // 2
+                self._log(metrics[:middle], [])
+                self._log(metrics[middle:], tags)
+                return
+            if metrics[0].key not in self._refused:
+                self._refused.add(metrics[0].key)
+                self._say(
+                    f"refuses metric {metrics[0].key!r} ({self.explain(error).reason}); it stays in {METRICS_LOG}"
+                )
+            self._log([], tags)
+
+    def _run_is_deleted(self) -> bool:
+        try:
+            return bool(self._client.get_run(self._state.run_id).info.lifecycle_stage == "deleted")
+        except Exception:
+            return False
+
+
+def _allowed_name(name: str) -> str:
+    """Return a name that MLflow accepts: letters and digits of any script, and `_-. :/`, at most 250 characters."""
+    return re.sub(r"[^/\w.\- :]", "_", name)[:NAME_CHARACTERS].strip("/ ") or "_"
+
+
+def _short_layout(layout: str) -> str:
+    """Return the axes of a layout that are in use, such as `tensor 2 data 4`; `1 rank` if none is."""
+    axes = [part.split("=") for part in layout.split() if not part.startswith("zero")]
+    return " ".join(f"{name} {size}" for name, size in axes if size != "1") or "1 rank"
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _ours(tags: dict[str, str]) -> bool:
+    """Return whether nobody else has written the description."""
+    return not tags.get(_NOTE) or tags.get(_NOTE_TAG) == _fingerprint(tags[_NOTE])

@@ -1,0 +1,83 @@
+"""What MLflow says of a run in words: its description, kept current from the run folder. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from biroute.launcher.attempts.journal import Attempt, read_attempts
+from biroute.launcher.attempts.run_files import CHECKPOINTS, METRICS_LOG
+from biroute.launcher.track.metrics_log import scan
+from biroute.launcher.track.progress_line import duration, with_prefix
+from biroute.parallel.checkpoint.files import list_checkpoints
+
+_STEP_SECONDS, _TOKENS = "time/step_seconds", "progress/tokens"
+_HELDOUT = (("heldout/bits_per_byte", "bits per byte"), ("heldout/loss", "nats per token"))
+
+
+class RunSummary:
+    """Follows a run's metrics log and sums up what has become of the run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._read_bytes = 0
+        self._last_step = 0
+        self.useful_seconds = 0.0  # of steps that are part of the run; a step that was repeated counts once
+        self.latest: dict[str, tuple[int, float]] = {}  # metric -> step, value
+
+    def follow(self) -> None:
+        """Take in what the metrics log has got since the last call."""
+        for point, end in scan(self._run_dir / METRICS_LOG, self._read_bytes):
+            self._read_bytes = end
+            if point is None:
+                continue
+            self.latest |= {name: (point.step, value) for name, value in point.metrics.items()}
+            if _STEP_SECONDS in point.metrics and point.step > self._last_step:
+                self.useful_seconds += point.metrics[_STEP_SECONDS] * (point.step - self._last_step)
+                self._last_step = point.step
+
+    def goodput(self, attempts: Sequence[Attempt]) -> float | None:
+        """Return the share of the wall time of all attempts that was spent in useful steps; None before the first."""
+        wall = sum((attempt.ended or time.time()) - attempt.began for attempt in attempts)
+        return min(1.0, self.useful_seconds / wall) if wall > 0 and self.useful_seconds else None
+
+    def note(self, headline: str, steps: int) -> str:
+        """Return the description of the run in Markdown; `headline` says what is trained, `steps` until when."""
+        attempts = read_attempts(self._run_dir)
+        rows = [("progress", self._progress(steps)), ("held-out", self.heldout())]
+        rows += [("speed", self._speed(attempts)), ("newest checkpoint", self._checkpoint())]
+        if attempts:
+            last = attempts[-1]
+            rows.append(("attempts", f"{len(attempts)}; the last one: {last.cause or 'running'}"))
+        rows.append(("run folder", f"`{self._run_dir.absolute()}`"))
+        lines = [headline, "", "| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows if text)]
+        return "\n".join(lines)
+
+    def heldout(self) -> str:
+        """Return the newest held-out value in words; "" before the first evaluation."""
+        for name, unit in _HELDOUT:
+            if name in self.latest:
+                step, value = self.latest[name]
+                return f"{value:.4f} {unit} at step {step:,}"
+        return ""
+
+    def _progress(self, steps: int) -> str:
+        if _TOKENS not in self.latest:
+            return ""
+        step, tokens = self.latest[_TOKENS]
+        return f"step {step:,} of {steps:,}, {with_prefix(tokens)} tokens"
+
+    def _speed(self, attempts: Sequence[Attempt]) -> str:
+        share = self.goodput(attempts)
+        if share is None or _TOKENS not in self.latest:
+            return ""
+        _, tokens = self.latest[_TOKENS]
+        return (
+            f"{with_prefix(tokens / self.useful_seconds)} tokens/s in the mean of all steps; {share:.0%} of the time "
+            f"of all attempts ({duration(self.useful_seconds)}) went into them"
+        )
+
+    def _checkpoint(self) -> str:
+        found = list_checkpoints(self._run_dir / CHECKPOINTS)
+        return f"`{found[0].absolute()}`" if found else ""

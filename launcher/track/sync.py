@@ -1,0 +1,99 @@
+"""Send to MLflow what a run that no longer trains has in its folder (`biroute track sync`). No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, UsageError
+from biroute.configs.load import load_config
+from biroute.configs.messages import without_password
+from biroute.launcher.attempts.failures import read_heartbeats
+from biroute.launcher.attempts.journal import NO_END, Attempt, read_attempts
+from biroute.launcher.attempts.run_files import CONFIG, LOGS, METRICS_LOG, UPLOAD_STATE, log_dir
+from biroute.launcher.track.artifact_uploader import send_artifacts
+from biroute.launcher.track.mlflow_client import keep_library_logs, prepare_mlflow
+from biroute.launcher.track.mlflow_run import MlflowRun
+from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.uploader import next_batch, values_after
+from biroute.launcher.track.uri import experiment_name, tracking_uri
+
+_CALL_SECONDS = 60.0  # nothing else waits for the answers
+_ALIVE_SECONDS = 120.0  # since a heartbeat; ranks write one every few seconds
+_PER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What was sent, and where people see the run."""
+
+    values: int
+    files: int
+    page: str
+
+
+def sync_run(run_dir: Path, say: Callable[[str], None]) -> Synced:
+    """Send what MLflow lacks of a run: points, files, description and end. To be repeated as often as one likes.
+
+    Raises:
+        UsageError: the folder holds no run, the run is still training or is not tracked, or MLflow cannot be reached.
+    """
+    config, log = load_config(run_dir / CONFIG), run_dir / METRICS_LOG
+    if not log.exists():
+        raise UsageError(f"{run_dir} has no {METRICS_LOG}; name the folder of a run that has trained")
+    if not config.tracking.enabled:
+        raise UsageError(f"{run_dir}: tracking.enabled is off; switch it on in {run_dir / CONFIG}")
+    attempts = read_attempts(run_dir)
+    if attempts and attempts[-1].ended is None and _is_alive(run_dir, attempts[-1]):
+        raise UsageError(f"{run_dir}: attempt {attempts[-1].number} is training and sends its points itself")
+    uri = tracking_uri(config, run_dir)
+    target = f"{without_password(uri)} {experiment_name(config)}"
+    state = TrackingState.load(run_dir / UPLOAD_STATE, target, log.stat().st_size, say)
+    prepare_mlflow(uri, max(_CALL_SECONDS, config.tracking.timeout_seconds))
+    keep_library_logs(run_dir / LOGS / "mlflow-sync.log")
+    run = MlflowRun(config, run_dir, uri, state, say, training=False)
+    try:
+        run.connect()
+        values = _send_points(log, state, run)
+        files = send_artifacts(run_dir.absolute(), state, run)
+        run.update_note()
+        if (end := state.end or _end_of(attempts)) is not None:
+            run.terminate(*end)
+        state.end = None
+        state.save()
+    except Exception as error:
+        raise UsageError(
+            f"{run_dir}: MLflow ({without_password(uri)}): {run.explain(error).reason}; "
+            f"{values_after(log, state.sent_bytes)} values wait: run the same command again"
+        ) from error
+    return Synced(values, files, run.page)
+
+
+def _send_points(log: Path, state: TrackingState, run: MlflowRun) -> int:
+    sent = 0
+    while True:
+        points, end = next_batch(log, state.sent_bytes, _PER_CALL)
+        if end == state.sent_bytes:
+            return sent
+        run.log_points(points, end)
+        state.sent_bytes = end
+        state.save()
+        sent += sum(len(point.metrics) for point in points)
+
+
+def _is_alive(run_dir: Path, attempt: Attempt) -> bool:
+    beats = [beat.time for beat in read_heartbeats(log_dir(run_dir, attempt.number))]
+    return time.time() - max(beats, default=attempt.began) < _ALIVE_SECONDS
+
+
+def _end_of(attempts: list[Attempt]) -> tuple[str, int, str] | None:
+    """Return the end that the journal tells, for an attempt that was killed before it could report any."""
+    if not attempts:
+        return None
+    last = attempts[-1]
+    if last.ended is None:
+        return "FAILED", time.time_ns() // 1_000_000, NO_END
+    status = {EXIT_OK: "FINISHED", EXIT_STOPPED: "KILLED"}.get(-1 if last.status is None else last.status, "FAILED")
+    return status, int(1000 * last.ended), last.cause

@@ -1,0 +1,119 @@
+"""What people are told of MLflow's errors: real ones, from a small server that answers like those that users met."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from biroute.launcher.track.mlflow_client import keep_library_logs, open_client, prepare_mlflow
+from biroute.launcher.track.mlflow_errors import Trouble, explain
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the first part of the path names, and a page for people."""
+
+    def do_GET(self) -> None:
+        name = self.path.split("/")[1]
+        if name == "slow":
+            self.server.stopped.wait(10)  # type: ignore[attr-defined]
+        self.send_response(int(name) if name.isdigit() else 200)
+        self.end_headers()
+        self.wfile.write(b"<html>Sign in</html>")
+
+    do_POST = do_GET  # noqa: N815  # the name that http.server calls
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    found.stopped = threading.Event()  # type: ignore[attr-defined]
+    found.handle_error = lambda *_: None  # type: ignore[method-assign,assignment]  # of a client that is gone
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{found.server_port}"
+    found.stopped.set()  # type: ignore[attr-defined]
+    found.shutdown()
+
+
+def trouble_at(uri: str, tmp_path: Path) -> Trouble:
+    prepare_mlflow(uri, 1.0)
+    keep_library_logs(tmp_path / "mlflow.log")
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # of any kind
+        open_client(uri, anew=True)
+    found = explain(caught.value, uri)
+    assert "\n" not in found.reason and len(found.reason) <= 300
+    return found
+
+
+@pytest.mark.parametrize(
+    ("uri", "words", "permanent"),
+    [
+        ("http://{}/401", "refuses the user or password (401); set MLFLOW_TRACKING_USERNAME and", True),
+        ("http://{}/403", "refuses the user or password (403)", True),
+        ("http://{}/404", "there is no MLflow at this address (404); correct the path", True),
+        ("http://{}/413", "takes no file of this size (413)", True),
+        ("http://{}/login", "something else than MLflow answers, such as a sign-in page", True),
+        ("https://{}", "no TLS connection (WRONG_VERSION_NUMBER); if it speaks plain HTTP, write http://", True),
+        ("http://{}/500", "answers 500", False),
+        ("http://{}/503", "answers 503", False),
+        ("http://{}/429", "answers 429", False),
+        ("http://{}/slow", "timed out after 1 s", False),
+        ("http://127.0.0.1:1", "Connection refused", False),
+        ("http://no-such-host.invalid", "not known", False),
+    ],
+)
+def test_what_a_server_answers(uri: str, words: str, permanent: bool, server: str, tmp_path: Path) -> None:
+    found = trouble_at(uri.format(server), tmp_path)
+    assert words in found.reason
+    assert found.permanent == permanent
+    assert found.timed_out == ("timed out" in words)
+
+
+def test_a_proxy_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    reason = trouble_at("http://mlflow.example/x", tmp_path).reason
+    assert "the proxy http://me:***@127.0.0.1:1 of HTTP_PROXY does not answer" in reason
+    assert "NO_PROXY=mlflow.example" in reason
+
+
+def test_a_variable_that_mlflow_cannot_use_is_named(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "perhaps")
+    found = trouble_at(f"http://{server}/login", tmp_path)
+    assert "environment variable MLFLOW_TRACKING_INSECURE_TLS" in found.reason and "perhaps" in found.reason
+    assert found.permanent
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("0584bdc529eb", "made by an older version than MLflow"),
+        ("f00dfeedbeef", "made by a newer version than MLflow"),
+    ],
+)
+def test_a_database_of_another_version(version: str, words: str, mlflow_database: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(mlflow_database.read_bytes())
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (version,))
+    database.close()
+    found = trouble_at(f"sqlite:///{path}", tmp_path)
+    assert words in found.reason and found.permanent
+    assert ("mlflow db upgrade" in found.reason) == ("older" in words)
+
+
+def test_a_full_disk_of_ours_is_not_blamed_on_the_server() -> None:
+    error = RuntimeError("while saving")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "/runs/x/tracking_state.json")
+    found = explain(error, "http://server")
+    assert found.reason == "/runs/x/tracking_state.json: No space left on device" and not found.permanent

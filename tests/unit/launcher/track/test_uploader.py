@@ -1,0 +1,175 @@
+"""The rhythm of the uploader, against destinations that are slow, that refuse, or that never answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from biroute.launcher.track import uploader as module
+from biroute.launcher.track.metrics_log import MetricsLog, Point
+from biroute.launcher.track.mlflow_errors import Trouble
+from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.uploader import Uploader
+
+STEPS = 400
+END = ("FINISHED", 1, "")
+
+
+class Store:
+    """Keeps what it is sent; `limit` may raise at each call."""
+
+    page = "the page"
+
+    def __init__(self, limit: Callable[[str, int], None] = lambda call, size: None) -> None:
+        self.points: dict[tuple[int, str], float] = {}
+        self.files: list[Path] = []
+        self.ended: list[str] = []
+        self.calls = 0
+        self.timeout = 5.0
+        self._limit = limit
+
+    def _call(self, name: str, size: int = 0) -> None:
+        self.calls += 1
+        self._limit(name, size)
+
+    def connect(self) -> None:
+        self._call("connect")
+
+    def log_points(self, points: list[Point], end_byte: int) -> None:
+        self._call("points", len(points))
+        self.points |= {(point.step, name): value for point in points for name, value in point.metrics.items()}
+
+    def log_artifact(self, path: Path) -> None:
+        self._call("file")
+        self.files.append(path)
+
+    def update_note(self) -> None:
+        self._call("note")
+
+    def terminate(self, status: str, end_ms: int, cause: str) -> None:
+        self._call("end")
+        self.ended.append(status)
+
+    def lost_run(self, error: Exception) -> bool:
+        return False
+
+    def explain(self, error: Exception) -> Trouble:
+        return Trouble(str(error), isinstance(error, PermissionError), isinstance(error, TimeoutError))
+
+    def set_timeout(self, seconds: float) -> None:
+        self.timeout = seconds
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pauses of an outage, a hundred times shorter."""
+    for name in ("_SEND_SECONDS", "_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS", "_PERMANENT_PAUSE_SECONDS"):
+        monkeypatch.setattr(module, name, getattr(module, name) / 100)
+
+
+def begin(tmp_path: Path, store: Any, *, timeout: float = 5.0) -> tuple[Uploader, list[str]]:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, STEPS + 1):
+        log.append(step, {"a": 1.0 / step, "b": 2.0})
+    state = TrackingState(tmp_path / "tracking_state.json", "store experiment")
+    said: list[str] = []
+    uploader = Uploader(log.path, state, store, said.append, timeout_seconds=timeout)
+    return uploader, said
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_slow_server_gets_smaller_calls_and_more_time(tmp_path: Path) -> None:
+    """Each call needs a tenth of a second for a point, against a time-out of 5 s: not one of 400 fits at first."""
+
+    def slow(call: str, size: int) -> None:
+        if size * 0.1 > store.timeout:
+            raise TimeoutError("timed out")
+
+    store = Store(slow)
+    uploader, said = begin(tmp_path, store)
+    uploader.start()
+    until(lambda: len(store.points) == 2 * STEPS)
+    assert store.timeout > 5.0 and store.calls < 20
+    uploader.finish(END, 20)
+    assert store.ended == ["FINISHED"]
+    assert "timed out (tracking.timeout_seconds=5; calls now wait up to 20 s); training continues" in said[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_only_a_person_can_mend_is_said_at_once_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_REMIND_SECONDS", 0.5)
+
+    def refuse(call: str, size: int) -> None:
+        raise PermissionError("wrong password")
+
+    store = Store(refuse)
+    uploader, said = begin(tmp_path, store)
+    uploader.start()
+    until(lambda: bool(said))
+    assert store.calls == 1 and "wrong password; training continues, 800 values wait in" in said[0]
+    until(lambda: len(said) == 2)
+    assert store.calls < 5 and "wrong password" in said[1]
+    start = time.monotonic()
+    uploader.finish(END, 30)
+    assert time.monotonic() - start < 5  # it has never answered, so it is not waited for
+    assert said[-1].startswith("800 values and the end of the run are not sent (wrong password)")
+    assert f"biroute track sync {tmp_path}" in said[-1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_is_refused_delays_no_metric_and_is_named(tmp_path: Path) -> None:
+    def refuse(call: str, size: int) -> None:
+        if call == "file":
+            raise RuntimeError("API request failed with error code 413 != 200")
+
+    store = Store(refuse)
+    uploader, said = begin(tmp_path, store)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"x")
+    uploader.add_artifact(picture)
+    uploader.start()
+    until(lambda: bool(said))
+    until(lambda: len(store.points) == 2 * STEPS)
+    calls = store.calls
+    start = time.monotonic()
+    uploader.finish(END, 30)
+    assert time.monotonic() - start < 5 and store.calls <= calls + 4  # the file is not tried again
+    assert store.ended == ["FINISHED"]
+    assert f"refuses the file {picture}" in said[0] and "metrics are not affected" in said[0]
+    assert said[1:] == ["all is sent: the page"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_is_good_only_now_and_then_gets_everything(tmp_path: Path) -> None:
+    def flicker(call: str, size: int) -> None:
+        if store.calls % 8 < 5:
+            raise ConnectionError("refused")
+
+    store = Store(flicker)
+    uploader, _ = begin(tmp_path, store)
+    uploader.start()
+    until(lambda: len(store.points) == 2 * STEPS)
+    uploader.finish(END, 20)
+    assert store.ended == ["FINISHED"]
+
+
+def test_no_pause_is_longer_than_ten_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploader, _ = begin(tmp_path, Store())
+    pauses: list[float] = []
+    monkeypatch.setattr(uploader._closing, "wait", pauses.append)
+    for _ in range(50):
+        uploader._fail(ConnectionError("refused"))
+    assert max(pauses) <= 12.5 and len(set(pauses)) == 50  # with jitter, so that runs do not come back together
