@@ -15,6 +15,7 @@ from pathlib import Path
 from biroute.configs.errors import UsageError
 
 TIMEOUT_SECONDS = 30.0
+LOOK_SECONDS = 10.0  # for what a command can do without
 SUBMIT_SECONDS = 120.0  # a busy controller may take long, and what it does then is not undone
 UNCLEAR_PAUSES = (1.0, 4.0, 10.0)  # seconds between looks for a job whose submission had no clear answer
 _UNCLEAR = re.compile(
@@ -35,6 +36,8 @@ class Job:
     reason: str = ""  # why it is pending
     nodes: str = ""
     exit_code: str = ""
+    submitted: str = ""  # local time, such as 2026-11-27T17:30:00
+    begins: str = ""  # when it began, or is expected to; "" if Slurm does not say
 
     @property
     def live(self) -> bool:
@@ -111,33 +114,51 @@ def largest_partition(partitions: str | None) -> tuple[str, int] | None:
     return max(sizes.items(), key=lambda size: size[1], default=None)
 
 
-def queue(job_ids: Sequence[str] = ()) -> list[Job]:
+def queue(job_ids: Sequence[str] = (), seconds: float | None = None) -> list[Job]:
     """Return all jobs of this user that are queued or running; or with `job_ids` those of them, whoever's they are.
 
     Raises:
-        UsageError: Slurm is not available or does not answer.
+        UsageError: Slurm is not available, or does not answer within `seconds`.
     """
-    fields = ["%i", "%T", "%L", "%r", "%N", "%o"]
+    fields = ["%i", "%T", "%L", "%r", "%N", "%V", "%S", "%o"]
     which = [f"--jobs={','.join(job_ids)}"] if job_ids else ["--me"]
-    answer = _call(["squeue", "--noheader", *which, "--format", _SEPARATOR.join(fields)])
+    command = ["squeue", "--noheader", *which, "--format", _SEPARATOR.join(fields)]
+    try:
+        answer = _call(command, seconds=seconds)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"squeue gave no answer in {seconds:g} s") from None
     if job_ids and "Invalid job id" in answer.stderr:  # Slurm has forgotten all of them
         return []
     if answer.returncode != 0:
         raise UsageError(f"squeue fails: {_said(answer)}")
     jobs = []
     for line in answer.stdout.splitlines():
-        job_id, state, time_left, reason, nodes, command = line.split(_SEPARATOR, 5)
-        jobs.append(Job(job_id, state, _script(command), time_left, reason, nodes))
+        job_id, state, time_left, reason, nodes, submitted, begins, script = line.split(_SEPARATOR, 7)
+        begins = begins if begins[:1].isdigit() else ""  # N/A
+        jobs.append(Job(job_id, state, _script(script), time_left, reason, nodes, "", submitted, begins))
     return jobs
 
 
 def find_job(job_id: str) -> Job | None:
     """Look a job up in the controller, then in the accounting database if there is one; None if neither knows it."""
     answer = _call(["scontrol", "show", "job", "-o", job_id])
-    if answer.returncode == 0 and (found := re.search(r"\bJobState=(\S+)", answer.stdout)):
+    if answer.returncode == 0 and (state := _field(answer.stdout, "JobState")):
         command = re.search(r" Command=(.*?) WorkDir=", answer.stdout)
-        return Job(job_id, found.group(1), _script(command.group(1)) if command else None)
+        return Job(
+            job_id,
+            state,
+            _script(command.group(1)) if command else None,
+            reason=_field(answer.stdout, "Reason"),
+            nodes=_field(answer.stdout, "NodeList").replace("(null)", ""),
+            exit_code=_field(answer.stdout, "ExitCode"),
+        )
     return next(iter(past_jobs([job_id])), None)
+
+
+def _field(shown: str, name: str) -> str:
+    """Return a field of what `scontrol show job` says; "" if it is not there."""
+    found = re.search(rf"\b{name}=(\S+)", shown)
+    return found.group(1) if found else ""
 
 
 def past_jobs(job_ids: Sequence[str]) -> list[Job]:
@@ -147,8 +168,8 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     fields = "JobIDRaw,State,ExitCode,NodeList,SubmitLine"
     command = ["sacct", "-X", "-n", "-P", "--delimiter", _SEPARATOR, "-j", ",".join(job_ids), "-o", fields]
     try:
-        answer = _call(command)
-    except UsageError:
+        answer = _call(command, seconds=LOOK_SECONDS)
+    except (UsageError, subprocess.TimeoutExpired):
         return []
     jobs = []
     for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
@@ -162,8 +183,8 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
 def expected_start(job_id: str) -> str:
     """Return when Slurm expects a queued job to begin, such as 2026-11-27T17:30:00; "" if it does not say."""
     try:
-        answer = _call(["squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S"])
-    except UsageError:
+        answer = _call(["squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S"], seconds=LOOK_SECONDS)
+    except (UsageError, subprocess.TimeoutExpired):
         return ""
     found = answer.stdout.strip() if answer.returncode == 0 else ""
     return found if found[:1].isdigit() else ""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,35 +95,64 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
     echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
 
 
-def status(targets: Targets = None, as_json: AsJson = False) -> None:
+def status(
+    targets: Targets = None,
+    as_json: AsJson = False,
+    state: Annotated[
+        str, typer.Option(metavar="STATE,...", help="only runs in these states, such as running,queued")
+    ] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
+    every: Annotated[float, typer.Option(min=2.0, help="seconds between two looks of --watch")] = 10.0,
+) -> None:
     """Show runs: state, step, tokens per second, time left, jobs, and why each attempt ended.
 
     Example: biroute status runs/demo
 
-    Without an argument, it shows all runs that have jobs and those in ./runs.
+    Named runs are shown in full. Without an argument there is a table, newest first, of all runs that have jobs and
+    those in ./runs.
     """
-    from biroute.slurm.run_folder import find_run, known_runs
-    from biroute.slurm.status import format_status, status_of
+    states = [word for word in state.split(",") if word]
+    if not watch:
+        _show_status(targets or [], as_json, states)
+        return
+    try:
+        while True:
+            if sys.stdout.isatty():
+                print("\x1b[2J\x1b[H", end="")  # clear the screen
+            echo(f"{time.strftime('%F %T')}, again every {every:g} s")
+            _show_status(targets or [], as_json, states)
+            time.sleep(every)
+    except KeyboardInterrupt:
+        echo("")
 
-    runs = [find_run(target) for target in targets] if targets else known_runs()
+
+def _show_status(targets: list[str], as_json: bool, states: list[str]) -> None:
+    from biroute.slurm.run_folder import find_run, known_runs
+    from biroute.slurm.status import among, survey
+    from biroute.slurm.status_text import format_status, format_table
+
+    among([], states)  # a state that there is not, said before Slurm is asked
     queue = _queue()
-    found, unreadable = [], []
-    for run in runs:
-        try:
-            found.append(status_of(run, queue))
-        except (OSError, UsageError) as error:  # one bad folder must not hide the others
-            unreadable.append(f"run {run.name}: {run.path} cannot be read ({' '.join(str(error).split())})")
+    runs = [find_run(target) for target in targets] if targets else known_runs(queue)
+    found, unreadable = survey(runs, queue)
+    found = among(found, states)
     if as_json:
         echo(json.dumps([one.as_json() for one in found]))
-    else:
+    elif targets:
         for one in found:
             echo(format_status(one))
+    elif found:
+        echo(format_table(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for line in unreadable:
         echo(line, err=True)
     if not runs:
         echo(
             "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
         )
+    elif not found and not unreadable:
+        echo(f"none of {len(runs)} runs is {' or '.join(states)}")
+    if queue is None and shutil.which("squeue") is not None:
+        echo("Slurm does not answer, so jobs are not shown", err=True)
 
 
 def logs(
@@ -183,7 +215,7 @@ def _queue() -> list[Job] | None:
     from biroute.slurm import client
 
     try:
-        return client.queue()
+        return client.queue(seconds=client.LOOK_SECONDS)
     except UsageError:
         return None
 

@@ -13,6 +13,7 @@ from biroute.launcher.attempts.failures import format_first_failure, log_file
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import LOGS, log_dir
 from biroute.slurm import client
+from biroute.slurm.reasons import in_words
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 
@@ -76,8 +77,9 @@ def _waiting(run: RunFolder) -> str:
     """Say what a run without an attempt waits for; "" if it has no job."""
     with contextlib.suppress(UsageError):
         for job in run.jobs():
-            why = f" ({job.reason})" if job.reason not in ("", "None") else ""
-            return f"job {job.job_id} is {job.state.lower()}{why}; nothing is printed before it begins"
+            why = f": {in_words(job.reason, job.job_id)}" if job.reason else ""
+            begins = f", expected to begin {job.begins}" if job.begins else ""
+            return f"job {job.job_id} is {job.state.lower()}{why}{begins}; nothing is printed before it begins"
     return ""
 
 

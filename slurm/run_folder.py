@@ -141,11 +141,10 @@ def find_run(target: str) -> RunFolder:
     raise UsageError(f"{target}: no such run folder, configuration or job; `biroute status` lists the runs")
 
 
-def known_runs() -> list[RunFolder]:
-    """Return the runs of this user's jobs and those in ./runs; without Slurm, only the latter."""
+def known_runs(queue: list[client.Job] | None) -> list[RunFolder]:
+    """Return the runs of this user's jobs, `queue`, and those in ./runs; without Slurm (None), only the latter."""
     found = {folder.resolve() for folder in _RUNS.glob("*/") if is_run(folder)}
-    with contextlib.suppress(UsageError):
-        found |= {run for job in client.queue() if (run := _run_of_script(job.script)) is not None}
+    found |= {run for job in queue or [] if (run := _run_of_script(job.script)) is not None}
     return [RunFolder(path) for path in sorted(found)]
 
 

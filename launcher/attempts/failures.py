@@ -139,6 +139,12 @@ def read_heartbeats(logs: Path) -> list[Heartbeat]:
     return sorted(_read_all(logs / "ranks", Heartbeat), key=lambda heartbeat: heartbeat.rank)
 
 
+def seconds_since_heartbeat(logs: Path) -> float | None:
+    """Return how long ago any rank of the attempt showed a sign of life; None if none ever has."""
+    times = [heartbeat.time for heartbeat in read_heartbeats(logs)]
+    return time.time() - max(times) if times else None
+
+
 def last_step(logs: Path) -> int | None:
     """Return the last step that any rank is known to have reached; None before the first."""
     steps = [heartbeat.step for heartbeat in read_heartbeats(logs)] + [

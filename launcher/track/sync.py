@@ -10,7 +10,7 @@ from pathlib import Path
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from biroute.configs.load import load_config
 from biroute.configs.messages import without_password
-from biroute.launcher.attempts.failures import read_heartbeats
+from biroute.launcher.attempts.failures import seconds_since_heartbeat
 from biroute.launcher.attempts.journal import NO_END, Attempt, read_attempts
 from biroute.launcher.attempts.run_files import CONFIG, LOGS, METRICS_LOG, UPLOAD_STATE, log_dir
 from biroute.launcher.track.artifact_uploader import send_artifacts
@@ -84,8 +84,8 @@ def _send_points(log: Path, state: TrackingState, run: MlflowRun) -> int:
 
 
 def _is_alive(run_dir: Path, attempt: Attempt) -> bool:
-    beats = [beat.time for beat in read_heartbeats(log_dir(run_dir, attempt.number))]
-    return time.time() - max(beats, default=attempt.began) < _ALIVE_SECONDS
+    silent = seconds_since_heartbeat(log_dir(run_dir, attempt.number))
+    return (time.time() - attempt.began if silent is None else silent) < _ALIVE_SECONDS
 
 
 def _end_of(attempts: list[Attempt]) -> tuple[str, int, str] | None:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from biroute.slurm.client import Job
 from biroute.slurm.control import cancel_run, resume_run
 from biroute.slurm.logs import follow_logs, format_logs
 from biroute.slurm.run_folder import RunFolder, find_run
-from biroute.slurm.status import format_status, run_state, status_of
+from biroute.slurm.status import among, run_state, status_of, survey
+from biroute.slurm.status_text import format_status, format_table
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
 
@@ -57,6 +59,45 @@ OVER = {"ended": 1.0, "status": 1, "cause": "rank 3 died"}
 )
 def test_state_of_a_run(live: list[Job] | None, attempts: list[Attempt], cancelled: bool, state: str) -> None:
     assert run_state(live, attempts, cancelled=cancelled)[0] == state
+
+
+@pytest.mark.parametrize(
+    ("attempts", "job", "state", "words"),
+    [
+        ([], Job("7", "CANCELLED"), "cancelled", "job 7 ended as CANCELLED"),
+        ([], Job("7", "FAILED", exit_code="0:53", nodes="n2"), "failed", "FAILED, exit code 0:53 on n2, before its"),
+        ([attempt()], Job("7", "CANCELLED by 0"), "cancelled", "`biroute resume` continues it"),
+        ([attempt()], Job("7", "NODE_FAIL", nodes="n1"), "lost", "job 7 ended as NODE_FAIL on n1 without recording"),
+        ([attempt(**OVER, decision="requeue")], Job("7", "FAILED"), "lost", "but was not (job 7 ended as FAILED)"),
+        ([attempt(**OVER, decision="stop")], Job("7", "FAILED"), "stopped", "rank 3 died"),
+    ],
+)
+def test_what_slurm_says_of_a_job_that_is_gone(attempts: list[Attempt], job: Job, state: str, words: str) -> None:
+    found, reason = run_state([], attempts, cancelled=False, last_job=job)
+    assert found == state and words in reason
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("Resources", "waits for free nodes (Resources)"),
+        ("Priority", "other jobs are before it (Priority)"),
+        ("None", "Slurm has not looked at it yet"),
+        ("JobHeldUser", "held by its user: `scontrol release 7`; it does not begin by itself (JobHeldUser)"),
+        ("launch failed requeued held", "Slurm could not start it and holds it: `scontrol release 7`; it does not"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "nodes that it needs are down, reserved or in maintenance (Req"),
+        ("(PartitionTimeLimit)", "asks for more time than its partition allows; it does not begin by itself"),
+        ("QOSMaxWallDurationPerJobLimit", "asks for more than its account or QOS allows a job; it does not begin"),
+        ("QOSMaxJobsPerUserLimit", "a limit of its account or QOS is used up (QOSMaxJobsPerUserLimit)"),
+        ("AssocGrpCPUMinutesLimit", "a limit of its account or QOS is used up (AssocGrpCPUMinutesLimit)"),
+        ("SomethingNew", "SomethingNew"),
+    ],
+)
+def test_a_reason_of_slurm_in_words(reason: str, words: str) -> None:
+    pending = Job("7", "PENDING", reason=reason, begins="2026-11-27T17:30:00")
+    state, told = run_state([pending], [], cancelled=False)
+    assert state == "queued" and told.startswith(words)
+    assert told.endswith(", expected to begin 2026-11-27T17:30:00")
 
 
 @pytest.fixture
@@ -196,6 +237,59 @@ def test_one_unreadable_run_does_not_hide_the_others(
     assert f"run broken: {other} cannot be read" in shown.err
 
 
+def test_a_table_of_runs_newest_first(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+    monkeypatch.setattr(client, "past_jobs", lambda ids: asked.append(ids) or [Job(ids[0], "FAILED", nodes="n2")])
+    folders = []
+    for number, name in enumerate(("old", "older")):
+        folder = tmp_path / "runs" / name
+        (folder / "submission").mkdir(parents=True)
+        (folder / "submission" / "jobs.jsonl").write_text(f'{{"job_id": "{number + 1}"}}\n')
+        os.utime(folder, (1e9 - number, 1e9 - number))
+        folders.append(RunFolder(folder))
+    queue = [Job("7", "RUNNING", run.script)]
+    found, unreadable = survey([folders[1], run, folders[0]], queue)
+    assert asked == [["2", "1"]] and unreadable == []  # one question for all
+    assert [status.run for status in found] == ["large", "old", "older"]
+    head, first, second, third = format_table(found).splitlines()
+    assert head.split() == ["RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "JOB", "SINCE", "WHY"]
+    assert first.split()[:6] == ["large", "running", "12/40", "12.3k", "1:10", "7"]
+    assert second.split()[:2] == ["old", "lost"] and "none has begun" in second
+    assert third.split()[:3] == ["older", "failed", "2"] and "that node may not see the run folder" in third
+    assert all(len(line) <= 60 for line in format_table(found, 60).splitlines())
+    assert [status.run for status in among(found, ["running", "queued"])] == ["large"]
+    with pytest.raises(UsageError, match=r"--state runing: no such state; choose of queued, starting, running"):
+        among(found, ["runing"])
+
+
+def test_a_local_run_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
+    number = begin_attempt(tmp_path, nodes=["n1"], world_size=1)
+    beat = Heartbeat(0, "n1", 1, time.time(), 3, "training")
+    write_heartbeat(log_dir(tmp_path, number), beat)
+    assert status_of(RunFolder(tmp_path), None).state == "running"
+    write_heartbeat(log_dir(tmp_path, number), replace(beat, time=time.time() - 600))
+    found = status_of(RunFolder(tmp_path), None)
+    assert found.state == "lost" and "no sign of life for 10:00" in found.reason
+
+
+def test_slurm_that_hangs_does_not_hold_up_what_is_known_without_it(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from biroute.slurm.commands import status
+
+    for name in ("squeue", "sacct", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 60\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(client, "LOOK_SECONDS", 0.3)
+    start = time.monotonic()
+    status([str(run.path)])
+    assert time.monotonic() - start < 10
+    shown = capsys.readouterr()
+    assert "run large: unknown (Slurm does not answer here)" in shown.out and "step 12 of 40" in shown.out
+    assert "Slurm does not answer" in shown.err
+
+
 def test_a_running_run_of_somebody_else_is_asked_for_by_its_jobs(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +320,8 @@ def test_following_a_queued_run_says_what_it_waits_for(tmp_path: Path, monkeypat
     (tmp_path / "submission" / "jobs.jsonl").write_text('{"job_id": "9"}\n')
     waiting = [[Job("9", "PENDING", reason="Resources")], []]  # then it is gone
     monkeypatch.setattr(client, "queue", lambda: waiting.pop(0) if waiting else [])
+    monkeypatch.setattr(client, "past_jobs", lambda ids: [])
+    monkeypatch.setattr(client, "find_job", lambda job_id: None)
     said: list[str] = []
     follow_logs(RunFolder(tmp_path), 0, 5, said.append)
-    assert said[0] == "job 9 is pending (Resources); nothing is printed before it begins"
+    assert said[0] == "job 9 is pending: waits for free nodes (Resources); nothing is printed before it begins"
