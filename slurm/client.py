@@ -83,15 +83,23 @@ def _find_submitted(script: Path, why: str) -> str:
 
 
 def test_script(text: str) -> str:
-    """Ask Slurm whether and when it could run the script `text`, and return its answer. Nothing is queued.
+    """Ask Slurm whether and when it could run the script `text`. Nothing is queued.
+
+    Returns:
+        Its answer; "" if it gives no clear one.
 
     Raises:
         UsageError: Slurm is not available or could not run the job.
     """
-    answer = _call(["sbatch", "--test-only"], text)
-    if answer.returncode != 0:
-        raise UsageError(f"Slurm could not run the job: {_said(answer)}")
-    return _said(answer)
+    try:
+        answer = _call(["sbatch", "--test-only"], text, _own_environment(tell=False), LOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return ""
+    if answer.returncode == 0:
+        return _said(answer)
+    if _UNCLEAR.search(answer.stderr):
+        return ""
+    raise UsageError(f"Slurm could not run the job: {_said(answer)}")
 
 
 def largest_partition(partitions: str | None) -> tuple[str, int] | None:
@@ -180,16 +188,6 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def expected_start(job_id: str) -> str:
-    """Return when Slurm expects a queued job to begin, such as 2026-11-27T17:30:00; "" if it does not say."""
-    try:
-        answer = _call(["squeue", "--noheader", "--start", f"--jobs={job_id}", "--format=%S"], seconds=LOOK_SECONDS)
-    except (UsageError, subprocess.TimeoutExpired):
-        return ""
-    found = answer.stdout.strip() if answer.returncode == 0 else ""
-    return found if found[:1].isdigit() else ""
-
-
 def seconds_of(time_limit: str) -> int | None:
     """Convert a time limit in sbatch's format to seconds; None if it is unlimited."""
     if not time_limit[0].isdigit():
@@ -229,15 +227,16 @@ def _check(command: list[str]) -> None:
         raise UsageError(f"{command[0]} fails: {_said(answer)}")
 
 
-def _own_environment() -> dict[str, str]:
+def _own_environment(*, tell: bool = True) -> dict[str, str]:
     """Return this shell's variables without those by which sbatch and srun would override what the script says.
 
     SBATCH_PARTITION would, for example, SLURM_TIMELIMIT ends each step of the job, PYTHONPATH is of another program.
+    With `tell`, those that a user may miss are named.
     """
     kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
     ours = ("SBATCH_", "SLURM_", "SALLOC_", "SRUN_")
     dropped = [name for name in os.environ if name == "PYTHONPATH" or (name.startswith(ours) and name not in kept)]
-    if told := [name for name in dropped if not name.startswith("SLURM_")]:
+    if tell and (told := [name for name in dropped if not name.startswith("SLURM_")]):
         print(f"warning: not passed on to the job: {', '.join(sorted(told))}; the profile decides", file=sys.stderr)
     return {name: value for name, value in os.environ.items() if name not in dropped}
 

@@ -24,11 +24,22 @@ Targets = Annotated[list[str] | None, typer.Argument(metavar=f"{RUN}...", help="
 Target = Annotated[str, typer.Argument(metavar=RUN.strip("[]"), help="the run, named in any of these ways")]
 
 
+Partition = Annotated[str | None, typer.Option("--partition", help="partition; left out: the profile's")]
+TimeLimit = Annotated[str | None, typer.Option("--time", help="time limit, as slurm.time_limit")]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="number of nodes, as slurm.nodes")]
+
+
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
+    partition: Partition = None,
+    time_limit: TimeLimit = None,
+    nodes: Nodes = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print everything that would be written; write and submit nothing")
+        bool, typer.Option("--dry-run", help="check everything and say what would be submitted; write nothing")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="with --dry-run: print all files that would be written")
     ] = False,
     test: Annotated[
         bool, typer.Option("--test", help="ask Slurm whether and when it could run the job; submit nothing")
@@ -43,9 +54,9 @@ def submit(
     the profile.
     """
     from biroute.slurm import client
-    from biroute.slurm.submit import check_request, limit_in_words, prepare, submit_run
+    from biroute.slurm.submit import check_request, prepare, submit_run
 
-    submission = prepare(config, overrides or [], Path.cwd())
+    submission = prepare(config, _with_limits(overrides, time_limit, nodes), Path.cwd(), partition)
     request = submission.request
     answer: dict[str, Any] = {
         "run_id": request.job_name,
@@ -56,28 +67,55 @@ def submit(
     }
     check_request(request)
     if dry_run:
-        _print_dry_run(submission, answer, as_json)
+        _print_dry_run(submission, answer, as_json, verbose)
         return
     if test:
         verdict = client.test_script(submission.script)
+        verdict = verdict or "Slurm gave no clear answer; try again"
         echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
         return
     answer["job_id"] = submit_run(submission)
     if as_json:
         echo(json.dumps(answer))
         return
-    partition, begins = request.profile.partition or "the default partition", client.expected_start(answer["job_id"])
-    begins = f", expected to begin {begins}" if begins else ""
-    echo(
-        f"job {answer['job_id']}, run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, "
-        f"{submission.layout}\n"
-        f"in {partition}, {limit_in_words(request.time_limit)}{begins}\n"
-        f"run folder {request.run_dir}\n"
-        f"follow it with: biroute logs --follow {request.run_dir}"
+    echo(f"job {answer['job_id']}, {_in_words(submission)}")
+    if waits := _why_it_waits(answer["job_id"]):
+        echo(waits)
+    echo(f"follow it with: biroute logs --follow {request.run_dir}")
+
+
+def _with_limits(overrides: list[str] | None, time_limit: str | None, nodes: int | None) -> list[str]:
+    """Add what the options --time and --nodes stand for."""
+    added = [f"slurm.time_limit={time_limit}"] if time_limit is not None else []
+    return [*(overrides or []), *added, *([f"slurm.nodes={nodes}"] if nodes is not None else [])]
+
+
+def _in_words(submission: Submission) -> str:
+    from biroute.slurm.submit import limit_in_words
+
+    request = submission.request
+    partition = f"partition {request.profile.partition}" if request.profile.partition else "the default partition"
+    return (
+        f"run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, {submission.layout}\n"
+        f"in {partition}, {limit_in_words(request.time_limit)}\n"
+        f"run folder {request.run_dir}"
     )
 
 
-def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool) -> None:
+def _why_it_waits(job_id: str) -> str:
+    """Say why a job has not begun and when it may; "" if it has, or if Slurm does not say."""
+    from biroute.slurm import client
+    from biroute.slurm.status import run_state
+
+    try:
+        jobs = client.queue([job_id], seconds=client.LOOK_SECONDS)
+    except UsageError:
+        return ""
+    state, reason = run_state(jobs, [], cancelled=False) if jobs else ("", "")
+    return f"queued: {reason}" if state == "queued" and reason else ""
+
+
+def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool, verbose: bool) -> None:
     from biroute.configs.cluster_profile import dump_profile
     from biroute.configs.load import dump_config
 
@@ -90,9 +128,13 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
     if as_json:
         echo(json.dumps(answer | {"files": files}))
         return
-    for name, text in files.items():
-        echo(f"==> {folder / name} <==\n{text}")
-    echo(f"nothing written, nothing submitted: run {answer['run_id']}, {answer['layout']}")
+    if verbose:
+        for name, text in files.items():
+            echo(f"==> {folder / name} <==\n{text}")
+    echo(_in_words(submission))
+    echo(f"{submission.config.train.steps:,} steps of {submission.config.tokens_per_step:,} tokens")
+    echo("sound: configuration, layout, dataset, newest checkpoint, tracking URI, run folder")
+    echo("nothing written, nothing submitted" + ("" if verbose else "; --verbose shows script and configuration"))
 
 
 def status(
@@ -196,18 +238,28 @@ def cancel(
         echo(line)
 
 
-def resume(target: Target) -> None:
+def resume(
+    target: Target,
+    overrides: Overrides = None,
+    partition: Partition = None,
+    time_limit: TimeLimit = None,
+    nodes: Nodes = None,
+) -> None:
     """Submit a cancelled, stopped or lost run again, from its newest checkpoint.
 
     Example: biroute resume runs/demo
 
-    It submits RUN_DIR/submission/job.sbatch unchanged; to change limits, edit that script or config.yaml next to it.
+    With overrides or options, configuration and script are written anew and the earlier ones kept, in
+    RUN_DIR/submission/earlier; the code stays what was submitted.
     """
     from biroute.slurm.control import resume_run
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
-    echo(f"job {resume_run(run)}, run {run.name}")
+    job_id = resume_run(run, _with_limits(overrides, time_limit, nodes), partition)
+    echo(f"job {job_id}, run {run.name}")
+    if waits := _why_it_waits(job_id):
+        echo(waits)
 
 
 def _queue() -> list[Job] | None:

@@ -1,13 +1,24 @@
-"""Cancel a run (`biroute cancel`) and submit it again (`biroute resume`). No torch."""
+"""Cancel a run (`biroute cancel`) and submit it again (`biroute resume`), perhaps changed. No torch."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+
 from biroute.configs.errors import UsageError
-from biroute.configs.files import create_once
+from biroute.configs.files import create_once, write_atomically
+from biroute.configs.load import load_config, parse_yaml
+from biroute.launcher.attempts.run_files import CONFIG, EARLIER, PROFILE, SCRIPT, SUBMISSION
 from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
-from biroute.slurm.submit import explain_run_dir_errors, record_job
+from biroute.slurm.submit import explain_run_dir_errors, freeze_request, prepare, record_job
 
 
 def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
@@ -42,11 +53,15 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
     return told
 
 
-def resume_run(run: RunFolder) -> str:
-    """Submit the run's script again and return the job's id.
+def resume_run(run: RunFolder, overrides: Sequence[str] = (), partition: str | None = None) -> str:
+    """Submit the run again and return the job's id.
+
+    Without overrides and partition, its script is submitted as it is. With them, configuration and script are written
+    anew, the earlier ones are kept beside them, and the change is recorded; the code stays what it was.
 
     Raises:
-        UsageError: the run is another user's, was never submitted, has a job or is finished, or Slurm refuses.
+        UsageError: the run is another user's, was never submitted, has a job or is finished; an override is not
+            usable; or Slurm refuses.
     """
     run.check_ours("resume")
     if not run.script.exists():
@@ -62,16 +77,67 @@ def resume_run(run: RunFolder) -> str:
         raise UsageError(
             f"run {run.name} has job {jobs[0].job_id}, {jobs[0].state}; wait for its end or `biroute cancel` it"
         )
-    if status_of(run, []).state == "finished":
-        raise UsageError(f"run {run.name} is finished: nothing to resume")
+    changes = [*overrides, *([f"partition={partition}"] if partition is not None else [])]
+    if status_of(run, []).state == "finished" and not changes:
+        raise UsageError(
+            f"run {run.name} is finished: nothing to resume; `biroute resume {run.path} train.steps=N` trains it "
+            "longer"
+        )
+    with _changed(run, overrides, partition) if changes else contextlib.nullcontext():
+        job_id = _submit_again(run)
+    record_job(run.path, job_id, "resume", changes)
+    return job_id
+
+
+def _submit_again(run: RunFolder) -> str:
     marked = run.cancelled_mark.exists()
     with explain_run_dir_errors(run.path):
         run.cancelled_mark.unlink(missing_ok=True)
     try:
-        job_id = client.submit(run.script)
+        return client.submit(run.script)
     except UsageError:
         if marked:
             create_once(run.cancelled_mark, b"")
         raise
-    record_job(run.path, job_id, "resume")
-    return job_id
+
+
+@contextlib.contextmanager
+def _changed(run: RunFolder, overrides: Sequence[str], partition: str | None) -> Iterator[None]:
+    """Write the changed configuration, profile and script; if the body fails, the earlier ones come back."""
+    folder = run.path / SUBMISSION
+    names = [override.partition("=")[0] for override in overrides]
+    if "train.run_dir" in names:
+        raise UsageError("train.run_dir cannot change in a resume; submit a new run, after `biroute checkpoint copy`")
+    submission = prepare(folder / CONFIG, overrides, Path.cwd(), partition)
+    client.test_script(submission.script)
+    earlier = folder / EARLIER
+    with explain_run_dir_errors(run.path):
+        frozen = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        number = 1 + max((int(path.name) for path in earlier.glob("[0-9]*")), default=0)
+        kept = earlier / f"{number:04d}"
+        kept.mkdir(parents=True)
+        for name in (CONFIG, PROFILE, SCRIPT):
+            shutil.copy2(folder / name, kept / name)
+        freeze_request(submission, folder)
+        # Only what was asked for: the frozen code may be older than this and know fewer fields.
+        resolved = parse_yaml((folder / CONFIG).read_text(encoding="utf-8"))
+        for name in [*names, "slurm.profile", "slurm.ranks_per_node"]:
+            _copy_field(resolved, frozen, name.split("."))
+        text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+        write_atomically(folder / CONFIG, text.encode(), private=True)
+    load_config(folder / CONFIG)
+    try:
+        yield
+    except client.UnclearError:
+        raise  # a job may have them
+    except BaseException:
+        for name in (CONFIG, PROFILE, SCRIPT):
+            shutil.copy2(kept / name, folder / name)
+        shutil.rmtree(kept)
+        raise
+
+
+def _copy_field(source: dict[str, Any], target: dict[str, Any], keys: Sequence[str]) -> None:
+    value = reduce(lambda tree, key: tree[key], keys, source)
+    section = reduce(lambda tree, key: tree.setdefault(key, {}), keys[:-1], target)
+    section[keys[-1]] = value

@@ -18,8 +18,8 @@ from biroute.configs.files import append_file, write_atomically
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
-from biroute.data_pipeline.read.manifest import load_manifest
-from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, JOBS, LOGS, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, JOBS, LOGS, PROFILE, SCRIPT, SUBMISSION
+from biroute.launcher.start.train import check_inputs
 from biroute.slurm import client
 from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
@@ -36,19 +36,25 @@ class Submission:
     script: str
 
 
-def prepare(config_path: Path, overrides: Sequence[str], working_dir: Path) -> Submission:
+def prepare(
+    config_path: Path, overrides: Sequence[str], working_dir: Path, partition: str | None = None
+) -> Submission:
     """Check the configuration, dataset, layout and request, and render the script, without writing anything.
+
+    `partition` takes the place of the profile's.
 
     Raises:
         UsageError: one of them is not usable.
     """
     config = load_config(config_path, overrides)
     profile = load_profile(config.slurm.profile)
+    if partition is not None:
+        profile = profile.model_copy(update={"partition": partition})
     ranks_per_node = _ranks_per_node(config, profile)
     layout = _layout(config, profile, ranks_per_node)
     time_limit = config.slurm.time_limit or profile.time_limit
     _check_signal(config, time_limit)
-    load_manifest(config.data.dir)
+    check_inputs(config, layout)
     config = _on_gpus(_with_absolute_paths(config, working_dir), profile)
     if ":" in str(config.train.run_dir):
         raise UsageError(
@@ -92,6 +98,7 @@ def submit_run(submission: Submission) -> str:
     run_dir = submission.request.run_dir
     check_run_dir(run_dir)
     _check_partition(submission.request)  # also whether there is a Slurm: nothing is written before
+    client.test_script(submission.script)
     folder = run_dir / SUBMISSION
     with explain_run_dir_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +118,7 @@ def submit_run(submission: Submission) -> str:
             with contextlib.suppress(OSError):
                 left.rmdir()  # only if it is empty
         raise
-    record_job(run_dir, job_id, "submit")
+    record_job(run_dir, job_id, "submit", ())
     return job_id
 
 
@@ -161,9 +168,10 @@ def check_run_dir(run_dir: Path) -> None:
         )
 
 
-def record_job(run_dir: Path, job_id: str, by: str) -> None:
-    """Append a job to the list of the run's jobs; `by` is "submit" or "resume"."""
-    line = json.dumps({"job_id": job_id, "submitted": time.time(), "by": by})
+def record_job(run_dir: Path, job_id: str, by: str, changes: Sequence[str]) -> None:
+    """Append a job to the list of the run's jobs; `by` is "submit", or "resume" with the `changes` asked for."""
+    record = {"job_id": job_id, "submitted": time.time(), "by": by}
+    line = json.dumps(record | ({"changes": list(changes)} if changes else {}), ensure_ascii=False)
     with append_file(run_dir / SUBMISSION / JOBS) as file:
         file.write(line.encode() + b"\n")
 
@@ -187,7 +195,16 @@ def freeze(submission: Submission, folder: Path) -> None:
     """
     (folder.parent / LOGS).mkdir(exist_ok=True)
     snapshot_code(folder / "code")
-    profile = folder / "profile.yaml"
+    freeze_request(submission, folder)
+
+
+def freeze_request(submission: Submission, folder: Path) -> None:
+    """Write what a job is asked to do into `folder`: profile, configuration and script.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    profile = folder / PROFILE
     # Nobody else's to read: the environment in the profile, and so in the script, may hold a token.
     write_atomically(profile, dump_profile(submission.profile).encode(), private=True)
     frozen = {"profile": str(profile), "ranks_per_node": submission.request.ranks_per_node}

@@ -32,7 +32,9 @@ LOGS = "logs"
 PREFLIGHT = "preflight"  # in an attempt's logs
 SUBMISSION = "submission"
 SCRIPT = "job.sbatch"  # in the submission
+PROFILE = "profile.yaml"  # in the submission
 JOBS = "jobs.jsonl"  # in the submission
+EARLIER = "earlier"  # in the submission: configuration, profile and script before each change by a resume
 CANCELLED = "cancelled"  # in the submission
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from biroute.configs.layout import default_world_size, resolve_layout
+from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import load_config, write_config
 from biroute.configs.messages import printable
 from biroute.configs.schema import RunConfig
@@ -20,7 +20,7 @@ from biroute.launcher.ranks.environment import started_by_launcher
 from biroute.launcher.start.local import run_local_ranks
 from biroute.launcher.start.worker import train_rank
 from biroute.launcher.track.tracker import close_after_crash
-from biroute.launcher.track.uri import tracking_uri
+from biroute.launcher.track.uri import experiment_name, tracking_uri
 from biroute.launcher.train.identity import about_run
 from biroute.parallel.checkpoint.files import check_newest
 
@@ -36,13 +36,23 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
         return train_rank(str(config_path), list(overrides))
     world_size = processes or _processes_wanted(config)
     layout = resolve_layout(config, world_size)
+    check_inputs(config, layout)
+    make_run_dir(config.train.run_dir)
+    return _run_attempt(config, world_size)
+
+
+def check_inputs(config: RunConfig, layout: Layout) -> None:
+    """Check what a run reads: dataset, newest checkpoint, tracking URI. Nothing is written.
+
+    Raises:
+        UsageError: one of them is not usable.
+    """
     dataset = open_dataset(config)
     dataset.heldout_batches(data_rank=0, data_size=layout.data)  # is there enough held-out text?
-    make_run_dir(config.train.run_dir)
     check_newest(config.train.run_dir / CHECKPOINTS, about_run(config, dataset))
     if config.tracking.enabled:
-        tracking_uri(config, config.train.run_dir)  # reports a bad URI now rather than in a minute
-    return _run_attempt(config, world_size)
+        tracking_uri(config, config.train.run_dir, create=False)  # reports a bad URI now rather than in a minute
+        experiment_name(config)
 
 
 def _run_attempt(config: RunConfig, world_size: int) -> int:

@@ -6,14 +6,12 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from helpers.corpus import small_run
+from helpers.submissions import Commands, made_for, submission
 
 import biroute.configs
 from biroute.configs.cluster_profile import load_profile
@@ -21,13 +19,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.launcher.ranks.agreement import check_submission
 from biroute.slurm import client
-from biroute.slurm.submit import Submission, check_run_dir, freeze, limit_in_words, prepare, submit_run
-
-
-def submission(corpus: Path, tmp_path: Path, slurm: dict[str, Any], overrides: list[str] | None = None) -> Submission:
-    tree = small_run(corpus, tmp_path / "run", steps=2, parallel={}) | {"slurm": slurm}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    return prepare(tmp_path / "run.yaml", overrides or [], tmp_path)
+from biroute.slurm.submit import check_run_dir, freeze, limit_in_words, submit_run
 
 
 def test_a_request_is_what_the_configuration_says(corpus: Path, tmp_path: Path) -> None:
@@ -142,30 +134,7 @@ def test_variables_of_the_shell_do_not_override_the_script(
     assert "not passed on to the job: PYTHONPATH, SBATCH_PARTITION; the profile decides" in capsys.readouterr().err
 
 
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put a shell script in the place of one of Slurm's commands."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr(client, "UNCLEAR_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(client, "SUBMIT_SECONDS", 2.0)
-
-    def replace(name: str, text: str) -> None:
-        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
-        (programs / name).chmod(0o755)
-
-    replace("sinfo", "echo 'main* 3'")
-    return replace
-
-
-Commands = Callable[[str, str], None]
 UNCLEAR = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
-
-
-def made_for(corpus: Path, folder: Path) -> Submission:
-    (folder / "cluster.yaml").write_text("{}")
-    return submission(corpus, folder, {"profile": str(folder / "cluster.yaml")})
 
 
 @pytest.mark.parametrize("unclear", [UNCLEAR, "sleep 30"], ids=["timed out", "no answer"])
@@ -179,7 +148,7 @@ def test_after_an_unclear_answer_the_job_is_looked_for(
         submit_run(made)
     assert made.request.script.exists(), "a job may need it"
     shutil.rmtree(made.request.run_dir)
-    job = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", str(made.request.script)])
+    job = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", str(made.request.script)])
     commands("squeue", f"printf '%s\\n' '{job}'")
     assert submit_run(made) == "17"
     assert made.request.script.exists()
@@ -188,7 +157,7 @@ def test_after_an_unclear_answer_the_job_is_looked_for(
 def test_a_refusal_is_told_whole_and_leaves_nothing(corpus: Path, tmp_path: Path, commands: Commands) -> None:
     made = made_for(corpus, tmp_path)
     commands("sbatch", "echo 'sbatch: error: invalid partition' >&2; echo 'sbatch: error: Batch failed' >&2; exit 1")
-    with pytest.raises(UsageError, match="sbatch refuses the job: invalid partition; Batch failed") as caught:
+    with pytest.raises(UsageError, match="Slurm could not run the job: invalid partition; Batch failed") as caught:
         submit_run(made)
     assert not isinstance(caught.value, client.UnclearError)
     assert not made.request.run_dir.exists()
