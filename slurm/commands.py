@@ -205,15 +205,22 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="number of the attempt; left out: the newest")] = None,
     rank: Annotated[int, typer.Option(min=0, help="rank whose log is shown")] = 0,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="number of past lines to show")] = 30,
+    preflight: Annotated[bool, typer.Option("--preflight", help="the check of the nodes instead of a rank")] = False,
+    job: Annotated[bool, typer.Option("--job", help="what the batch script printed instead of a rank")] = False,
 ) -> None:
     """Show what a run's ranks print; if an attempt failed, first the error of the rank that failed first.
 
     Example: biroute logs --follow runs/demo
     """
-    from biroute.slurm.logs import follow_logs, format_logs
+    from biroute.slurm.logs import follow_logs, format_job_output, format_logs, format_preflight
     from biroute.slurm.run_folder import find_run
 
+    if preflight + job + follow > 1:
+        raise UsageError("--preflight, --job and --follow exclude each other; choose one")
     run = find_run(target)
+    if preflight or job:
+        echo(format_preflight(run, attempt, lines) if preflight else format_job_output(run, lines))
+        return
     if not follow:
         echo(format_logs(run, attempt, rank, lines))
         return

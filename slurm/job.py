@@ -52,7 +52,8 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     """
     config = job_config(run_dir)
     logs = log_dir(run_dir, attempt)
-    found = explain_end(logs, status, signal_name)
+    nodes = expand_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
+    found = explain_end(logs, status, signal_name, nodes)
     slurm = config.slurm
     limits = Limits(slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue)
     decision, reason = end_attempt(run_dir, attempt, found, limits)

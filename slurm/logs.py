@@ -9,7 +9,7 @@ from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.configs.records import last_lines
-from biroute.launcher.attempts.failures import format_first_failure, log_file
+from biroute.launcher.attempts.failures import bad_nodes, format_first_failure, log_file
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import LOGS, log_dir
 from biroute.slurm import client
@@ -51,6 +51,35 @@ def format_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> s
         output = _job_output(run)
         parts.append(_last_lines(output, lines) if output else f"{path}: not there (yet)")
     return "\n".join(parts)
+
+
+def format_preflight(run: RunFolder, attempt: int | None, lines: int) -> str:
+    """Format what the check of the nodes found and printed before an attempt.
+
+    Raises:
+        UsageError: there is no such attempt, or no check began.
+    """
+    found = _attempt(run, attempt)
+    logs = log_dir(run.path, found.number) if found is not None else None
+    outputs = sorted(logs.glob("preflight-*.log")) if logs is not None else []
+    if found is None or logs is None or not outputs:
+        raise UsageError(f"run {run.name} has no log of a check of its nodes")
+    parts = [_heading(found)]
+    parts += [f"node {node}: {'; '.join(problems)}" for node, problems in bad_nodes(logs).items()]
+    parts += [_last_lines(path, lines) for path in outputs]
+    return "\n".join(parts)
+
+
+def format_job_output(run: RunFolder, lines: int) -> str:
+    """Format the last lines that the batch script of the newest job printed.
+
+    Raises:
+        UsageError: none has begun.
+    """
+    output = _job_output(run)
+    if output is None:
+        raise UsageError(f"run {run.name} has no output of a job yet: none has begun")
+    return _last_lines(output, lines)
 
 
 def follow_logs(run: RunFolder, rank: int, lines: int, say: Callable[[str], None]) -> None:

@@ -27,10 +27,12 @@ import torch.distributed as dist
 from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.files import write_atomically
 from biroute.configs.load import load_config
+from biroute.launcher.attempts.failures import Failure, write_failure
 from biroute.launcher.attempts.journal import fencing_token_of, given_attempt
 from biroute.launcher.attempts.run_files import PREFLIGHT, log_dir
 from biroute.launcher.ranks.environment import RankEnvironment, expand_nodes, find_rank_environment
 from biroute.launcher.ranks.gpu_check import gpu_problems
+from biroute.launcher.ranks.rendezvous import port_in_use
 from biroute.slurm.node_check import Findings, inspect_node, judge
 
 _CLOCK_ROUNDS = 5  # the smallest difference counts, since a busy machine may answer late but never early
@@ -170,6 +172,11 @@ def preflight(run_dir: Path, config_path: Path) -> int:
     try:
         bad = check_nodes(environment, nodes, mine, config.slurm.preflight_timeout_seconds)
     except dist.DistError as error:
+        if environment.rank == 0 and port_in_use(error):
+            text = f"port {environment.port} on {host} is in use; the next attempt uses another"
+            write_failure(log_dir(run_dir, attempt), Failure(0, host, time.time(), 0, "error", text))
+            print(f"preflight: {text}", file=sys.stderr)
+            return EXIT_FAILURE
         # If the first node has written its file, it is alive and reports the missing nodes itself.
         if not (folder / f"{nodes[0]}.json").exists():
             _write(

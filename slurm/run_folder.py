@@ -11,14 +11,24 @@ from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
-from biroute.configs.records import parse_json, read_small
+from biroute.configs.records import last_lines, parse_json, read_small
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.run_files import CANCELLED, CONFIG, JOBS, JOURNAL, METRICS_LOG, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import (
+    CANCELLED,
+    CONFIG,
+    JOBS,
+    JOURNAL,
+    LEFT_NODES,
+    METRICS_LOG,
+    SCRIPT,
+    SUBMISSION,
+)
 from biroute.launcher.track.metrics_log import Point, scan
 from biroute.slurm import client
 
 _TAIL_BYTES = 65_536
+_LEFT_NODES_SHOWN = 5
 _RUNS = Path("runs")  # where runs are searched if none is named
 
 
@@ -58,6 +68,12 @@ class RunFolder:
             if attempt.job is not None:
                 found[attempt.job] = None
         return list(found)
+
+    def left_nodes(self) -> list[str]:
+        """Return a line for each time that a job had to leave a node before an attempt could begin there."""
+        with contextlib.suppress(OSError):
+            return last_lines(self.path / SUBMISSION / LEFT_NODES, _LEFT_NODES_SHOWN)
+        return []
 
     def jobs(self) -> list[client.Job]:
         """Ask Slurm for the jobs of this run, also if it is another user's.

@@ -43,6 +43,7 @@ class JobRequest:
     time_limit: str | None
     signal_seconds: int
     requeue: bool
+    max_restarts: int
 
     @property
     def script(self) -> Path:
@@ -62,6 +63,7 @@ def render_job(request: JobRequest) -> str:
         run_dir=str(request.run_dir),
         options=list(_options(request)),
         requeue=request.requeue,
+        max_restarts=_Quoted(request.max_restarts),
         python=request.python,
         journal_python=(request.host_python,) if _pyxis(profile) else request.python,
         cpus_per_rank=str(profile.cpus_per_rank),

@@ -43,6 +43,7 @@ class RunStatus:
     values_waiting: int  # for MLflow
     jobs: tuple[Job, ...]  # the queued and running ones; if there are none, the last one if Slurm still knows it
     attempts: tuple[Attempt, ...]
+    left_nodes: tuple[str, ...]  # lines that say which nodes a job had to leave before an attempt could begin there
 
     def as_json(self) -> dict[str, Any]:
         """Return the status as plain values."""
@@ -143,6 +144,7 @@ def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None) -> Run
         values_waiting=values_waiting(run.path),
         jobs=tuple(live or ([last_job] if last_job is not None else [])),
         attempts=tuple(attempts),
+        left_nodes=tuple(run.left_nodes()),
     )
 
 

@@ -46,6 +46,7 @@ def format_status(status: RunStatus) -> str:
             words.append(f"{job.time_left} to its time limit")
         lines.append(", ".join(words))
     lines += [f"  {_tell_attempt(attempt)}" for attempt in status.attempts]
+    lines += [f"  {line}" for line in status.left_nodes]
     if status.values_waiting and status.state not in _SENDS_ITSELF:
         lines.append(f"  {status.values_waiting} values wait for MLflow: `biroute track sync {status.run_dir}`")
     return "\n".join(lines)

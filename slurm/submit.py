@@ -76,6 +76,7 @@ def prepare(
         time_limit=time_limit,
         signal_seconds=config.slurm.signal_seconds,
         requeue=config.slurm.requeue,
+        max_restarts=config.slurm.max_restarts,
     )
     return Submission(config, profile, layout, request, render_job(request))
 

@@ -175,10 +175,21 @@ def bad_nodes(logs: Path) -> dict[str, list[str]]:
     return found
 
 
-def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
+def nodes_not_begun(logs: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
+    """Return host -> problem for nodes on which not even the preflight began, while it did on others."""
+    begun = {path.stem for path in (logs / PREFLIGHT).glob("*.json")}
+    missing = [node for node in nodes if node not in begun]
+    return {node: ["BiRoute's Python did not start there"] for node in missing} if begun & set(nodes) else {}
+
+
+def explain_end(logs: Path, status: int, signal_name: str = "", nodes: Sequence[str] = ()) -> End:
     """Explain why an attempt ended with `status`.
 
-    `signal_name` is the signal that the job received, if any, and how Slurm ended it, such as `USR1 (TIMEOUT)`.
+    Args:
+        logs: the attempt's folder of logs.
+        status: exit status of its ranks' launcher.
+        signal_name: the signal that the job received, if any, and how Slurm ended it, such as `USR1 (TIMEOUT)`.
+        nodes: all nodes of a Slurm job.
     """
     signal_name, _, ended_by = signal_name.rstrip(")").partition(" (")
     signal_name = f"SIG{signal_name.removeprefix('SIG')}" if signal_name else ""
@@ -193,13 +204,14 @@ def explain_end(logs: Path, status: int, signal_name: str = "") -> End:
         if stopped and stopped["step"] is not None:
             return End(status, f"{name}, stopped after step {stopped['step']}", int(stopped["step"]))
         return End(status, f"{name} before training began", step)
-    nodes = bad_nodes(logs)
-    if nodes:
-        cause = "; ".join(f"node {node}: {', '.join(problems)}" for node, problems in nodes.items())
-        return End(status, f"preflight: {cause}", step, crash=True, excluded=tuple(nodes))
+    bad = bad_nodes(logs) or (nodes_not_begun(logs, nodes) if not read_heartbeats(logs) else {})
+    if bad:
+        cause = "; ".join(f"node {node}: {', '.join(problems)}" for node, problems in bad.items())
+        return End(status, f"preflight: {cause}", step, crash=True, excluded=tuple(bad))
     first = first_failure(logs)
     if status == EXIT_USAGE_ERROR:
-        return End(status, first.error if first is not None else "an error in the configuration or data", step)
+        unknown = f"an error in the configuration or data, or Python did not start; see {logs}"
+        return End(status, first.error if first is not None else unknown, step)
     if first is not None and first.kind != "peer":
         return End(status, str(first), first.step, crash=True)
     if signal_name and first is None:

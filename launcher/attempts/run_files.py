@@ -36,6 +36,7 @@ PROFILE = "profile.yaml"  # in the submission
 JOBS = "jobs.jsonl"  # in the submission
 EARLIER = "earlier"  # in the submission: configuration, profile and script before each change by a resume
 CANCELLED = "cancelled"  # in the submission
+LEFT_NODES = "left-nodes"  # in the submission: nodes on which not even an attempt could be recorded
 
 
 def log_dir(run_dir: Path, attempt: int) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from biroute.configs.errors import UsageError
+from biroute.launcher.attempts.journal import ATTEMPT_VARIABLE
 
 RENDEZVOUS_FILE = "BIROUTE_RENDEZVOUS_FILE"
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that Linux gives to outgoing connections (32768 on)
@@ -28,6 +29,7 @@ class RankEnvironment:
     address: str = ""
     port: int = 0
     file: str = ""
+    port_of_ours: bool = False  # chosen here, so that the next attempt has another one
 
 
 def started_by_launcher(environment: Mapping[str, str] = os.environ) -> bool:
@@ -56,9 +58,9 @@ def find_rank_environment(environment: Mapping[str, str] = os.environ) -> RankEn
     return _checked(RankEnvironment(rank, local_rank, world_size, environment["MASTER_ADDR"], port))
 
 
-def port_of_job(job: int, step: int = 0) -> int:
-    """Choose the rendezvous port of a job step; other jobs on the same node most likely get another one."""
-    return _FIRST_PORT + (job + 1009 * step) % _PORTS
+def port_of_job(job: int, step: int = 0, attempt: int = 0) -> int:
+    """Choose the rendezvous port of a job step; other jobs on the same node, and other attempts, get another one."""
+    return _FIRST_PORT + (job + 1009 * step + 4001 * attempt) % _PORTS
 
 
 def expand_nodes(text: str) -> list[str]:
@@ -91,13 +93,15 @@ def _slurm_rank_environment(environment: Mapping[str, str]) -> RankEnvironment:
     if "MASTER_PORT" in environment:
         port = _number(environment, "MASTER_PORT")
     else:
-        port = port_of_job(_number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID"))
+        attempt = _number(environment, ATTEMPT_VARIABLE) if ATTEMPT_VARIABLE in environment else 0
+        port = port_of_job(_number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID"), attempt)
     place = RankEnvironment(
         _number(environment, "SLURM_PROCID"),
         _number(environment, "SLURM_LOCALID"),
         _number(environment, "SLURM_STEP_NUM_TASKS"),
         address,
         port,
+        port_of_ours="MASTER_PORT" not in environment,
     )
     return _checked(place)
 

@@ -40,8 +40,9 @@ def join_processes(environment: RankEnvironment, train: TrainConfig, secret: byt
     With a `secret`, the ranks first prove to each other that they know it.
 
     Raises:
-        UsageError: a GPU was requested and there is none, the address is unknown, the port is in use, or a rank does
-            not know the secret.
+        UsageError: a GPU was requested and there is none, the address is unknown, the given port is in use, or a rank
+            does not know the secret.
+        RuntimeError: the port is in use, and was chosen for this attempt alone.
     """
     device = choose_device(train.device, environment.local_rank)
     # DeepSpeed reads these variables, and takes LOCAL_RANK for the number of the GPU.
@@ -118,6 +119,11 @@ def gpu_of_rank(local_rank: int, visible: int, environment: Mapping[str, str]) -
     return local_rank
 
 
+def port_in_use(error: Exception) -> bool:
+    """Return whether a store could not be opened because another process listens on its port."""
+    return "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
+
+
 def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, secret: bytes | None) -> None:
     address = f"{environment.address}:{environment.port}"
     os.environ.update(
@@ -137,11 +143,9 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, s
         # For groups that DeepSpeed creates without a timeout; NCCL's own default is ten minutes.
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason = (
-            "is in use"
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower()
-            else str(error)
-        )
+        reason = "is in use" if port_in_use(error) else str(error)
+        if environment.port_of_ours:
+            raise RuntimeError(f"rendezvous at {address}: {reason}; the next attempt uses another port") from error
         raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None
 
 

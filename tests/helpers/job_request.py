@@ -23,5 +23,6 @@ def request(**changes: Any) -> JobRequest:
         time_limit="24:00:00",
         signal_seconds=120,
         requeue=True,
+        max_restarts=3,
     )
     return replace(base, **changes)

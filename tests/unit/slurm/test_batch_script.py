@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -18,12 +19,13 @@ import pytest
 from helpers.job_request import request
 
 from biroute.configs.cluster_profile import ClusterProfile
+from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.script import render_job
 
 PYTHON = """#!/bin/bash
 echo "python $*" >> "$LOG"
 case "$*" in
-*slurm.job\\ begin*) echo 1 ;;
+*slurm.job\\ begin*) if [ -n "$BEGIN" ]; then exit "$BEGIN"; fi; echo 1 ;;
 *slurm.job\\ end*) echo "${DECISION:-requeue}" ;;
 *slurm.preflight*) exit 0 ;;
 *start.worker*) trap 'kill $!; exit 75' USR1; sleep "${TRAINING:-0}" & wait; exit "${STATUS:-75}" ;;
@@ -34,7 +36,8 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$LOG"
 case "$1" in
 show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} Restarts=0 StartTime=2026-11-27T17:00:00" \
-    "EndTime=${END:-Unknown} PreemptTime=${PREEMPTED:-None} Partition=main" ;;
+    "EndTime=${END:-Unknown} PreemptTime=${PREEMPTED:-None}" \
+    "Partition=main ExcNodeList=${EXCLUDED:-(null)}" ;;
 requeue) left=$(cat "$FAILURES"); echo $((left - 1)) > "$FAILURES"
     if [ "$left" -gt 0 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi ;;
 esac
@@ -173,3 +176,41 @@ def test_the_signal_before_the_limit_is_the_limit(tmp_path: Path) -> None:
 
     assert noted(tmp_path / "near", 100) == "USR1 (TIMEOUT)"
     assert noted(tmp_path / "far", 5000) == "USR1"
+
+
+@pytest.mark.parametrize(("excluded", "wanted"), [("(null)", "n1"), ("n5,n6", "n5,n6,n1")])
+def test_a_node_on_which_python_does_not_start_is_left(tmp_path: Path, excluded: str, wanted: str) -> None:
+    batch = Batch(tmp_path)
+    status, output = batch.run(BEGIN="127", EXCLUDED=excluded, SLURMD_NODENAME="n1")
+    assert status == 1
+    assert batch.noted("scontrol requeue 7") and batch.noted("scontrol update") == [
+        f"scontrol update job 7 ExcNodeList={wanted}"
+    ]
+    left = (batch.run_dir / "submission" / "left-nodes").read_text()
+    assert re.search(rf"job 7 left node n1, which cannot start {tmp_path}/bin/python$", left.strip())
+    assert f"{wanted} excluded" in output and not batch.noted("python -P -m biroute.slurm.preflight")
+    assert "which cannot start" in RunFolder(batch.run_dir).left_nodes()[0]
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_left(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    script = batch.script.read_text()
+    batch.script = tmp_path / "spooled"
+    batch.script.write_text(script)
+    shutil.rmtree(batch.run_dir)
+    _, output = batch.run(SLURMD_NODENAME="n1")
+    assert f"node n1 does not see {batch.run_dir}" in output
+    assert batch.noted("scontrol update") == ["scontrol update job 7 ExcNodeList=n1"]
+
+
+def test_not_every_node_is_tried(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    status, output = batch.run(BEGIN="1", EXCLUDED="n2,n3,n4", SLURMD_NODENAME="n1")
+    assert status == 1 and not batch.noted("scontrol requeue")
+    assert "n2,n3,n4,n1 are excluded, and slurm.max_restarts=3 allows no further node" in output
+
+
+def test_a_usage_error_at_the_begin_is_no_fault_of_the_node(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    status, _ = batch.run(BEGIN="2")
+    assert status == 2 and not batch.noted("scontrol requeue")

@@ -19,7 +19,7 @@ from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm import client
 from biroute.slurm.client import Job
 from biroute.slurm.control import cancel_run, resume_run
-from biroute.slurm.logs import follow_logs, format_logs
+from biroute.slurm.logs import follow_logs, format_job_output, format_logs, format_preflight
 from biroute.slurm.run_folder import RunFolder, find_run
 from biroute.slurm.status import among, run_state, status_of, survey
 from biroute.slurm.status_text import format_status, format_table
@@ -152,6 +152,23 @@ def test_the_first_failing_rank_comes_first(run: RunFolder) -> None:
     assert newest.splitlines()[-2:] == ["step 11", "step 12"]
     with pytest.raises(UsageError, match=r"no attempt 5; it has 1, 2"):
         format_logs(run, 5, rank=0, lines=2)
+
+
+def test_the_logs_of_preflight_and_job(run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="has no log of a check of its nodes"):
+        format_preflight(run, 1, 5)
+    with pytest.raises(UsageError, match="no output of a job yet"):
+        format_job_output(run, 5)
+    logs = log_dir(run.path, 1)
+    (logs / "preflight-n1.log").write_text("first\nn1 is fine\n")
+    (logs / "preflight-n2.log").write_text("Traceback\n")
+    (logs / "preflight").mkdir()
+    (logs / "preflight" / "n2.json").write_text('{"host": "n2", "problems": ["no space"]}')
+    shown = format_preflight(run, 1, 1).splitlines()
+    first, second = f"last lines of {logs}/preflight-n1.log:", f"last lines of {logs}/preflight-n2.log:"
+    assert shown[1:] == ["node n2: no space", first, "n1 is fine", second, "Traceback"]
+    (run.path / "logs" / "slurm-7.out").write_text("one\ntwo\n")
+    assert format_job_output(run, 1) == f"last lines of {run.path}/logs/slurm-7.out:\ntwo"
 
 
 def test_following_goes_from_attempt_to_attempt_to_the_end(run: RunFolder) -> None:

@@ -224,6 +224,18 @@ def test_cause_of_a_bad_node(logs: Path) -> None:
     assert end.cause == "preflight: node n2: clock 31 s ahead, run folder not writable"
 
 
+def test_a_node_on_which_the_preflight_did_not_even_begin_is_bad(tmp_path: Path) -> None:
+    logs = tmp_path
+    (logs / "preflight").mkdir(parents=True)
+    assert explain_end(logs, 2, nodes=["n1", "n2"]).excluded == ()  # on none: that is no single node's fault
+    (logs / "preflight" / "n1.json").write_text('{"host": "n1", "problems": []}')
+    end = explain_end(logs, 2, nodes=["n1", "n2"])
+    assert (end.excluded, end.crash) == (("n2",), True)
+    assert end.cause == "preflight: node n2: BiRoute's Python did not start there"
+    write_heartbeat(logs, Heartbeat(0, "n1", 1, 1.0, 5, "training"))  # the ranks came so far: something else is wrong
+    assert explain_end(logs, 2, nodes=["n1", "n2"]).excluded == ()
+
+
 def test_kinds_of_failure(tmp_path: Path) -> None:
     gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3411"
     record_failure(tmp_path, 0, 3, RuntimeError(gloo))

@@ -42,7 +42,10 @@ def test_list_of_nodes(text: str, nodes: list[str]) -> None:
 
 
 def test_srun() -> None:
-    assert find_rank_environment(SRUN) == RankEnvironment(5, 1, 8, "node07", port_of_job(12345, 1))
+    ours = RankEnvironment(5, 1, 8, "node07", port_of_job(12345, 1), port_of_ours=True)
+    assert find_rank_environment(SRUN) == ours
+    ports = {find_rank_environment(SRUN | {"BIROUTE_ATTEMPT": str(attempt)}).port for attempt in range(1, 9)}
+    assert len(ports | {ours.port}) == 9, "a port that is taken must not be asked for again"
     assert find_rank_environment(SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).address == "10.0.0.1"
     assert find_rank_environment(SRUN | TORCHRUN).rank == 3, "torchrun inside a step of srun"
 
