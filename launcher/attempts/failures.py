@@ -42,6 +42,7 @@ _WORDS_OF_SLURM = {
     "TIMEOUT": "time limit",
     "PREEMPTED": "preempted",
     "NODE_FAIL": "a node was lost",
+    "REQUEUED": "queued again by Slurm or an administrator",
     "CANCELLED": "scancel",
 }
 _RANKS_NAMED = 4

@@ -107,10 +107,10 @@ class MlflowRun:
         folder = f"{LOGS}/{inside.parts[0]}" if inside.parts and "shown" not in inside.parts else None
         self._client.log_artifact(self._state.run_id, str(path), folder)
 
-    def update_note(self) -> None:
-        """Bring the descriptions of run and experiment up to date."""
+    def update_note(self, cause: str = "") -> None:
+        """Bring the descriptions of run and experiment up to date; `cause` is why the attempt ends, if it does."""
         self._summary.follow()
-        note = self._summary.note(self._state.headline or self._run_name(), self._config.train.steps)
+        note = self._summary.note(self._state.headline or self._run_name(), self._config.train.steps, cause)
         tags = self._client.get_run(self._state.run_id).data.tags
         if _ours(tags):
             self._client.set_tag(self._state.run_id, _NOTE, note)

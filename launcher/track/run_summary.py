@@ -42,14 +42,20 @@ class RunSummary:
         wall = sum((attempt.ended or time.time()) - attempt.began for attempt in attempts)
         return min(1.0, self.useful_seconds / wall) if wall > 0 and self.useful_seconds else None
 
-    def note(self, headline: str, steps: int) -> str:
-        """Return the description of the run in Markdown; `headline` says what is trained, `steps` until when."""
+    def note(self, headline: str, steps: int, cause: str = "") -> str:
+        """Return the description of the run in Markdown.
+
+        Args:
+            headline: what is trained.
+            steps: until when.
+            cause: why the last attempt ends, if the journal does not have it yet.
+        """
         attempts = read_attempts(self._run_dir)
         rows = [("progress", self._progress(steps)), ("held-out", self.heldout())]
         rows += [("speed", self._speed(attempts)), ("newest checkpoint", self._checkpoint())]
         if attempts:
             last = attempts[-1]
-            rows.append(("attempts", f"{len(attempts)}; the last one: {last.cause or 'running'}"))
+            rows.append(("attempts", f"{len(attempts)}; the last one: {last.cause or cause or 'running'}"))
         rows.append(("run folder", f"`{self._run_dir.absolute()}`"))
         lines = [headline, "", "| | |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows if text)]
         return "\n".join(lines)

@@ -40,7 +40,8 @@ class Destination(Protocol):
 
     def log_artifact(self, path: Path) -> None: ...
 
-    def update_note(self) -> None: ...
+    def update_note(self, cause: str) -> None:
+        """Renew the description; `cause` is why the attempt ends, if it does."""
 
     def terminate(self, status: str, end_ms: int, cause: str) -> None: ...
 
@@ -148,7 +149,7 @@ class Uploader(threading.Thread):
         try:
             self._send_points()
             if last or time.monotonic() - self._noted_at > _NOTE_SECONDS:
-                self._destination.update_note()
+                self._destination.update_note(self._state.end[2] if last and self._state.end else "")
                 self._noted_at = time.monotonic()
             if last and self._state.end is not None:
                 self._destination.terminate(*self._state.end)

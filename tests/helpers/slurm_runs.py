@@ -117,11 +117,18 @@ def train_undisturbed(config: Path) -> dict[int, float]:
     return losses(config.parent / "runs" / config.stem)
 
 
-def submit(cluster: Cluster, command: Callable[..., Any], config: Path, nodes: int, *overrides: str) -> ClusterRun:
-    """Submit a configuration to the cluster's main partition."""
-    profile = config.with_name("cluster.yaml")
-    profile.write_text(PROFILE)
-    arguments = [f"slurm.profile={profile}", f"slurm.nodes={nodes}", *overrides, "--json"]
+def submit(
+    cluster: Cluster,
+    command: Callable[..., Any],
+    config: Path,
+    nodes: int,
+    *overrides: str,
+    profile: str = PROFILE,
+) -> ClusterRun:
+    """Submit a configuration to the cluster's main partition, with the text of a cluster profile."""
+    path = config.with_name("cluster.yaml")
+    path.write_text(profile)
+    arguments = [f"slurm.profile={path}", f"slurm.nodes={nodes}", *overrides, "--json"]
     answer = command("submit", config, *arguments, SLURM_CONF=str(cluster.directory / "slurm.conf"))
     assert answer.status == 0, answer.err
     said = json.loads(answer.out)

@@ -35,7 +35,7 @@ SRUN = '#!/bin/bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n'
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$LOG"
 case "$1" in
-show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} Restarts=0 StartTime=2026-11-27T17:00:00" \
+show) echo "JobId=7 JobState=$STATE Reason=${REASON:-None} Restarts=${RESTARTS:-0} StartTime=2026-11-27T17:00:00" \
     "EndTime=${END:-Unknown} PreemptTime=${PREEMPTED:-None}" \
     "Partition=main ExcNodeList=${EXCLUDED:-(null)}" ;;
 requeue) left=$(cat "$FAILURES"); echo $((left - 1)) > "$FAILURES"
@@ -146,6 +146,8 @@ BEFORE, SINCE = "2026-11-27T16:59:59", "2026-11-27T17:17:54"
         ({"STATE": "RUNNING", "PREEMPTED": BEFORE}, "", True),
         ({"STATE": "COMPLETING", "PREEMPTED": BEFORE}, "TERM (CANCELLED)", False),
         ({"STATE": "COMPLETING", "REASON": "NodeDown"}, "TERM (NODE_FAIL)", True),
+        ({"STATE": "COMPLETING", "RESTARTS": "1"}, "TERM (REQUEUED)", True),
+        ({"STATE": "COMPLETING", "RESTARTS": "1", "SLURM_RESTART_COUNT": "1"}, "TERM (CANCELLED)", False),
         ({"STATE": "COMPLETING"}, "TERM (CANCELLED)", False),
         ({"STATE": "CANCELLED"}, "TERM (CANCELLED)", False),
     ],
@@ -158,6 +160,8 @@ def test_how_slurm_ends_the_job_is_told_and_only_scancel_marks_it_cancelled(
     (end,) = batch.noted("python -P -m biroute.slurm.job end")
     assert end.endswith(f"75 --signal={noted}")
     assert (batch.run_dir / "submission" / "cancelled").exists() != again
+    already = said.get("RESTARTS", "0") > said.get("SLURM_RESTART_COUNT", "0")
+    assert bool(batch.noted("scontrol requeue")) != already, "twice would start it twice"
 
 
 def test_the_signal_before_the_limit_is_the_limit(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Store:
         self._call("file")
         self.files.append(path)
 
-    def update_note(self) -> None:
+    def update_note(self, cause: str) -> None:
         self._call("note")
 
     def terminate(self, status: str, end_ms: int, cause: str) -> None:
