@@ -58,8 +58,9 @@ def sync_run(run_dir: Path, say: Callable[[str], None]) -> Synced:
         run.connect()
         values = _send_points(log, state, run)
         files = send_artifacts(run_dir.absolute(), state, run)
-        run.update_note()
-        if (end := state.end or _end_of(attempts)) is not None:
+        end = state.end or _end_of(attempts)
+        run.update_note(end[2] if end is not None else "")
+        if end is not None:
             run.terminate(*end)
         state.end = None
         state.save()
