@@ -118,7 +118,7 @@ def _about_dataset(dataset: Dataset) -> dict[str, str]:
     manifest, folder = dataset.manifest, dataset.config.data.dir.absolute()
     sources = ", ".join(source.name for source in manifest.sources)
     return {
-        "name": folder.name,
+        "name": f"{folder.parent.name}/{folder.name}",
         "digest": manifest.checksum[:12],
         "source": str(folder),
         "profile": f"{manifest.tokens('train'):,} tokens of {sources}",

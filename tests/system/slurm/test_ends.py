@@ -20,7 +20,9 @@ from ..conftest import Answer
 
 Command = Callable[..., Answer]
 STEPS = 260
-REQUEUED = "queued again by Slurm or an administrator (SIGTERM), stopped after step"
+REQUEUED = (
+    "queued again by Slurm or an administrator (SIG"  # TERM from Slurm or USR1 from the script, whichever is first
+)
 # The interpreter of the ranks and of the journal; it is missing on the nodes that the file beside it names.
 PYTHON = """#!/bin/bash
 if grep -qsx "$SLURMD_NODENAME" "$0.missing"; then exit 127; fi
