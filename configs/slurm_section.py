@@ -46,6 +46,9 @@ class SlurmConfig(Section):
     max_crashes_at_same_step: PositiveInt = Field(
         3, description="after this many crashes at the same step, a job is not queued again"
     )
+    max_restarts_without_progress: PositiveInt = Field(
+        20, description="after this many attempts in a row without a step, however they ended, it is not queued again"
+    )
     preflight_timeout_seconds: float = Field(
         300.0, gt=0, description="time limit of the check of all nodes before training"
     )

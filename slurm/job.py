@@ -55,7 +55,9 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     nodes = expand_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     found = explain_end(logs, status, signal_name, nodes)
     slurm = config.slurm
-    limits = Limits(slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue)
+    limits = Limits(
+        slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue, slurm.max_restarts_without_progress
+    )
     decision, reason = end_attempt(run_dir, attempt, found, limits)
     if found.crash and (told := format_first_failure(logs)):
         print(told, file=sys.stderr)

@@ -62,6 +62,7 @@ class Limits:
     max_restarts: int
     max_crashes_at_same_step: int
     requeue: bool = True
+    max_restarts_without_progress: int = 20
 
 
 def make_run_dir(path: Path) -> None:
@@ -164,6 +165,13 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
         return "stop", f"{end.cause}; fix it, then `biroute resume`"
     if not limits.requeue:
         return "stop", f"{end.cause}; slurm.requeue is off: `biroute resume` continues it"
+    stalled = 1 + _without_progress(end, earlier)
+    if stalled >= limits.max_restarts_without_progress:
+        return "stop", (
+            f"{stalled} attempts in a row made no step (slurm.max_restarts_without_progress="
+            f"{limits.max_restarts_without_progress}), last cause: {end.cause}; is the time limit shorter than the "
+            "start? then `biroute resume`"
+        )
     if end.status == EXIT_STOPPED or not end.crash:
         return "requeue", f"{end.cause}; the next attempt resumes from there"
     crashes = [attempt for attempt in earlier if attempt.crash]
@@ -180,6 +188,16 @@ def decide(end: End, earlier: Sequence[Attempt], *, cancelled: bool, limits: Lim
             f"{limits.max_restarts} allows no further one; fix it, then `biroute resume`"
         )
     return "requeue", f"crash {len(crashes) + 1} of at most {limits.max_restarts + 1}: {end.cause}"
+
+
+def _without_progress(end: End, earlier: Sequence[Attempt]) -> int:
+    """Count the attempts just before this one that came at least as far as it did."""
+    count = 0
+    for attempt in reversed(earlier):
+        if (attempt.step or 0) < (end.step or 0):
+            break
+        count += 1
+    return count
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:

@@ -118,6 +118,7 @@ SHOWN_BY: dict[str, str] = {
     },
     "slurm.max_restarts": JOURNAL,
     "slurm.max_crashes_at_same_step": JOURNAL,
+    "slurm.max_restarts_without_progress": JOURNAL,
     "slurm.preflight_timeout_seconds": "system/test_preflight.py::test_a_node_that_does_not_answer",
     **{
         f"profile.{name}": f"{SCRIPT}test_what_a_request_asks_for"

@@ -61,7 +61,8 @@ def test_a_strangers_run_folder_costs_no_traceback(tmp_path: Path) -> None:
     from biroute.launcher.attempts.failures import first_failure, read_heartbeats
     from biroute.launcher.attempts.run_files import log_dir
     from biroute.slurm.run_folder import RunFolder
-    from biroute.slurm.status import format_status, status_of
+    from biroute.slurm.status import status_of
+    from biroute.slurm.status_text import format_status
 
     begin = {"attempt": 1, "event": "begin", "time": 1.0, "nodes": ["n1"]}
     lines = [DEEP, "5", json.dumps(begin | {"time": 1e300}), json.dumps(begin | {"nodes": [[]]}), json.dumps(begin)]

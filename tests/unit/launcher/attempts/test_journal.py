@@ -41,20 +41,28 @@ from biroute.launcher.attempts.journal import (
 )
 from biroute.launcher.attempts.run_files import log_dir
 
-LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2)
+LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2, max_restarts_without_progress=10)
 
 
 def crashed(number: int, step: int | None, job: str = "7") -> Attempt:
     return Attempt(number, 0.0, job, ended=1.0, status=1, cause="boom", step=step, crash=True)
 
 
+def stopped(number: int, step: int | None) -> Attempt:
+    return Attempt(number, 0.0, "7", ended=1.0, status=75, cause="time limit", step=step)
+
+
 @pytest.mark.parametrize(
     ("end", "earlier", "decision", "reason"),
     [
         (End(0, "the last step is done"), [], "finished", "last step"),
+        (End(75, "time limit", 4), [stopped(n, 4) for n in range(9)], "stop", "10 attempts in a row made no step"),
+        (End(75, "time limit"), [stopped(n, None) for n in range(9)], "stop", "slurm.max_restarts_without_progress"),
+        (End(75, "time limit", 5), [stopped(n, 4) for n in range(9)], "requeue", "time limit"),
+        (End(75, "time limit", 5), [stopped(0, 4), *(stopped(n, 5) for n in range(8))], "requeue", "time limit"),
         (End(2, "no such file"), [], "stop", "no such file; fix it"),
-        (End(75, "SIGUSR1, stopped after step 4"), [crashed(n, 4) for n in range(9)], "requeue", "SIGUSR1"),
-        (End(143, "SIGTERM", crash=False), [crashed(n, 4) for n in range(9)], "requeue", "SIGTERM"),
+        (End(75, "SIGUSR1, stopped after step 4"), [crashed(n, 4) for n in range(8)], "requeue", "SIGUSR1"),
+        (End(143, "SIGTERM", crash=False), [crashed(n, 4) for n in range(8)], "requeue", "SIGTERM"),
         (End(1, "boom", 5, crash=True), [crashed(1, 4)], "requeue", "crash 2 of at most 4: boom"),
         (End(1, "boom", 5, crash=True), [crashed(1, 5)], "stop", "crash loop: 2 attempts ended after step 5"),
         (End(1, "boom", 9, crash=True), [crashed(n, n) for n in (1, 2, 3)], "stop", "slurm.max_restarts=3"),
@@ -262,6 +270,7 @@ def attempt_job(*arguments: object, **environment: str) -> subprocess.CompletedP
     [
         ({"max_crashes_at_same_step": 2}, "crash loop: 2 attempts ended after step 8"),
         ({"max_restarts": 1}, "2 attempts crashed"),
+        ({"max_restarts_without_progress": 2}, "2 attempts in a row made no step"),
     ],
 )
 def test_what_the_batch_script_calls(tmp_path: Path, limit: dict[str, int], reason: str) -> None:
