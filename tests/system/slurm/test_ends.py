@@ -144,7 +144,7 @@ def test_every_end_of_a_job_is_told_and_survived(
     run.wait_for_training(run.attempts[-1].number)
     second = run.attempts[-1].nodes[1]
     ends.then("requeue; Python missing on the second node", lambda: missing_on(second), REQUEUED)
-    ends.then(f"Python missing on {second}", lambda: None, "BiRoute's Python did not start there", training=False)
+    ends.then(f"Python missing on {second}", lambda: None, "Python did not start there", training=False)
     assert second not in run.attempts[-1].nodes
     run.wait_for_training(run.attempts[-1].number)
     first = run.attempts[-1].nodes[0]
