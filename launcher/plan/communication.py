@@ -112,7 +112,8 @@ def _pipeline(work: Workload, stage: int) -> Iterator[Traffic]:
     """Activations to the next stage, gradients to the one before, and what both ends of a tied embedding agree on."""
     ranks, model = work.layout.pipe, work.config.model
     first, last = stage == 0, stage == ranks - 1
-    hidden = work.tokens * model.hidden_size * work.element_size / work.residual_ranks
+    hidden = work.tokens * model.hidden_size * work.element_size
+    hidden /= work.layout.tensor if work.execution.scatters_sends else work.residual_ranks
     directions = (not first) + (not last)
     calls = work.microbatches * directions * work.execution.virtual_stages
     yield Traffic("pipeline", "hidden", "send", hidden, calls, ranks)

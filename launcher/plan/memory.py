@@ -103,10 +103,16 @@ def _states(work: Workload, stage: int) -> tuple[float, float, float]:
 
 def _kept_of_block(work: Workload) -> float:
     """Return the bytes that a block keeps for backward of one microbatch."""
-    if work.execution.recompute == "full":
-        return work.tokens * work.config.model.hidden_size * work.element_size / work.residual_ranks
+    model, recompute = work.config.model, work.execution.recompute
+    block_input = work.tokens * model.hidden_size * work.element_size / work.residual_ranks
+    if recompute == "full":
+        return block_input
+    if recompute == "alternate":
+        # Queries, values, the first half of the MLP, its output; and the output of attention.
+        outputs = 2 * work.query_size + work.key_size + model.ffn_hidden_size
+        return 2 * block_input + work.tokens * work.element_size * outputs / work.layout.tensor
     whole = activations_of_block(work)
-    return whole - _scores(work) if work.execution.recompute == "selective" else whole
+    return whole - _scores(work) if recompute == "selective" else whole
 
 
 def activations_of_block(work: Workload) -> float:
@@ -148,7 +154,9 @@ def _routing(work: Workload, stage: int) -> tuple[float, float]:
 def _buffers(work: Workload, stage: int) -> float:
     """Return the bytes of a bucket of gradients in fp32, and in stage 3 of the weights that are gathered at once."""
     parameters, element = work.parameters_of_stage(stage), work.element_size
-    if work.execution.gathers_blocks:
+    if work.execution.gathers == "once":
+        return (element + 4.0) * parameters
+    if work.execution.gathers == "blocks":
         # The weights of this block and the next one, and this block's gradients before they are scattered.
         return 3 * element * (work.block_matrices + work.embedding) / work.layout.tensor
     bucket = 4.0 * min(parameters, BUCKET_ELEMENTS)

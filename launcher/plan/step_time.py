@@ -106,10 +106,12 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
     scores = blocks * _score_traffic(work, hardware)
     sent = traffic(work, stage, exchange_fraction)
     seconds = {axis: _seconds(work, hardware, sent, axis) for axis in ("tensor", "region", "pipeline", "data")}
-    if execution.recompute == "full":
-        again = matmul + attention + routing + elementwise + scores
-    else:
-        again = attention + scores if execution.recompute == "selective" else 0.0
+    again = {
+        "none": 0.0,
+        "selective": attention + scores,
+        "alternate": matmul / 2 + elementwise,
+        "full": matmul + attention + routing + elementwise + scores,
+    }[execution.recompute]
     computing = {
         "tensor": 3 * matmul,
         "region": 3 * attention,

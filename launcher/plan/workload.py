@@ -14,7 +14,8 @@ from biroute.configs.layout import Layout, microbatches_per_step
 from biroute.configs.schema import RunConfig
 from biroute.model.flops import attended_pairs, routing_flops
 
-Recomputation = Literal["none", "selective", "full"]
+# selective: attention alone; alternate: all but attention's output and every second matrix product (torchtitan).
+Recomputation = Literal["none", "selective", "alternate", "full"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class Execution:
     reduction_bytes: float = 4.0  # an element of a gradient as it travels
     keeps_scores: bool = False  # attention writes its S x S scores to memory, and computes both halves of them
     norm_passes: float = 20.0  # bytes that a norm reads and writes for each element, forward
+    scatters_sends: bool = False  # tensor ranks that hold the same hidden states send a share each to the next stage
     even_regions: bool = False  # region ranks share causal dense attention evenly
-    gathers_blocks: bool = False  # fully sharded weights are gathered block by block (FSDP), not by buckets
+    # Fully sharded weights (FSDP): gathered block by block and then freed, or kept with whole fp32 gradients until
+    # the last microbatch.
+    gathers: Literal["buckets", "blocks", "once"] = "buckets"
 
     @classmethod
     def of(cls, config: RunConfig) -> Execution:
