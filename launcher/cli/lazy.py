@@ -25,6 +25,10 @@ MOUNTED = {
     "checkpoint": Mount(
         "biroute.launcher.cli.checkpoint:checkpoint_app", "List, verify and copy the checkpoints of a run."
     ),
+    "plan": Mount(
+        "biroute.launcher.cli.plan:plan_app",
+        "Predict memory, bytes between ranks, time and cost of a run before it is submitted.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in an optimizer step, by axis: what the code's collectives move, from sizes alone. No torch.
+"""Bytes that a rank sends in an optimizer step, by axis: what the code's collectives move, from sizes. No torch.
 
 A collective over n ranks counts as the ring algorithms move it: an all-reduce of b bytes sends 2 (n - 1) / n b from
 each rank, a gather of b bytes in all, or a reduce-scatter of b bytes, (n - 1) / n b.
@@ -95,10 +95,11 @@ def _tensor(work: Workload, stage: int) -> Iterator[Traffic]:
     full = work.execution.recompute == "full"
     # The recomputed forward stops before the last sum of a block: nothing needs its result.
     if config.parallel.sequence_parallel:
-        gathers = 6 + 2 * full  # forward and, again, backward of two column-parallel matrices; backward of two rows
-        scatters = 4 + full
-        yield Traffic("tensor", "hidden", "gather", hidden, batches * (gathers * layers + first + last), ranks)
-        yield Traffic("tensor", "hidden", "reduce_scatter", hidden, batches * (scatters * layers + first + last), ranks)
+        # Of two column-parallel matrices, forward and again backward; of two row-parallel ones, backward.
+        gathers = batches * ((6 + 2 * full) * layers + first + last)
+        scatters = batches * ((4 + full) * layers + first + last)
+        yield Traffic("tensor", "hidden", "gather", hidden, gathers, ranks)
+        yield Traffic("tensor", "hidden", "reduce_scatter", hidden, scatters, ranks)
         norm = 4.0 * config.model.hidden_size
         yield Traffic("tensor", "norms' gradients", "all_reduce", norm, batches * (2 * layers + last), ranks)
     else:
@@ -179,9 +180,11 @@ def region_exchange(work: Workload, stage: int, fraction: float) -> RegionExchan
     row = model.head_size
     backward = max(4 / element, (row * (element + 4) + 8) / (2 * row * element + 4))
     times = work.microbatches * (forwards + backward)
+    # A window's regions are fetched: its queries would be more bytes, and as many blocks ask as regions are asked of.
+    certain = windows * window * work.microbatches * (forwards + 4 / element)
     return RegionExchange(
-        bound=times * (routed * bound + windows * window),
-        certain=times * windows * window,
+        bound=times * routed * bound + certain,
+        certain=certain,
         causal_fetch=times * (routed * causal + windows * causal_too),
         fraction=fraction,
     )

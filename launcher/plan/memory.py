@@ -4,8 +4,8 @@ Activations are what the blocks of `model/block.py` keep for backward, tensor by
 a moment (the logits, a bucket of gradients) counts in full: the peak is where most of them meet.
 
 Source: Korthikanti et al. 2022 (arXiv:2205.05198), section 4, for what is kept and what recomputation saves;
-Rajbhandari et al. 2020 (arXiv:1910.02054), section 5, for ZeRO; Narayanan et al. 2021 (arXiv:2104.04473), section 2.2,
-for the microbatches in flight.
+Rajbhandari et al. 2020 (arXiv:1910.02054), section 5, for ZeRO; Narayanan et al. 2021 (arXiv:2104.04473), section
+2.2, for the microbatches in flight.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def activations_of_block(work: Workload) -> float:
 
 
 def _scores(work: Workload) -> float:
-    """Return the bytes of softmax, its dropout and the mask where attention keeps its scores: 5 a S for each token."""
+    """Return the bytes of softmax, dropout and mask where attention keeps its scores: 5 H S for each token."""
     if not work.execution.keeps_scores:
         return 0.0
     model = work.config.model

@@ -7,9 +7,15 @@ from functools import cached_property
 
 from biroute.configs.layout import Layout
 from biroute.configs.schema import RunConfig
-from biroute.launcher.plan.communication import ASSUMED_EXCHANGE, Axis, RegionExchange, Traffic, bytes_by_axis
+from biroute.launcher.plan.communication import (
+    ASSUMED_EXCHANGE,
+    Axis,
+    RegionExchange,
+    Traffic,
+    bytes_by_axis,
+    traffic,
+)
 from biroute.launcher.plan.communication import region_exchange as exchange_of
-from biroute.launcher.plan.communication import traffic
 from biroute.launcher.plan.hardware import GIB, HardwareProfile
 from biroute.launcher.plan.memory import Memory, peak_memory
 from biroute.launcher.plan.step_time import StepTime, step_time
@@ -100,7 +106,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: model operations per second over the devices' peak (arXiv:2204.02311, appendix B)."""
+        """Model FLOPs utilization, of the devices' peak (PaLM, arXiv:2204.02311, appendix B)."""
         peak = self.layout.world_size * self.hardware.flops_per_second(self.config.train.precision)
         return self.flops_per_step / self.step.total / peak
 

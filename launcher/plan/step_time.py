@@ -137,7 +137,7 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
 
 
 def _matmul(work: Workload, hardware: HardwareProfile) -> float:
-    """Return the seconds of a block's matrix products, forward: operations, or the weights and activations if slower."""
+    """Return the seconds of a block's matrix products, forward: of their operations, or of their bytes if slower."""
     model, element = work.config.model, work.element_size
     rate = hardware.efficiency * hardware.flops_per_second(work.config.train.precision)
     rows = 2 * (work.query_size + work.key_size) + 3 * model.ffn_hidden_size
