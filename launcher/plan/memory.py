@@ -62,7 +62,8 @@ def memory_of_stage(work: Workload, stage: int, exchange_fraction: float) -> Mem
     weights, gradients, optimizer = _states(work, stage)
     in_flight = microbatches_in_flight(work, stage)
     kept, whole = _kept_of_block(work), activations_of_block(work)
-    boundary = work.tokens * work.config.model.hidden_size * work.element_size / work.residual_ranks
+    # The last norm's input in fp32, and its output.
+    norm = work.tokens * work.config.model.hidden_size * (4 + work.element_size) / work.residual_ranks
     received = 0.0
     if work.layout.region > 1:
         # `expected` counts a step's forward and backward; forward of one microbatch is about half of its share.
@@ -72,8 +73,7 @@ def memory_of_stage(work: Workload, stage: int, exchange_fraction: float) -> Mem
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        # The input of the first block, and that of the final norm.
-        activations=in_flight * (layers * kept + (1 + last) * boundary),
+        activations=in_flight * (layers * kept + last * norm),
         recomputed=0.0 if execution.recompute == "none" else whole - kept,
         logits=work.tokens * work.config.padded_vocab_size / work.layout.tensor * execution.logit_bytes * last,
         routing=(1 / max(1, layers) if execution.recompute == "full" else in_flight) * routes + gathered,
@@ -123,7 +123,8 @@ def activations_of_block(work: Workload) -> float:
     # Queries, keys and values as projected; queries and keys rotated; the output, and a copy for the next matrix.
     smeared = work.key_size if model.key_smear else 0
     attention = element * (4 * work.query_size + 3 * work.key_size + smeared) + 4 * model.num_heads
-    mlp = element * 4 * model.ffn_hidden_size  # both halves of the first matrix, silu, and the product
+    # Both halves of the first matrix, silu of the one, a copy of the other, and their product.
+    mlp = element * 5 * model.ffn_hidden_size
     norms = 8 * (work.query_size + work.key_size) if model.qk_norm else 0
     return work.tokens * (residual + (attention + mlp + norms) / work.layout.tensor) + _scores(work)
 
