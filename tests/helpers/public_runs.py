@@ -21,8 +21,8 @@ ALL_AXES = frozenset({"tensor", "pipeline", "data"})
 MEGATRON_README = "README of NVIDIA/Megatron-LM, images/model_table.png"
 LLAMA_3 = "Llama Team 2024 (arXiv:2407.21783), table 4"
 MEGASCALE = "Jiang et al. 2024 (arXiv:2402.15627), tables 1 and 2"
-KORTHIKANTI = "Korthikanti et al. 2022 (arXiv:2205.05198), table 5"
-MT_NLG = "Smith et al. 2022 (arXiv:2201.11990), section 2.3"
+KORTHIKANTI = "Korthikanti et al. 2022 (arXiv:2205.05198), as calculon-ai/calculon has it, calculon/llm/validation.py"
+MT_NLG = "Smith et al. 2022 (arXiv:2201.11990), as cli99/llm-analysis has it, examples/megatron-turing-nlg"
 TORCHTITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 
 

@@ -143,7 +143,7 @@ def test_bytes_by_axis_by_hand() -> None:
     one = work(Layout(tensor=2, region=1, data=2, pipe=2, zero_stage=1))
     hidden = 32 * 8 * 2
     by_axis = bytes_by_axis(traffic(one, 1))
-    # Four microbatches: four sums a block, one of the head's gradient. Two ranks send the bytes of an all-reduce once.
+    # Four microbatches: four sums a block, one of the head's gradient. Two ranks send an all-reduce's bytes once.
     assert by_axis["tensor"] == 4 * (4 * 2 + 1) * hidden
     # Gradients to the stage before; half of the tied embedding's gradient in fp32.
     assert by_axis["pipeline"] == 4 * hidden + 320 * 8 / 2 * 4
