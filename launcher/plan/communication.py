@@ -22,6 +22,8 @@ AXES: tuple[Axis, ...] = ("tensor", "region", "pipeline", "data")
 Operation = Literal["all_reduce", "gather", "reduce_scatter", "send", "all_to_all"]
 # Of the bound, in forward: what routes of trained runs moved at 2 to 64 ranks, docs/benchmarks/exchange.md.
 ASSUMED_EXCHANGE = 0.4
+PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold
+REUSE_DISTANCE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,15 @@ def _data(work: Workload, stage: int) -> Iterator[Traffic]:
     execution, zero = work.execution, work.layout.zero_stage
     calls = work.microbatches if execution.reduces_each_microbatch else 1
     yield Traffic("data", "gradients", execution.reduction, execution.reduction_bytes * parameters, calls, ranks)
-    if zero:
-        # Stage 3 gathers for forward and again for backward, stages 1 and 2 after the optimizer.
-        gathers = 2 * work.microbatches if zero == 3 else 1
-        yield Traffic("data", "weights", "gather", work.element_size * parameters, gathers, ranks)
+    if zero == 3:
+        # Small weights are whole on every rank between two steps. Others are gathered for forward, and again for
+        # backward if by then more than REUSE_DISTANCE elements were used.
+        kept = sum(size * count for size, count in work.tensors_of_stage(stage).items() if size < PERSISTENT_ELEMENTS)
+        times = work.microbatches * (2 if 2 * parameters > REUSE_DISTANCE else 1)
+        yield Traffic("data", "small weights", "gather", work.element_size * kept, 1, ranks)
+        yield Traffic("data", "weights", "gather", work.element_size * (parameters - kept), times, ranks)
+    elif zero:
+        yield Traffic("data", "weights", "gather", work.element_size * parameters, 1, ranks)
 
 
 def _region(work: Workload, stage: int, fraction: float) -> Iterator[Traffic]:

@@ -36,8 +36,6 @@ def assumptions(plan: Plan) -> list[str]:
             f"region ranks exchange {plan.exchange_fraction:.0%} of the bound of any route; trained runs moved 31 to "
             "40% of it at 2 to 64 ranks (docs/benchmarks/exchange.md)"
         )
-    if plan.layout.zero_stage == 3:
-        found.append("ZeRO 3 gathers each weight twice a microbatch; DeepSpeed keeps small ones, and gathers less")
     if not hardware.intra_node_latency_us and not hardware.inter_node_latency_us:
         found.append("links without latency: the profile has none")
     return found

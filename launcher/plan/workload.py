@@ -6,6 +6,7 @@ padded vocabulary, T tensor ranks, P region ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -128,13 +129,27 @@ class Workload:
 
     def parameters_of_stage(self, stage: int) -> float:
         """Parameters of a rank of pipeline stage `stage`, before ZeRO divides them."""
-        model, tensor = self.config.model, self.layout.tensor
-        split = self.block_matrices + (self.key_size if model.key_smear else 0)
-        whole = 2 * model.hidden_size + (2 * model.head_size if model.qk_norm else 0)
-        count = self.layers_of_stage[stage] * (split / tensor + whole)
+        return sum(size * count for size, count in self.tensors_of_stage(stage).items())
+
+    def tensors_of_stage(self, stage: int) -> Counter[float]:
+        """Elements of each parameter of a rank -> how many such parameters a stage has."""
+        model, tensor, layers = self.config.model, self.layout.tensor, self.layers_of_stage[stage]
+        width = model.hidden_size
+        found: Counter[float] = Counter()
+        for size in (
+            width * (self.query_size + 2 * self.key_size),
+            width * self.query_size,
+            2 * width * model.ffn_hidden_size,
+            width * model.ffn_hidden_size,
+            *([self.key_size] if model.key_smear else []),
+        ):
+            found[size / tensor] += layers
+        found[width] += 2 * layers
+        found[model.head_size] += 2 * layers * model.qk_norm
         first, last = stage == 0, stage == self.layout.pipe - 1
-        both = first + last - (first and last and model.tied_embeddings)
-        return count + both * self.embedding / tensor + (model.hidden_size if last else 0)
+        found[self.embedding / tensor] += first + last - (first and last and model.tied_embeddings)
+        found[width] += last
+        return found
 
     @property
     def linear_flops(self) -> float:

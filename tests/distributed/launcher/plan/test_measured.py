@@ -66,6 +66,8 @@ LAYOUTS: dict[str, Sections] = {
     "no ZeRO": {"parallel": {"zero_stage": 0}},
     "ZeRO 1": {"parallel": {"zero_stage": 1}, "train": {"precision": "bf16"}},
     "ZeRO 2": {"parallel": {"zero_stage": 2}},
+    # One matrix of each block is large enough to be gathered for each microbatch.
+    "ZeRO 3": {"parallel": {"zero_stage": 3}, "model": {"hidden_size": 128, "ffn_hidden_size": 512}},
 }  # fmt: skip
 
 
@@ -74,7 +76,8 @@ def test_a_rank_sends_what_is_predicted(name: str, ranks: Callable[[int], Worker
     work = work_of(LAYOUTS[name], 2)
     for rank, (calls, parameters, _) in enumerate(ranks(2).run(second_step, LAYOUTS[name])):
         stage = rank if work.layout.pipe > 1 else 0
-        assert parameters == work.parameters_of_stage(stage)
+        if work.layout.zero_stage < 3:  # there a parameter shows the elements that are gathered
+            assert parameters == work.parameters_of_stage(stage)
         predicted: Counter[tuple[str, float]] = Counter()
         for one in traffic(work, stage):
             predicted[one.operation, one.tensor_bytes] += one.calls  # type: ignore[assignment]
