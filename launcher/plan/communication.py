@@ -102,12 +102,12 @@ def _tensor(work: Workload, stage: int) -> Iterator[Traffic]:
         scatters = batches * ((4 + full) * layers + first + last)
         yield Traffic("tensor", "hidden", "gather", hidden, gathers, ranks)
         yield Traffic("tensor", "hidden", "reduce_scatter", hidden, scatters, ranks)
-        norm = 4.0 * config.model.hidden_size
+        norm = float(work.element_size * config.model.hidden_size)
         yield Traffic("tensor", "norms' gradients", "all_reduce", norm, batches * (2 * layers + last), ranks)
     else:
         yield Traffic("tensor", "hidden", "all_reduce", hidden, batches * ((4 + full) * layers + first + last), ranks)
     if config.model.qk_norm:
-        head_norm = 4.0 * config.model.head_size
+        head_norm = float(work.element_size * config.model.head_size)
         yield Traffic("tensor", "norms' gradients", "all_reduce", head_norm, batches * 2 * layers, ranks)
 
 

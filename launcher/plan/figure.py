@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from biroute.launcher.plan.hardware import GIB
 from biroute.launcher.plan.prediction import Plan
-from biroute.launcher.plan.scaling import weak_scaling
+from biroute.launcher.plan.scaling import scaled
 from biroute.launcher.track.figures import new_figure, save_figure
 
 COLOURS = (
@@ -28,14 +28,18 @@ def draw_plan(plans: Sequence[Plan], path: Path) -> None:
     memory.set(title="Peak memory of a rank", xlabel=f"devices; a device has {available:g} GiB", ylabel="GiB")
     _stack(time, names, [plan.step.parts() for plan in plans])
     time.set(title="Time of a step", xlabel="devices", ylabel="seconds")
-    points = [(devices, plan.tokens_per_second) for devices, plan in weak_scaling(plans[0])]
-    devices, rates = zip(*points, strict=True)
-    curve.loglog(devices, rates, color=COLOURS[0], marker="o", markersize=3, label="predicted")
-    linear = [rates[0] * n / devices[0] for n in devices]
-    curve.loglog(devices, linear, color="#5f6368", linewidth=1, linestyle="--", label="in proportion")
-    curve.set(title="More data ranks, same sequences each", xlabel="devices", ylabel="tokens/s")
-    curve.legend(title=f"{rates[-1] / linear[-1]:.0%} of it at {devices[-1]:,} devices", title_fontsize=7, fontsize=7)
+    _scaling_curve(curve, plans[0], "weak", COLOURS[0], "same sequences per rank")
+    _scaling_curve(curve, plans[0], "strong", COLOURS[1], "same batch")
+    curve.set(title="Tokens per second with more data ranks", xlabel="devices", ylabel="tokens/s")
+    curve.legend(fontsize=7, frameon=False, loc="upper left")
     save_figure(figure, path)
+
+
+def _scaling_curve(axes: Any, plan: Plan, mode: Literal["weak", "strong"], colour: str, title: str) -> None:
+    devices, rates = zip(*((n, one.tokens_per_second) for n, one in scaled(plan, mode)), strict=True)
+    efficiency = rates[-1] / rates[0] / (devices[-1] / devices[0])
+    label = f"{title}: {efficiency:.0%} of proportion at {devices[-1]:,}"
+    axes.loglog(devices, rates, color=colour, marker="o", markersize=3, label=label)
 
 
 def _stack(axes: Any, names: list[str], bars: Sequence[Mapping[str, float]]) -> None:

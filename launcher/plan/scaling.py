@@ -1,8 +1,12 @@
-"""The same run on more nodes: each data rank keeps its sequences, so the batch grows with the nodes. No torch."""
+"""The same run on more nodes, by more data ranks. No torch.
+
+Weak scaling keeps the sequences of each data rank, so the batch grows with the nodes; strong scaling keeps the batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from biroute.configs.errors import UsageError
 from biroute.configs.layout import resolve_layout
@@ -12,19 +16,21 @@ from biroute.launcher.plan.search import changed_config
 MOST_NODES = 4096
 
 
-def weak_scaling(plan: Plan, most_nodes: int = MOST_NODES) -> Iterator[tuple[int, Plan]]:
-    """Yield (devices, plan), from the plan itself on with twice the data ranks each time, up to `most_nodes`."""
-    layout, sequences = plan.layout, plan.config.train.global_batch_size // plan.layout.data
+def scaled(plan: Plan, mode: Literal["weak", "strong"], most_nodes: int = MOST_NODES) -> Iterator[tuple[int, Plan]]:
+    """Yield (devices, plan), from the plan itself on with twice the data ranks each time.
+
+    It ends at `most_nodes` nodes, or where the layout check refuses: a strong one, when the batch is used up.
+    """
+    layout, train = plan.layout, plan.config.train
     data = layout.data
     while True:
         devices = layout.world_size // layout.data * data
         if devices > most_nodes * plan.hardware.devices_per_node:
             return
+        batch = train.global_batch_size // layout.data * data if mode == "weak" else train.global_batch_size
         try:
             config = changed_config(
-                plan.config,
-                {"data": data},
-                {"global_batch_size": sequences * data, "evaluate_sequences": None},
+                plan.config, {"data": data}, {"global_batch_size": batch, "evaluate_sequences": None}
             )
             yield devices, make_plan(config, resolve_layout(config, devices), plan.hardware, plan.exchange_fraction)
         except UsageError:

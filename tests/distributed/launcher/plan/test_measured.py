@@ -91,6 +91,24 @@ def test_a_rank_sends_what_is_predicted(name: str, ranks: Callable[[int], Worker
         assert +measured == predicted
 
 
+def test_four_ranks_of_three_axes_send_what_is_predicted(ranks: Callable[[int], WorkerPool]) -> None:
+    """Two tensor ranks, two stages; then two region ranks and two data ranks: bytes of all axes together."""
+    for parallel in ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, {"tensor": 2, "data": 2}):
+        sections: Sections = {"parallel": parallel, "train": {"precision": "bf16"}}
+        work = work_of(sections, 4)
+        for rank, (calls, parameters, _) in enumerate(ranks(4).run(second_step, sections)):
+            stage = rank // 2 if work.layout.pipe > 1 else 0
+            assert parameters == work.parameters_of_stage(stage)
+            measured: Counter[Any] = counted(calls, work)
+            predicted: Counter[Any] = Counter()
+            for one in traffic(work, stage):
+                predicted[one.operation, one.tensor_bytes] += one.calls  # type: ignore[assignment]
+            if work.layout.pipe > 1:
+                measured["send", work.embedding / work.layout.tensor * work.element_size] *= stage == 0
+            assert gathered(measured) == pytest.approx(gathered(predicted), rel=1e-3)
+            assert +measured == predicted
+
+
 def gathered(calls: Counter[Any]) -> float:
     """Take the gathers out of `calls` and return their bytes."""
     gathers = [call for call in calls if call[0] == "gather"]

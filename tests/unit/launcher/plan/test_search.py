@@ -14,7 +14,7 @@ from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.plan.prediction import make_plan
 from biroute.launcher.plan.report import as_values, plan_table, search_table
-from biroute.launcher.plan.scaling import weak_scaling
+from biroute.launcher.plan.scaling import scaled
 from biroute.launcher.plan.search import TOO_LARGE, reason_of, remedy, search_layouts
 
 H100 = profile("h100")
@@ -81,12 +81,19 @@ def test_a_remedy_fits_and_is_the_first_that_does() -> None:
 
 def test_weak_scaling_keeps_the_sequences_of_a_rank() -> None:
     plan = make_plan(config(), resolve_layout(config(), 8), H100, 0.4)
-    points = list(weak_scaling(plan, most_nodes=64))
+    points = list(scaled(plan, "weak", most_nodes=64))
     assert [devices for devices, _ in points] == [8, 16, 32, 64, 128, 256, 512]
     for devices, one in points:
         assert one.config.train.global_batch_size == devices
         assert one.work.microbatches == 1
     assert points[-1][1].step.total > points[0][1].step.total  # the network of several nodes
+
+
+def test_strong_scaling_ends_with_the_batch() -> None:
+    wide = config(train={"global_batch_size": 32})
+    points = list(scaled(make_plan(wide, resolve_layout(wide, 8), H100, 0.4), "strong"))
+    assert [(devices, one.work.microbatches) for devices, one in points] == [(8, 4), (16, 2), (32, 1)]
+    assert {one.config.train.global_batch_size for _, one in points} == {32}
 
 
 def test_a_table_and_its_values_say_the_same() -> None:
