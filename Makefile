@@ -83,10 +83,11 @@ bench: $(INSTALLED) ## speed and memory of routed attention beside dense
 ui: $(INSTALLED) ## MLflow on the runs of the demo
 	$(BIN)/biroute ui configs/demo.yaml
 
-docs: $(INSTALLED) ## make generated pages and pictures anew: configuration, packages, a run
+docs: $(INSTALLED) ## make generated pages and pictures anew: configuration, packages, a run, predictions
 	$(BIN)/python -m biroute.configs.reference > docs/configuration.md
 	$(BIN)/python docs/draw_packages.py
 	$(BIN)/python docs/draw_run.py
+	$(BIN)/python docs/write_plan_page.py
 
 docs-check: $(INSTALLED) ## run the commands of the documentation, and check its links and YAML
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_packages.py \

@@ -14,8 +14,9 @@ def attended_pairs(config: RunConfig, layer: int) -> int:
     topk = min(model.attention.topk, model.num_regions)
     if not model.causal:
         return tokens * topk * size
-    # Region r has r regions before it; its own one is a triangle.
-    earlier = sum(min(topk - 1, region) for region in range(model.num_regions))
+    # Region r has r regions before it, of which it attends min(r, topk - 1); its own one is a triangle.
+    others = topk - 1
+    earlier = others * (others - 1) // 2 + (model.num_regions - others) * others
     return earlier * size * size + model.num_regions * (size * (size + 1) // 2)
 
 

@@ -186,6 +186,31 @@ def memory(
 
 
 @bench_app.command()
+def hardware(
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="processes, as many as will train; left out: one for each core")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="time of each measurement")] = 1.0,
+    as_json: AsJson = False,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for this-machine.yaml")] = None,
+) -> None:
+    """Measure a hardware profile of this machine, with real processes on its CPUs, for biroute plan.
+
+    Example: biroute bench hardware --ranks 2 --out profiles
+    """
+    from biroute.launcher.bench import hardware as bench
+
+    count = ranks or bench.default_ranks()
+    measured = bench.measure_hardware(count, seconds)
+    profile = bench.profile_of(measured, count)
+    text = bench.profile_text(profile, measured)
+    written = None if out is None else bench.write_profile(text, out)
+    typer.echo(json.dumps(profile.model_dump()) if as_json else text.rstrip("\n"))
+    if written is not None and not as_json:
+        typer.echo(f"wrote {written}; biroute plan CONFIG --hardware {written}")
+
+
+@bench_app.command()
 def pictures(
     steps: Annotated[int, typer.Option(help="optimizer steps of the small model whose routes are drawn")] = 400,
     as_json: AsJson = False,

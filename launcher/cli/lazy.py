@@ -26,6 +26,10 @@ MOUNTED = {
         "biroute.launcher.cli.checkpoint:checkpoint_app", "List, verify and copy the checkpoints of a run."
     ),
     "track": Mount("biroute.launcher.cli.track:track_app", "Send to MLflow what it has not received of a run."),
+    "plan": Mount(
+        "biroute.launcher.cli.plan:plan_app",
+        "Predict memory, bytes between ranks, time and cost of a run before it is submitted.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

@@ -34,7 +34,7 @@ from biroute.parallel.engine.spike_guard import SpikeGuard
 from biroute.parallel.engine.zero_state import OptimizerState, decay_groups
 from biroute.parallel.mesh.mesh import Mesh
 from biroute.parallel.phase_clock import PhaseClock
-from biroute.parallel.region.plan import RegionLayout
+from biroute.parallel.region.costs import RegionLayout
 from biroute.parallel.region.shard import RegionShard
 from biroute.parallel.region.traffic_log import TrafficLog
 from biroute.parallel.region.transport import Transport

@@ -21,14 +21,8 @@ from biroute.model.attention.partial import (
     partial_attention_backward,
     working_dtype,
 )
-from biroute.parallel.region.plan import (
-    Baselines,
-    ExchangeCosts,
-    ExchangePlan,
-    RegionLayout,
-    Way,
-    plan_exchange,
-)
+from biroute.parallel.region.costs import Baselines, ExchangeCosts, RegionLayout
+from biroute.parallel.region.plan import ExchangePlan, Way, plan_exchange
 from biroute.parallel.region.transfers import Transfers
 from biroute.parallel.region.transport import Pending, Transport
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.suffix import suffix_attention
 from biroute.parallel.region.attention import Exchange, RoutedAttention
-from biroute.parallel.region.plan import RegionLayout, Way
+from biroute.parallel.region.costs import RegionLayout
+from biroute.parallel.region.plan import Way
 from biroute.parallel.region.transport import Transport
 
 

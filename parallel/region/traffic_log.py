@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from biroute.parallel.region.plan import Baselines, ExchangePlan
+from biroute.parallel.region.costs import Baselines
+from biroute.parallel.region.plan import ExchangePlan
 
 # What travels. "keys", "queries" and "results" are the payload of forward that a plan counts.
 KINDS = ("keys", "queries", "results", "gradients", "requests", "descriptors", "gathered", "neighbours")

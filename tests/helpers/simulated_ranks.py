@@ -59,12 +59,8 @@ def planned_traffic(region_ranks: int) -> dict[str, Any]:
 
     from biroute.model.attention.routing import route_regions
     from biroute.model.attention.rule import RouteRule
-    from biroute.parallel.region.plan import (
-        ExchangeCosts,
-        RegionLayout,
-        plan_exchange,
-        traffic,
-    )
+    from biroute.parallel.region.costs import ExchangeCosts, RegionLayout
+    from biroute.parallel.region.plan import plan_exchange, traffic
     from biroute.parallel.region.transfers import pack_requests, unpack_requests
 
     layout, topk = RegionLayout(4 * region_ranks, 16, region_ranks), 8

@@ -12,15 +12,8 @@ from torch import Tensor
 
 from biroute.configs.schema import RunConfig
 from biroute.launcher.bench.report import mean
-from biroute.parallel.region.plan import (
-    Baselines,
-    ExchangeCosts,
-    ExchangePlan,
-    RegionLayout,
-    Way,
-    plan_exchange,
-    traffic,
-)
+from biroute.parallel.region.costs import Baselines, ExchangeCosts, RegionLayout
+from biroute.parallel.region.plan import ExchangePlan, Way, plan_exchange, traffic
 
 WAYS: tuple[Way, ...] = get_args(Way)
 

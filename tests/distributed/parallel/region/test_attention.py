@@ -20,7 +20,7 @@ from biroute.model.attention.key_smear import KeySmear
 from biroute.model.attention.routing import key_descriptors, route_query_blocks, route_regions, sliding_window_route
 from biroute.model.attention.rule import RouteRule
 from biroute.parallel.region import attention as region_attention
-from biroute.parallel.region.plan import RegionLayout
+from biroute.parallel.region.costs import RegionLayout
 from biroute.parallel.region.shard import RegionShard
 from biroute.parallel.region.transport import Pending, Transport
 

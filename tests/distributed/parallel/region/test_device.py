@@ -16,7 +16,7 @@ from torch import Tensor
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.routing import key_descriptors, route_query_blocks
 from biroute.model.attention.rule import RouteRule
-from biroute.parallel.region.plan import RegionLayout
+from biroute.parallel.region.costs import RegionLayout
 from biroute.parallel.region.shard import RegionShard
 from biroute.parallel.region.transport import Transport
 

@@ -14,7 +14,8 @@ from biroute.launcher.bench.exchange.page import exchange_page, size
 from biroute.launcher.bench.exchange.plan import planned_rows, single_process_plan, spread
 from biroute.model.attention.routing import route_regions
 from biroute.model.attention.rule import RouteRule
-from biroute.parallel.region.plan import ExchangeCosts, RegionLayout, plan_exchange, traffic
+from biroute.parallel.region.costs import ExchangeCosts, RegionLayout
+from biroute.parallel.region.plan import plan_exchange, traffic
 
 SEQUENCES, LAYERS = 2, (0, 3)
 

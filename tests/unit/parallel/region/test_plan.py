@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 
 from biroute.model.attention.routing import select_regions
 from biroute.model.attention.rule import RouteRule
-from biroute.parallel.region.plan import (
-    Baselines,
-    ExchangeCosts,
-    ExchangePlan,
-    RegionLayout,
-    Way,
-    plan_exchange,
-)
+from biroute.parallel.region.costs import Baselines, ExchangeCosts, RegionLayout
+from biroute.parallel.region.plan import ExchangePlan, Way, plan_exchange
 from biroute.parallel.region.transfers import pack_requests, request_lengths, unpack_requests
 
 COSTS = ExchangeCosts.of(region_size=4, query_block_size=1, heads_per_group=2, head_size=8, element_size=4)

@@ -1,0 +1,188 @@
+"""`biroute bench hardware`: a hardware profile of this machine, measured with real processes, for `biroute plan`.
+
+All ranks measure at the same time, as they would train, and the slowest one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from biroute.configs.schema import TrainConfig
+from biroute.launcher.bench.report import environment_info, make_folder
+from biroute.launcher.plan.hardware import GIB, HardwareProfile
+from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
+from biroute.launcher.ranks.rendezvous import join_processes
+from biroute.launcher.start.library_warnings import ignore_library_warnings
+
+FILE = "this-machine.yaml"
+MATRIX, COPY_ELEMENTS, EXCHANGED_ELEMENTS = 768, 1 << 24, 1 << 22
+FEWEST_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the slowest rank reached; bytes in seconds, without prefix."""
+
+    flops_per_second_fp32: float
+    flops_per_second_bf16: float
+    memory_bytes_per_second: float
+    all_reduce_bytes_per_second: float  # of the bus: 2 (n - 1) / n of the tensor's bytes, over the time
+    send_bytes_per_second: float
+    latency_seconds: float
+
+
+def default_ranks() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_hardware(ranks: int, seconds: float) -> Measured:
+    """Start `ranks` processes of one thread each, and measure for about `seconds` each rate."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when the ranks import them
+    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
+            _rank, args=(ranks, seconds, folder), nprocs=ranks, join=True, start_method="spawn"
+        )
+        found = [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+    slowest = {name: min(one[name] for one in found) for name in found[0]}
+    return Measured(**{**slowest, "latency_seconds": max(one["latency_seconds"] for one in found)})
+
+
+def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
+    ignore_library_warnings()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
+    }
+    join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds)), "utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure(rank: int, ranks: int, seconds: float) -> dict[str, float]:
+    source = torch.rand(COPY_ELEMENTS)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source), seconds)
+    found = {
+        "flops_per_second_fp32": 2 * MATRIX**3 / _product_seconds(torch.float32, seconds),
+        "flops_per_second_bf16": 2 * MATRIX**3 / _product_seconds(torch.bfloat16, seconds),
+        "memory_bytes_per_second": 2 * source.nbytes / copy,  # read and written
+    }
+    if ranks == 1:
+        # Nothing is sent; what the profile says of links is never used, and a copy is the best that one could do.
+        rate = source.nbytes / copy
+        return found | {
+            "all_reduce_bytes_per_second": rate, "send_bytes_per_second": rate, "latency_seconds": 0.0
+        }  # fmt: skip
+    payload, message = torch.rand(EXCHANGED_ELEMENTS), torch.zeros(1)
+    reduced = _median_seconds(lambda: dist.all_reduce(payload), seconds, together=True)
+    neighbour = rank ^ 1
+
+    def there_and_back(tensor: torch.Tensor) -> None:
+        if neighbour < ranks:  # of an odd number of ranks the last one has no partner
+            for sends in (rank < neighbour, rank > neighbour):
+                dist.send(tensor, neighbour) if sends else dist.recv(tensor, neighbour)
+
+    sent = _median_seconds(lambda: there_and_back(payload), seconds, together=True) / 2
+    latency = _median_seconds(lambda: there_and_back(message), seconds, together=True) / 2
+    alone = neighbour >= ranks
+    return found | {
+        "all_reduce_bytes_per_second": 2 * (ranks - 1) / ranks * payload.nbytes / reduced,
+        "send_bytes_per_second": float("inf") if alone else payload.nbytes / sent,
+        "latency_seconds": 0.0 if alone else latency,
+    }
+
+
+def _product_seconds(dtype: torch.dtype, seconds: float) -> float:
+    left, right = (torch.rand(MATRIX, MATRIX).to(dtype) for _ in range(2))
+    return _median_seconds(lambda: left @ right, seconds)
+
+
+def _median_seconds(work: Callable[[], Any], seconds: float, *, together: bool = False) -> float:
+    """Return the median time of a call; `together`: all ranks make the same number of calls."""
+    work()
+    started = time.perf_counter()
+    work()
+    repeats = max(FEWEST_REPEATS, int(seconds / max(time.perf_counter() - started, 1e-9)))
+    if together:
+        number = torch.tensor([min(repeats, 10_000)])
+        dist.broadcast(number, 0)
+        repeats = int(number)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def profile_of(measured: Measured, ranks: int) -> HardwareProfile:
+    """Return the profile of this machine as one node whose devices are `ranks` processes."""
+    link = measured.all_reduce_bytes_per_second / 1e9
+    return HardwareProfile(
+        device=f"this machine, {ranks} rank(s) of one thread",
+        peak_tflops_bf16=measured.flops_per_second_bf16 / 1e12,
+        peak_tflops_fp32=measured.flops_per_second_fp32 / 1e12,
+        memory_gib=psutil.virtual_memory().total / GIB / ranks,
+        memory_gb_per_second=measured.memory_bytes_per_second / 1e9,
+        devices_per_node=ranks,
+        intra_node_gb_per_second=link,
+        inter_node_gb_per_second=link,
+        intra_node_latency_us=1e6 * measured.latency_seconds,
+        inter_node_latency_us=1e6 * measured.latency_seconds,
+        efficiency=1.0,
+    )
+
+
+# How each field of the profile was found.
+COMMENTS = {
+    "peak_tflops_bf16": f"measured: products of {MATRIX} x {MATRIX} matrices, all ranks at once, the slowest",
+    "peak_tflops_fp32": "the same",
+    "memory_gib": "memory of the machine over its ranks",
+    "memory_gb_per_second": "measured: a copy, read and written",
+    "intra_node_gb_per_second": "measured: all-reduce over gloo, bandwidth of the bus; to one neighbour: {send:.3g}",
+    "inter_node_gb_per_second": "assumed: as inside; a single machine was measured",
+    "intra_node_latency_us": "measured: one number to a neighbour over gloo",
+    "inter_node_latency_us": "assumed: as inside",
+    "efficiency": "of rates that were measured, not of a data sheet",
+}
+
+
+def profile_text(profile: HardwareProfile, measured: Measured) -> str:
+    """Return the profile as YAML, with how each number was found."""
+    facts = environment_info()
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    lines = [f"# Made by `{facts['command']}` on {date}: {facts['machine']}; {facts['software']}."]
+    for name, value in profile.model_dump(exclude_none=True).items():
+        comment = COMMENTS.get(name, "").format(send=measured.send_bytes_per_second / 1e9)
+        number = f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+        lines.append(f"{name}: {number}" + (f" # {comment}" if comment else ""))
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(text: str, folder: Path) -> Path:
+    """Write the profile into a folder, which is created, and return its path.
+
+    Raises:
+        UsageError: the folder cannot be created.
+    """
+    make_folder(folder)
+    path = folder / FILE
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,107 @@
+"""Hardware profiles: what a device and the links between devices can do, in a YAML file. No torch."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from biroute.configs.errors import UsageError
+from biroute.configs.load import explain_problems, parse_yaml
+from biroute.configs.section import Section
+
+SHIPPED = "hardware"
+GIB = 1024**3
+
+
+class HardwareProfile(Section):
+    """A kind of node. Rates are peaks, in units of 10^9 or 10^12; only the memory's size is in GiB (2^30 bytes)."""
+
+    device: str = Field(min_length=1, description="name of the device")
+    peak_tflops_bf16: PositiveFloat = Field(description="peak rate of bf16 matrix products, dense, in 10^12 FLOP/s")
+    peak_tflops_fp32: PositiveFloat = Field(description="the same for fp32")
+    memory_gib: PositiveFloat = Field(description="memory of a device in GiB")
+    memory_gb_per_second: PositiveFloat = Field(description="bandwidth of a device's memory in 10^9 bytes/s")
+    devices_per_node: PositiveInt = Field(description="devices of a node; each is one rank")
+    intra_node_gb_per_second: PositiveFloat = Field(
+        description="bandwidth between devices of a node, per device and direction, in 10^9 bytes/s"
+    )
+    inter_node_gb_per_second: PositiveFloat = Field(
+        description="bandwidth between nodes, per device and direction, in 10^9 bytes/s"
+    )
+    intra_node_latency_us: float = Field(0.0, ge=0, description="latency of a message inside a node in microseconds")
+    inter_node_latency_us: float = Field(0.0, ge=0, description="the same between nodes")
+    efficiency: float = Field(
+        gt=0, le=1, description="fraction of the peak rate of matrix products that a training run reaches"
+    )
+    price_per_device_hour: float | None = Field(
+        None, ge=0, description="price of a device for an hour, in any currency; left out: no cost is computed"
+    )
+
+    def flops_per_second(self, precision: str) -> float:
+        """Return the peak rate of matrix products in FLOP/s for `precision`, "bf16" or "fp32"."""
+        return 1e12 * (self.peak_tflops_bf16 if precision == "bf16" else self.peak_tflops_fp32)
+
+    def crosses_nodes(self, size: int, stride: int) -> bool:
+        """Return whether a group of `size` ranks, each `stride` ranks from the next, spans several nodes."""
+        return (size - 1) * stride >= self.devices_per_node
+
+    def bytes_per_second(self, size: int, stride: int) -> float:
+        """Return the bandwidth that each rank of a group has in a collective, in bytes/s.
+
+        Where several ranks of a group share a node, each carries a share of what leaves the node, through a network
+        card of its own; so between nodes they have their cards together, up to the bandwidth inside the node.
+
+        Args:
+            size: ranks of the group.
+            stride: distance between the numbers of neighbouring ranks.
+        """
+        if not self.crosses_nodes(size, stride):
+            return 1e9 * self.intra_node_gb_per_second
+        together = min(size, max(1, self.devices_per_node // stride))
+        return 1e9 * min(self.intra_node_gb_per_second, together * self.inter_node_gb_per_second)
+
+    def latency_seconds(self, size: int, stride: int) -> float:
+        """Return the latency of one message between neighbouring ranks of a group in seconds."""
+        crosses = self.crosses_nodes(size, stride)
+        return 1e-6 * (self.inter_node_latency_us if crosses else self.intra_node_latency_us)
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the profiles that ship with BiRoute."""
+    folder = resources.files("biroute.configs").joinpath(SHIPPED)
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_hardware(name: str) -> HardwareProfile:
+    """Read a hardware profile and check it.
+
+    Args:
+        name: a YAML file, or the name of a profile that ships with BiRoute.
+
+    Raises:
+        UsageError: there is no such profile, or it is not valid; all problems are reported in one line.
+    """
+    path = Path(name)
+    source = path if path.is_file() else resources.files("biroute.configs").joinpath(SHIPPED, f"{name}.yaml")
+    if not source.is_file():
+        known = ", ".join(shipped_names())
+        raise UsageError(f"--hardware {name}: no such hardware profile; name a YAML file, or one of {known}")
+    try:
+        tree = parse_yaml(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"--hardware {name}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    try:
+        return HardwareProfile.model_validate({} if tree is None else tree)
+    except ValidationError as error:
+        raise UsageError(f"--hardware {name}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    missing = [str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "missing"]
+    if not missing:
+        return explain_problems(error, HardwareProfile)
+    fields = "; ".join(f"{name}: {HardwareProfile.model_fields[name].description}" for name in missing)
+    return f"missing {'field' if len(missing) == 1 else 'fields'}, add {fields}"

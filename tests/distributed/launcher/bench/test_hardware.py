@@ -1,0 +1,20 @@
+"""`biroute bench hardware` on two real processes: rates that are possible, in the right units."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+from biroute.launcher.bench.hardware import measure_hardware
+
+
+def test_two_ranks_measure_possible_rates() -> None:
+    """No core does 10^13 operations a second, or less than 10^8; no memory moves a terabyte a second."""
+    measured = measure_hardware(2, 0.01)
+    assert all(math.isfinite(rate) for rate in asdict(measured).values())
+    assert 1e8 < measured.flops_per_second_bf16 < 1e13
+    assert 1e8 < measured.flops_per_second_fp32 < 1e13
+    assert 1e7 < measured.memory_bytes_per_second < 1e12
+    assert 1e6 < measured.all_reduce_bytes_per_second < measured.memory_bytes_per_second
+    assert measured.send_bytes_per_second > 1e6
+    assert 1e-7 < measured.latency_seconds < 1
