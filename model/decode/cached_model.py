@@ -1,0 +1,120 @@
+"""A trained model that continues sequences token by token, through the very layers that were trained.
+
+There is no second definition of the model: `CachedModel` walks the modules of `LayerSequence`, and only replaces the
+attention of each layer, for the time of a call, by attention over its pages (`attention.py`).
+
+What a sequence gets does not depend on the others in a call, to the bit. A prompt is computed by itself. A step takes
+`ROWS` sequences at a time, always that many, with padding where there are fewer: a matrix product of a fixed shape
+gives each row the same bits whatever the other rows hold. Attention takes one sequence at a time.
+
+Shapes: B sequences, S tokens, C hidden size, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from biroute.configs.schema import ModelConfig
+from biroute.model.attention.core import AttentionState, CoreAttention
+from biroute.model.decode.attention import LayerCache, PromptAttention, TokenAttention
+from biroute.model.language_model import LayerSequence
+
+# Sequences of one step. MKL's products of 4 rows have the bits of those of 1,024, as in training; those of 1 and 2
+# rows, by another algorithm, do not (tests/unit/model/decode/test_cached_model.py). More would cost a single sequence
+# more.
+ROWS = 4
+
+
+class CachedSequence:
+    """One sequence and what it has left in every layer."""
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens so far."""
+        return self.layers[0].pages.length
+
+    def size_bytes(self) -> int:
+        """Return the bytes of keys, values and descriptors so far."""
+        return sum(layer.size_bytes() for layer in self.layers)
+
+
+class CachedModel:
+    """A causal model in one process, its weights loaded."""
+
+    def __init__(self, layers: LayerSequence, model: ModelConfig) -> None:
+        """Take the layers as they are, on their device and in their precision.
+
+        Raises:
+            ValueError: the model is bidirectional, or its layers share sequences with other ranks.
+        """
+        self.layers, self.model = layers.eval(), model
+        self.cores = [module for module in layers.modules() if isinstance(module, CoreAttention)]
+        if not model.causal or any(core.shard is not None for core in self.cores):
+            raise ValueError("a cache needs a causal model whose sequences are whole")
+        self.device = next(layers.parameters()).device
+
+    @torch.no_grad()
+    def prefill(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
+        """Begin a sequence with a prompt.
+
+        Args:
+            tokens: 1 ... `sequence_length` of them.
+
+        Returns:
+            The sequence, and the fp32 logits [V] of the token after the prompt.
+
+        Raises:
+            ValueError: there is no token, or there are more than `sequence_length`.
+        """
+        length, size = len(tokens), self.model.attention.region_size
+        if not 1 <= length <= self.model.sequence_length:
+            raise ValueError(f"{length} tokens: a prompt has 1 ... {self.model.sequence_length}")
+        caches = [LayerCache(core) for core in self.cores]
+        padded = [*tokens, *[0] * (-length % size)]
+        with self._attending(lambda layer: PromptAttention(caches[layer], length)):
+            hidden_SBC = self.layers.hidden_states(torch.tensor([padded], device=self.device))
+        return CachedSequence(caches), self._logits(hidden_SBC[length - 1 : length].transpose(0, 1))[0]
+
+    @torch.no_grad()
+    def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
+        """Add one token to each sequence.
+
+        Args:
+            sequences: B different ones, of any lengths below `sequence_length`.
+            tokens: one for each.
+
+        Returns:
+            The fp32 logits [B, V] of each sequence's next token.
+        """
+        pairs = list(zip(sequences, tokens, strict=True))
+        return torch.cat([self._step(pairs[first : first + ROWS]) for first in range(0, len(pairs), ROWS)])
+
+    def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
+        tokens = [token for _, token in pairs] + [0] * (ROWS - len(pairs))
+        with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs])):
+            hidden_1BC = self.layers.hidden_states(torch.tensor(tokens, device=self.device)[:, None])
+        return self._logits(hidden_1BC[0][:, None])[: len(pairs)]
+
+    def _logits(self, hidden_B1C: Tensor) -> Tensor:
+        """Hidden states [B, 1, C] of up to `ROWS` tokens -> fp32 logits of as many, [B, V]."""
+        padding = ROWS - hidden_B1C.shape[0]
+        padded_1BC = torch.nn.functional.pad(hidden_B1C.transpose(0, 1), (0, 0, 0, padding))
+        return self.layers.logits(padded_1BC)[0, : ROWS - padding].float()
+
+    @contextmanager
+    def _attending(self, state_of: Callable[[int], AttentionState]) -> Iterator[None]:
+        """Let each layer attend by the state that `state_of` makes for its number."""
+        try:
+            for layer, core in enumerate(self.cores):
+                core.state = state_of(layer)
+            yield
+        finally:
+            for core in self.cores:
+                core.state = None
