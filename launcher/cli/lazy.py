@@ -25,6 +25,10 @@ MOUNTED = {
     "checkpoint": Mount(
         "biroute.launcher.cli.checkpoint:checkpoint_app", "List, verify and copy the checkpoints of a run."
     ),
+    "generate": Mount(
+        "biroute.launcher.cli.generate:generate_app",
+        "Continue texts with a trained model, from a checkpoint of any layout, with the routes of training.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

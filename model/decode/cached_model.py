@@ -92,8 +92,14 @@ class CachedModel:
 
         Returns:
             The fp32 logits [B, V] of each sequence's next token.
+
+        Raises:
+            ValueError: a sequence has `sequence_length` tokens; no sequence is changed.
         """
         pairs = list(zip(sequences, tokens, strict=True))
+        longest = self.model.sequence_length
+        if any(one.length >= longest for one in sequences):
+            raise ValueError(f"a sequence has {longest} tokens, as many as the model takes")
         return torch.cat([self._step(pairs[first : first + ROWS]) for first in range(0, len(pairs), ROWS)])
 
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:

@@ -115,7 +115,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
     dataset = open_dataset(config)
     checkpoint = newest_checkpoint(train.run_dir / CHECKPOINTS)
     meta = read_meta(checkpoint)
-    check_same_model(checkpoint, meta.model, model_identity(config, dataset))
+    check_same_model(checkpoint, meta.model, model_identity(config, dataset.manifest.tokenizer_fingerprint))
     mesh = build_mesh(resolve_layout(config, 1))
     module = LayerSequence(plan_layers(config, mesh.groups)).eval()
     load_weights(module, dict(read_weights(checkpoint, verify=True)))
