@@ -40,19 +40,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        warm = math.isfinite(self.temperature) and self.temperature >= 0
+        penalty = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         for name, value, right, wanted in (
             ("max-tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, finite and self.temperature >= 0, "a number of at least 0 (0: greedy)"),
+            ("temperature", self.temperature, warm, "a number of at least 0 (0: greedy)"),
             ("top-k", self.top_k, self.top_k >= 0, "at least 0 (0: all tokens)"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1: all tokens)"),
             ("min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
-            (
-                "repetition-penalty",
-                self.repetition_penalty,
-                finite and self.repetition_penalty > 0,
-                "a number above 0 (1: none)",
-            ),
+            ("repetition-penalty", self.repetition_penalty, penalty, "a number above 0 (1: none)"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
         ):
             if not right:
