@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from biroute.configs.schema import ModelConfig
-from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.core import CoreAttention, Turned
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.decode.pages import Candidates, Pages
 
@@ -43,9 +43,9 @@ class PromptAttention:
     changes nothing; it is not kept.
     """
 
-    def __init__(self, cache: LayerCache, length: int) -> None:
-        """Fill an empty `cache` with the first `length` tokens of the call."""
-        self.cache, self.length = cache, length
+    def __init__(self, cache: LayerCache, length: int, exact: bool) -> None:
+        """Fill an empty `cache` with the first `length` tokens of the call; `exact`: see `rounded_once`."""
+        self.cache, self.length, self.exact = cache, length, exact
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend q [1, H, S, D] to k, v [1, G, S, D], before RoPE, S a multiple of the region; gives [1, H, S, D]."""
@@ -60,34 +60,57 @@ class PromptAttention:
         if route is not None and end % core.query_block_size:
             block = end // core.query_block_size
             pages.route = route[:, :, block : block + 1].clone()
-        return core.attend(turned, v, route)
+        return rounded_once(core, turned, v, route) if self.exact else core.attend(turned, v, route)
 
 
 class TokenAttention:
     """Attends one more token of each of some sequences, each by itself: no sequence knows of the others."""
 
-    def __init__(self, caches: Sequence[LayerCache]) -> None:
-        """Use one cache for each of the first rows of a call; the rows after them are padding, and give zeros."""
-        self.caches = caches
+    def __init__(self, caches: Sequence[LayerCache], exact: bool) -> None:
+        """Use one cache for each of the first rows of a call; the rows after them are padding, and give zeros.
+
+        `exact`: see `rounded_once`.
+        """
+        self.caches, self.exact = caches, exact
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend q [B, H, 1, D], k and v [B, G, 1, D], before RoPE, to themselves and what came before."""
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for b, cache in enumerate(self.caches):
             row = slice(b, b + 1)
-            out[row] = _attend_token(core, cache, q[row], k[row], v[row])
+            rotated_q, keys_GXD, values_GXD = _seen_by_token(core, cache, q[row], k[row], v[row])
+            if self.exact:
+                rotated_q, keys_GXD, values_GXD = rotated_q.double(), keys_GXD.double(), values_GXD.double()
+            out[row] = _softmax_attention(rotated_q, keys_GXD, values_GXD)
         return out
 
 
-def _attend_token(core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [1, H, 1, D], k and v [1, G, 1, D] of the next token of one sequence -> [1, H, 1, D]."""
+def rounded_once(core: CoreAttention, turned: Turned, v: Tensor, route: Tensor | None) -> Tensor:
+    """Attend as `core.attend` does, in fp64, rounded to fp32 at the end.
+
+    Sums in fp64, rounded once, have the same bits in whatever order and shape they are computed, but for one in many
+    millions. So a prompt, one token and a whole sequence leave the same hidden states, bit for bit, and later layers
+    choose the same regions. In fp32 their last bits would differ, and decide between regions that are equally near, as
+    they are where a text repeats itself.
+    """
+    doubled = turned._replace(q=turned.q.double(), k=turned.k.double())
+    return core.attend(doubled, v.double(), route).to(v.dtype)
+
+
+def _seen_by_token(
+    core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the next token of one sequence, and find what it attends to.
+
+    Takes q [1, H, 1, D], k and v [1, G, 1, D]; returns q after RoPE, and keys and values [G, X, D].
+    """
     pages, token = cache.pages, cache.pages.length
     smeared = k if core.key_smear is None else core.key_smear(k, pages.last_key)
     pages.last_key = k.clone()
     rotated_q, rotated_k = (_rotate(x, token, core.model) for x in (q, smeared))
     pages.append(rotated_k, v)
     if core.kind == "dense":
-        return _softmax_attention(rotated_q, *pages.everything())
+        return rotated_q, *pages.everything()
     q_for_route, k_for_route = core.for_route((q, smeared), (rotated_q, rotated_k))
     if cache.candidates is not None:
         # A region that becomes complete now is nobody's candidate before the next token, whose own region it is not.
@@ -95,7 +118,7 @@ def _attend_token(core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, 
     if token % core.query_block_size == 0:
         pages.route = _choose(core, cache, q_for_route, token)
     assert pages.route is not None
-    return _softmax_attention(rotated_q, *pages.routed(pages.route))
+    return rotated_q, *pages.routed(pages.route)
 
 
 def _choose(core: CoreAttention, cache: LayerCache, q: Tensor, token: int) -> Tensor:
@@ -129,5 +152,6 @@ def _softmax_attention(q: Tensor, keys_GXD: Tensor, values_GXD: Tensor) -> Tenso
     """Attend q [1, H, 1, D] to all the keys given, of each group for its r query heads; gives [1, H, 1, D]."""
     q_GrD = q.reshape(keys_GXD.shape[0], -1, q.shape[3]) * q.shape[3] ** -0.5
     scores_GrX = q_GrD @ keys_GXD.transpose(1, 2)
-    weights_GrX = torch.softmax(scores_GrX, -1, dtype=torch.float32).to(values_GXD.dtype)
+    precision = torch.promote_types(scores_GrX.dtype, torch.float32)
+    weights_GrX = torch.softmax(scores_GrX, -1, dtype=precision).to(values_GXD.dtype)
     return (weights_GrX @ values_GXD).reshape(q.shape)

@@ -48,8 +48,13 @@ class CachedSequence:
 class CachedModel:
     """A causal model in one process, its weights loaded."""
 
-    def __init__(self, layers: LayerSequence, model: ModelConfig) -> None:
+    def __init__(self, layers: LayerSequence, model: ModelConfig, *, exact: bool | None = None) -> None:
         """Take the layers as they are, on their device and in their precision.
+
+        Args:
+            layers: of the model, with its weights.
+            model: its configuration.
+            exact: attend in fp64, rounded once (`attention.rounded_once`); None: on a CPU in fp32.
 
         Raises:
             ValueError: the model is bidirectional, or its layers share sequences with other ranks.
@@ -58,7 +63,10 @@ class CachedModel:
         self.cores = [module for module in layers.modules() if isinstance(module, CoreAttention)]
         if not model.causal or any(core.shard is not None for core in self.cores):
             raise ValueError("a cache needs a causal model whose sequences are whole")
-        self.device = next(layers.parameters()).device
+        weight = next(layers.parameters())
+        self.device = weight.device
+        default = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.exact = default if exact is None else exact
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
@@ -78,7 +86,7 @@ class CachedModel:
             raise ValueError(f"{length} tokens: a prompt has 1 ... {self.model.sequence_length}")
         caches = [LayerCache(core) for core in self.cores]
         padded = [*tokens, *[0] * (-length % size)]
-        with self._attending(lambda layer: PromptAttention(caches[layer], length)):
+        with self._attending(lambda layer: PromptAttention(caches[layer], length, self.exact)):
             hidden_SBC = self.layers.hidden_states(torch.tensor([padded], device=self.device))
         return CachedSequence(caches), self._logits(hidden_SBC[length - 1 : length].transpose(0, 1))[0]
 
@@ -104,7 +112,7 @@ class CachedModel:
 
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
         tokens = [token for _, token in pairs] + [0] * (ROWS - len(pairs))
-        with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs])):
+        with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs], self.exact)):
             hidden_1BC = self.layers.hidden_states(torch.tensor(tokens, device=self.device)[:, None])
         return self._logits(hidden_1BC[0][:, None])[: len(pairs)]
 

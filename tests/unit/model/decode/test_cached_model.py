@@ -45,18 +45,53 @@ def test_prompt_and_tokens_after_it_give_what_training_gives(kind: str, prompt: 
     config = tiny_config(KINDS[kind])
     model, tokens = cached_model(config), random_tokens(config.model.sequence_length)
     expected, routes = whole_forward(model, tokens)
+    rows, found = decoded_after(model, tokens, prompt)
+    torch.testing.assert_close(torch.stack(rows), expected[prompt - 1 :], rtol=1e-4, atol=2e-5)
+    assert found.keys() == dict(routes).keys()
+    for layer, route in routes:
+        assert torch.equal(found[layer], route), f"layer {layer}"
+
+
+def decoded_after(model: CachedModel, tokens: list[int], prompt: int) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The logits after each token from the end of the prompt on, and the whole route of each layer."""
     with recorded_routes(model) as found:
         sequence, logits = model.prefill(tokens[:prompt])
-        prompt_routes = list(found)
+        of_prompt = dict(found)
         found.clear()
         rows = [logits, *(model.step([sequence], [token])[0] for token in tokens[prompt:])]
-    torch.testing.assert_close(torch.stack(rows), expected[prompt - 1 :], rtol=1e-4, atol=2e-5)
-    assert sequence.length == len(tokens)
-    for layer, route in routes:
-        block = next(core.query_block_size for core in model.cores if core.layer == layer)
-        chosen = dict(prompt_routes)[layer][:, :, : -(-prompt // block)]
-        later = [one for number, one in found if number == layer]
-        assert torch.equal(torch.cat([chosen, *later], 2), route), f"layer {layer}"
+    routes = {}
+    for core in model.cores:
+        if core.layer in of_prompt:
+            begun = of_prompt[core.layer][:, :, : -(-prompt // core.query_block_size)]
+            routes[core.layer] = torch.cat([begun, *[route for layer, route in found if layer == core.layer]], 2)
+    return rows, routes
+
+
+def repeated_text() -> list[int]:
+    """A text that says the same again and again, so that regions are equally near and the last bit would decide."""
+    return [*[7] * 19, *[5, 6, 7, 8] * 6, *[7] * 5]
+
+
+@pytest.mark.parametrize(
+    "kind", ["a route a token", "a route for 4 tokens", "a descriptor a key", "every kind of layer"]
+)
+def test_it_is_the_same_to_the_bit_where_a_prompt_ends(kind: str) -> None:
+    model = cached_model(tiny_config(KINDS[kind] | {"num_layers": 3}))
+    for tokens in (repeated_text(), random_tokens(48)):
+        rows, routes = decoded_after(model, tokens, 1)
+        for prompt in (5, 8, 21, 32, 47):
+            other_rows, other_routes = decoded_after(model, tokens, prompt)
+            assert all(torch.equal(*pair) for pair in zip(other_rows, rows[prompt - 1 :], strict=True))
+            assert all(torch.equal(other_routes[layer], route) for layer, route in routes.items())
+
+
+def test_without_sums_in_fp64_the_end_of_the_prompt_would_be_seen() -> None:
+    """Or the test before this one would be about nothing."""
+    model = cached_model(tiny_config({"num_layers": 3}))
+    model.exact = False
+    rows, _ = decoded_after(model, repeated_text(), 1)
+    other_rows, _ = decoded_after(model, repeated_text(), 21)
+    assert not all(torch.equal(*pair) for pair in zip(other_rows, rows[20:], strict=True))
 
 
 def test_a_prefix_by_itself_is_the_beginning_of_the_whole() -> None:
