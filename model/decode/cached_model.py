@@ -81,14 +81,31 @@ class CachedModel:
         Raises:
             ValueError: there is no token, or there are more than `sequence_length`.
         """
+        sequence, hidden_SBC = self._begin(tokens)
+        return sequence, self._logits(hidden_SBC[-1:].transpose(0, 1))[0]
+
+    @torch.no_grad()
+    def every_logit(self, tokens: Sequence[int]) -> Tensor:
+        """Return the fp32 logits [S, V] after each token of a text: the bits that `prefill` and `step` give.
+
+        Raises:
+            ValueError: as in `prefill`.
+        """
+        _, hidden_SBC = self._begin(tokens)
+        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(ROWS)])
+
+    def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
+        """Return a new sequence of the tokens, and their hidden states [S, 1, C]."""
         length, size = len(tokens), self.model.attention.region_size
         if not 1 <= length <= self.model.sequence_length:
             raise ValueError(f"{length} tokens: a prompt has 1 ... {self.model.sequence_length}")
         caches = [LayerCache(core) for core in self.cores]
-        padded = [*tokens, *[0] * (-length % size)]
+        # At least `ROWS` tokens, or matrix products would be of another kind.
+        whole = min(-(-max(length, ROWS) // size) * size, self.model.sequence_length)
+        padded = [*tokens, *[0] * (whole - length)]
         with self._attending(lambda layer: PromptAttention(caches[layer], length, self.exact)):
             hidden_SBC = self.layers.hidden_states(torch.tensor([padded], device=self.device))
-        return CachedSequence(caches), self._logits(hidden_SBC[length - 1 : length].transpose(0, 1))[0]
+        return CachedSequence(caches), hidden_SBC[:length]
 
     @torch.no_grad()
     def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "a sink, keys not smeared": {"attention": {"attention_sink": True}, "key_smear": False},
     "previous region not forced": {"attention": {"force_previous": False, "topk": 2}},
     "random": {"attention": {"router": "random"}},
+    "regions of 2": {"attention": {"region_size": 2}},
     "sliding window": {"attention": {"kind": "sliding_window"}},
     "dense": {"attention": {"kind": "dense"}},
     "every kind of layer": {"num_layers": 3, "dense_layers": [0], "sliding_window_layers": [1]},
@@ -73,7 +74,7 @@ def repeated_text() -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["a route a token", "a route for 4 tokens", "a descriptor a key", "every kind of layer"]
+    "kind", ["a route a token", "a route for 4 tokens", "a descriptor a key", "every kind of layer", "regions of 2"]
 )
 def test_it_is_the_same_to_the_bit_where_a_prompt_ends(kind: str) -> None:
     model = cached_model(tiny_config(KINDS[kind] | {"num_layers": 3}))
@@ -113,6 +114,12 @@ def test_routes_of_the_test_differ_from_a_window() -> None:
 
 
 @pytest.mark.parametrize("kind", ["a route a token", "a route for 4 tokens", "every kind of layer", "dense"])
+def test_every_logit_of_a_text_is_that_of_its_tokens_one_by_one() -> None:
+    model, tokens = cached_model(tiny_config()), random_tokens(21)
+    rows, _ = decoded_after(model, tokens, 1)
+    assert torch.equal(model.every_logit(tokens), torch.stack(rows))
+
+
 def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(kind: str) -> None:
     model = cached_model(tiny_config(KINDS[kind]))
     prompts = [random_tokens(length, seed=length) for length in (1, 30, 8, 17, 5, 29, 2)]
