@@ -90,8 +90,8 @@ def rounded_once(core: CoreAttention, turned: Turned, v: Tensor, route: Tensor |
 
     Sums in fp64, rounded once, have the same bits in whatever order and shape they are computed, but for one in many
     millions. So a prompt, one token and a whole sequence leave the same hidden states, bit for bit, and later layers
-    choose the same regions. In fp32 their last bits would differ, and decide between regions that are equally near, as
-    they are where a text repeats itself.
+    choose the same regions. In fp32 the last bits would differ, and decide between regions that are equally near, as
+    regions are where a text repeats itself.
     """
     doubled = turned._replace(q=turned.q.double(), k=turned.k.double())
     return core.attend(doubled, v.double(), route).to(v.dtype)

@@ -95,6 +95,12 @@ def test_without_sums_in_fp64_the_end_of_the_prompt_would_be_seen() -> None:
     assert not all(torch.equal(*pair) for pair in zip(other_rows, rows[20:], strict=True))
 
 
+def test_every_logit_of_a_text_is_that_of_its_tokens_one_by_one() -> None:
+    model, tokens = cached_model(tiny_config()), random_tokens(21)
+    rows, _ = decoded_after(model, tokens, 1)
+    assert torch.equal(model.every_logit(tokens), torch.stack(rows))
+
+
 def test_a_prefix_by_itself_is_the_beginning_of_the_whole() -> None:
     """Training's forward of each prefix, padded to whole regions, and what was decoded up to there."""
     model, tokens = cached_model(tiny_config()), random_tokens(48)
@@ -114,12 +120,6 @@ def test_routes_of_the_test_differ_from_a_window() -> None:
 
 
 @pytest.mark.parametrize("kind", ["a route a token", "a route for 4 tokens", "every kind of layer", "dense"])
-def test_every_logit_of_a_text_is_that_of_its_tokens_one_by_one() -> None:
-    model, tokens = cached_model(tiny_config()), random_tokens(21)
-    rows, _ = decoded_after(model, tokens, 1)
-    assert torch.equal(model.every_logit(tokens), torch.stack(rows))
-
-
 def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(kind: str) -> None:
     model = cached_model(tiny_config(KINDS[kind]))
     prompts = [random_tokens(length, seed=length) for length in (1, 30, 8, 17, 5, 29, 2)]
