@@ -172,6 +172,16 @@ def test_the_layers_attend_as_before_after_a_call() -> None:
     assert torch.equal(before, after)
 
 
+def test_storage_is_made_anew_only_when_it_is_full() -> None:
+    model = cached_model(tiny_config())
+    sequence, _ = model.prefill([0])
+    places = set()
+    for token in random_tokens(47):
+        model.step([sequence], [token])
+        places.add(sequence.layers[0].pages.everything()[0].data_ptr())
+    assert len(places) <= 4  # 8, 16, 32 and 48 tokens
+
+
 def test_a_cache_grows_with_its_tokens_and_not_with_the_models_length() -> None:
     model = cached_model(tiny_config())
     sequence, _ = model.prefill(random_tokens(8))
