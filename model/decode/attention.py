@@ -93,7 +93,7 @@ def rounded_once(core: CoreAttention, turned: Turned, v: Tensor, route: Tensor |
     choose the same regions. In fp32 the last bits would differ, and decide between regions that are equally near, as
     regions are where a text repeats itself.
     """
-    doubled = turned._replace(q=turned.q.double(), k=turned.k.double())
+    doubled = Turned(turned.q.double(), turned.k.double(), turned.for_route)
     return core.attend(doubled, v.double(), route).to(v.dtype)
 
 
