@@ -45,6 +45,9 @@ def generate_texts(
     show_prompt: Annotated[bool, typer.Option("--echo", help="print each prompt before its text")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="on a CPU: all sums in fp32; where a prompt ends may then change a text")
+    ] = False,
     tokenizer: Annotated[
         Path | None, typer.Option(help="file of the tokenizer; left out: the run's, or its dataset's")
     ] = None,
@@ -66,7 +69,8 @@ def generate_texts(
 
     request = Request(
         run, texts, step=checkpoint, device=device, precision=precision, tokenizer=tokenizer, samples=samples,
-        batch_size=batch_size, document_start=document_start, truncate=truncate, echo=show_prompt, as_json=as_json,
+        batch_size=batch_size, document_start=document_start, truncate=truncate, fast=fast, echo=show_prompt,
+        as_json=as_json,
     )  # fmt: skip
     try:
         answer = generate(request, settings, lambda line: echo(line, err=True))

@@ -28,6 +28,7 @@ class Request:
     batch_size: int
     document_start: bool
     truncate: bool
+    fast: bool
     echo: bool
     as_json: bool
 
@@ -55,7 +56,7 @@ def generate(request: Request, settings: Settings, say: Say) -> str:
     """
     trained = open_trained(
         request.run, step=request.step, device=request.device, precision=request.precision,
-        tokenizer=request.tokenizer, say=say,
+        tokenizer=request.tokenizer, exact=False if request.fast else None, say=say,
     )  # fmt: skip
     prompts = _encode(request, settings, trained, say)
     terminal = Terminal(len(prompts), echo=request.echo)
@@ -95,5 +96,6 @@ def _about(
         "checkpoint": str(trained.checkpoint),
         "step": trained.meta.progress.step,
         "precision": request.precision,
+        "exact": trained.model.exact,
         "settings": asdict(settings),
     }

@@ -50,6 +50,7 @@ def open_trained(
     device: str = "auto",
     precision: str = "fp32",
     tokenizer: Path | None = None,
+    exact: bool | None = None,
     say: Say = lambda _: None,
 ) -> Trained:
     """Load a checkpoint of a run.
@@ -60,6 +61,7 @@ def open_trained(
         device: auto, cpu or cuda.
         precision: fp32, in which checkpoints are stored, or bf16.
         tokenizer: its file; None: the one that the run keeps, or else that of its dataset.
+        exact: as in `CachedModel`.
         say: called with a line about each thing that is not as expected and is passed over.
 
     Raises:
@@ -86,7 +88,7 @@ def open_trained(
             continue
         layers = LayerSequence(plan_layers(config, groups_of_one(place)), place)
         load_weights(layers, weights)
-        model = CachedModel(layers.bfloat16() if precision == "bf16" else layers, config.model)
+        model = CachedModel(layers.bfloat16() if precision == "bf16" else layers, config.model, exact=exact)
         return Trained(config, checkpoint, meta, found, model)
     raise UsageError(f"{run_dir / CHECKPOINTS}: no checkpoint is valid; restore one, or train again")
 

@@ -4,7 +4,7 @@ There is no second definition of the model: `CachedModel` walks the modules of `
 attention of each layer, for the time of a call, by attention over its pages (`attention.py`).
 
 What a sequence gets does not depend on the others in a call, to the bit. A prompt is computed by itself. A step takes
-`ROWS` sequences at a time, always that many, with padding where there are fewer: a matrix product of a fixed shape
+`rows` sequences at a time, always that many, with padding where there are fewer: a matrix product of a fixed shape
 gives each row the same bits whatever the other rows hold. Attention takes one sequence at a time.
 
 Shapes: B sequences, S tokens, C hidden size, V padded vocabulary.
@@ -24,8 +24,7 @@ from biroute.model.decode.attention import LayerCache, PromptAttention, TokenAtt
 from biroute.model.language_model import LayerSequence
 
 # Sequences of one step. MKL's products of 4 rows have the bits of those of 1,024, as in training; those of 1 and 2
-# rows, by another algorithm, do not (tests/unit/model/decode/test_cached_model.py). More would cost a single sequence
-# more.
+# rows, by another algorithm, do not (tests/unit/model/decode/test_cached_model.py), but 1 row is faster.
 ROWS = 4
 
 
@@ -54,7 +53,8 @@ class CachedModel:
         Args:
             layers: of the model, with its weights.
             model: its configuration.
-            exact: attend in fp64, rounded once (`attention.rounded_once`); None: on a CPU in fp32.
+            exact: attend in fp64, rounded once (`attention.rounded_once`), so that where a prompt ends changes no bit;
+                otherwise it changes none but by rounding, and a CPU is faster. None: on a CPU in fp32.
 
         Raises:
             ValueError: the model is bidirectional, or its layers share sequences with other ranks.
@@ -67,6 +67,7 @@ class CachedModel:
         self.device = weight.device
         default = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.exact = default if exact is None else exact
+        self.rows = 1 if weight.device.type == "cpu" and not self.exact else ROWS
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
@@ -92,7 +93,7 @@ class CachedModel:
             ValueError: as in `prefill`.
         """
         _, hidden_SBC = self._begin(tokens)
-        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(ROWS)])
+        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(self.rows)])
 
     def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
         """Return a new sequence of the tokens, and their hidden states [S, 1, C]."""
@@ -125,19 +126,19 @@ class CachedModel:
         longest = self.model.sequence_length
         if any(one.length >= longest for one in sequences):
             raise ValueError(f"a sequence has {longest} tokens, as many as the model takes")
-        return torch.cat([self._step(pairs[first : first + ROWS]) for first in range(0, len(pairs), ROWS)])
+        return torch.cat([self._step(pairs[first : first + self.rows]) for first in range(0, len(pairs), self.rows)])
 
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
-        tokens = [token for _, token in pairs] + [0] * (ROWS - len(pairs))
+        tokens = [token for _, token in pairs] + [0] * (self.rows - len(pairs))
         with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs], self.exact)):
             hidden_1BC = self.layers.hidden_states(torch.tensor(tokens, device=self.device)[:, None])
         return self._logits(hidden_1BC[0][:, None])[: len(pairs)]
 
     def _logits(self, hidden_B1C: Tensor) -> Tensor:
-        """Hidden states [B, 1, C] of up to `ROWS` tokens -> fp32 logits of as many, [B, V]."""
-        padding = ROWS - hidden_B1C.shape[0]
+        """Hidden states [B, 1, C] of up to `rows` tokens -> fp32 logits of as many, [B, V]."""
+        padding = self.rows - hidden_B1C.shape[0]
         padded_1BC = torch.nn.functional.pad(hidden_B1C.transpose(0, 1), (0, 0, 0, padding))
-        return self.layers.logits(padded_1BC)[0, : ROWS - padding].float()
+        return self.layers.logits(padded_1BC)[0, : self.rows - padding].float()
 
     @contextmanager
     def _attending(self, state_of: Callable[[int], AttentionState]) -> Iterator[None]:

@@ -79,10 +79,13 @@ class Pages:
         # A causal block may choose any region before its own, so every head has as many real entries.
         real = min(route.shape[3], own + 1)
         route_Gm = route[0, :, 0, :real]
-        groups = torch.arange(route_Gm.shape[0], device=route.device)[:, None]
+        num_groups, room = keys_GSD.shape[0], keys_GSD.shape[1] // self.region_size
+        # Pages of all heads as rows of one table: whole rows are copied many times as fast as what `[]` would gather.
+        place_Gm = route_Gm + torch.arange(num_groups, device=route.device)[:, None] * room
         seen = (real - 1) * self.region_size + self.length - own * self.region_size
-        pages = (x.unflatten(1, (-1, self.region_size))[groups, route_Gm] for x in (keys_GSD, values_GSD))
-        keys_GXD, values_GXD = (x.flatten(1, 2)[:, :seen] for x in pages)
+        tables = (x.view(num_groups * room, -1) for x in (keys_GSD, values_GSD))
+        pages = (table.index_select(0, place_Gm.flatten()) for table in tables)
+        keys_GXD, values_GXD = (x.view(num_groups, -1, keys_GSD.shape[2])[:, :seen] for x in pages)
         return keys_GXD, values_GXD
 
     def size_bytes(self) -> int:

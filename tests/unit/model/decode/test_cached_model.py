@@ -88,8 +88,8 @@ def test_it_is_the_same_to_the_bit_where_a_prompt_ends(kind: str) -> None:
 
 def test_without_sums_in_fp64_the_end_of_the_prompt_would_be_seen() -> None:
     """Or the test before this one would be about nothing."""
-    model = cached_model(tiny_config({"num_layers": 3}))
-    model.exact = False
+    begun = cached_model(tiny_config({"num_layers": 3}))
+    model = CachedModel(begun.layers, begun.model, exact=False)
     rows, _ = decoded_after(model, repeated_text(), 1)
     other_rows, _ = decoded_after(model, repeated_text(), 21)
     assert not all(torch.equal(*pair) for pair in zip(other_rows, rows[20:], strict=True))
@@ -120,8 +120,10 @@ def test_routes_of_the_test_differ_from_a_window() -> None:
 
 
 @pytest.mark.parametrize("kind", ["a route a token", "a route for 4 tokens", "every kind of layer", "dense"])
-def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(kind: str) -> None:
-    model = cached_model(tiny_config(KINDS[kind]))
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(kind: str, exact: bool) -> None:
+    begun = cached_model(tiny_config(KINDS[kind]))
+    model = CachedModel(begun.layers, begun.model, exact=exact)
     prompts = [random_tokens(length, seed=length) for length in (1, 30, 8, 17, 5, 29, 2)]
     answers = [random_tokens(12, seed=100 + length) for length in range(len(prompts))]
 
@@ -170,6 +172,16 @@ def test_the_layers_attend_as_before_after_a_call() -> None:
     model.step([sequence], [tokens[40]])
     after, _ = whole_forward(model, tokens)
     assert torch.equal(before, after)
+
+
+def test_bf16_is_that_of_training() -> None:
+    begun = cached_model(tiny_config())
+    model, tokens = CachedModel(begun.layers.bfloat16(), begun.model), random_tokens(48)
+    assert not model.exact
+    expected, _ = whole_forward(model, tokens)
+    rows, _ = decoded_after(model, tokens, 20)
+    assert rows[0].dtype == torch.float32
+    torch.testing.assert_close(torch.stack(rows), expected[19:].float(), rtol=0.05, atol=0.05)
 
 
 def test_storage_is_made_anew_only_when_it_is_full() -> None:
