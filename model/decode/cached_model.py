@@ -53,8 +53,8 @@ class CachedModel:
         Args:
             layers: of the model, with its weights.
             model: its configuration.
-            exact: attend in fp64, rounded once (`attention.rounded_once`), so that where a prompt ends changes no bit;
-                otherwise it changes none but by rounding, and a CPU is faster. None: on a CPU in fp32.
+            exact: attend in fp64, rounded once (see `rounded_once` in `attention.py`), so that where a prompt ends
+                changes no bit; otherwise that holds within rounding, and a CPU is faster. None: on a CPU in fp32.
 
         Raises:
             ValueError: the model is bidirectional, or its layers share sequences with other ranks.

@@ -59,8 +59,8 @@ def findings(answer: Mapping[str, Any]) -> list[str]:
         f"From {first:,} to {last:,} tokens a routed token takes "
         f"{seconds[last][ROUTED] / seconds[first][ROUTED]:.2f} times as long, an exact one "
         f"{seconds[last][EXACT] / seconds[first][EXACT]:.2f} times.",
-        f"At {last:,} tokens the fast one is {seconds[last][DENSE] / seconds[last][ROUTED]:.1f} times as fast as dense "
-        f"decode and {seconds[last][LLAMA] / seconds[last][ROUTED]:.1f} times as fast as {LLAMA}.",
+        f"At {last:,} tokens the fast one is {seconds[last][DENSE] / seconds[last][ROUTED]:.1f} times as fast as our "
+        f"dense decode and {seconds[last][LLAMA] / seconds[last][ROUTED]:.1f} times as fast as {LLAMA}.",
         f"The fast one is slower than {LLAMA} at {', '.join(slower)} tokens."
         if slower
         else f"The fast one is slower than {LLAMA} nowhere.",
