@@ -59,7 +59,7 @@ def generate(request: Request, settings: Settings, say: Say) -> str:
         tokenizer=request.tokenizer, exact=False if request.fast else None, say=say,
     )  # fmt: skip
     prompts = _encode(request, settings, trained, say)
-    terminal = Terminal(len(prompts), echo=request.echo)
+    terminal = Terminal(prompts, echo=request.echo)
     began = time.perf_counter()
     answers = continue_prompts(
         trained.model, trained.tokenizer, prompts, settings,
@@ -68,7 +68,6 @@ def generate(request: Request, settings: Settings, say: Say) -> str:
     say(f"{trained.checkpoint}: {summary(answers, time.perf_counter() - began)}")
     if request.as_json:
         return as_json(answers, trained.tokenizer, _about(request, settings, trained, answers))
-    terminal.show(answers)
     return ""
 
 

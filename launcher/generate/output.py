@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from biroute.configs.messages import printable
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer
-from biroute.launcher.generate.continuation import Continuation
+from biroute.launcher.generate.continuation import Continuation, Prompt
 
 END = {
     "end_of_document": "the end of the document",
@@ -20,32 +21,34 @@ END = {
 
 
 class Terminal:
-    """Shows continuations: a single one piece by piece, several one after the other, each when it is complete."""
+    """Shows continuations: a single one piece by piece, several in their order, each once it is complete."""
 
-    def __init__(self, count: int, *, echo: bool) -> None:
-        """Show `count` continuations; `echo`: each behind its prompt."""
-        self._count, self._echo = count, echo
+    def __init__(self, prompts: Sequence[Prompt], *, echo: bool) -> None:
+        """Show the continuations of `prompts`; `echo`: each behind its prompt."""
+        self._waiting = list(prompts)
+        self._single = len(prompts) == 1
+        self._samples = any(prompt.sample for prompt in prompts)
+        self._echo = echo
+        self._complete: dict[Prompt, Continuation] = {}
         self._begun = False
 
     def on_text(self, answer: Continuation, piece: str) -> None:
         """Take a piece of text; called as `continuation.OnText` says."""
-        if self._count > 1:
-            return
-        if not self._begun and self._echo:
-            _write(answer.prompt.text)
-        self._begun = True
-        _write(piece)
-        if answer.reason is not None:
-            _write("\n")
+        if self._single:
+            _write("" if self._begun else self._prompt(answer))
+            self._begun = True
+            _write(piece + ("\n" if answer.reason else ""))
+        elif answer.reason is not None:
+            self._complete[answer.prompt] = answer
+            while self._waiting and self._waiting[0] in self._complete:
+                self._show(self._complete.pop(self._waiting.pop(0)))
 
-    def show(self, answers: Sequence[Continuation]) -> None:
-        """Show what has not been shown while it came."""
-        if self._count == 1:
-            return
-        for answer in answers:
-            prompt = answer.prompt
-            sample = f", sample {prompt.sample}" if any(one.prompt.sample for one in answers) else ""
-            _write(f"--- prompt {prompt.number}{sample}\n{prompt.text if self._echo else ''}{answer.text}\n")
+    def _show(self, answer: Continuation) -> None:
+        sample = f", sample {answer.prompt.sample}" if self._samples else ""
+        _write(f"--- prompt {answer.prompt.number}{sample}\n{self._prompt(answer)}{answer.text}\n")
+
+    def _prompt(self, answer: Continuation) -> str:
+        return answer.prompt.text if self._echo else ""
 
 
 def as_json(answers: Sequence[Continuation], tokenizer: Tokenizer, about: dict[str, Any]) -> str:
@@ -75,7 +78,9 @@ def as_json(answers: Sequence[Continuation], tokenizer: Tokenizer, about: dict[s
         }
         for answer in answers
     ]
-    return json.dumps({**about, "texts": texts}, ensure_ascii=False)
+    text = json.dumps({**about, "texts": texts}, ensure_ascii=False)
+    # JSON itself escapes no control characters beyond the first 32, and what the terminal escapes would be no JSON.
+    return re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def summary(answers: Sequence[Continuation], seconds: float) -> str:

@@ -193,6 +193,8 @@ def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
     # Products in fp64, rounded to fp32, are the same for every chunk shape (see `_exact_mean`). One descriptor of
     # every region is taken at a time, because a maximum over many short rows takes longer than the products.
     queries_BGND = queries_BGND.double()
+    if queries_BGND.shape[2] == 1:  # decoding, where the number of operations is what takes time
+        return (queries_BGND @ keys_nBGDR).amax(0).float()
     best_BGNR = queries_BGND @ keys_nBGDR[0]
     for keys_BGDR in keys_nBGDR[1:]:
         torch.maximum(best_BGNR, queries_BGND @ keys_BGDR, out=best_BGNR)

@@ -58,6 +58,7 @@ CORE: dict[str, list[str]] = {
     "parallel/checkpoint": ["tests/unit/parallel/checkpoint", "tests/distributed/parallel/checkpoint"],
     "data_pipeline/read/order.py": ["tests/unit/data_pipeline/read"],
     "launcher/attempts": ["tests/unit/launcher/attempts", "tests/unit/slurm"],
+    "launcher/generate": ["tests/unit/launcher/generate", "tests/unit/launcher/cli/test_generate.py"],
     "launcher/train/schedule.py": ["tests/unit/launcher/train"],
 }
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {

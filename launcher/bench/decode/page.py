@@ -34,7 +34,7 @@ def decode_page(answer: Mapping[str, Any]) -> Page:
         f"{model['num_kv_heads']} key/value heads, a vocabulary of {answer['settings']['vocab_size']:,}, random "
         f"weights, fp32, one sequence. Routes: {attention['topk']} regions of {attention['region_size']} tokens, "
         f"chosen for each token, {attention['descriptors_per_region']} descriptors a region. The time is that of a "
-        f"whole step (embedding, all layers, logits), the median of {steps} tokens; keys and values before them are "
+        f"whole step (embedding, all layers, logits), the fastest of {steps} tokens; keys and values before them are "
         "random. Llama runs forward passes with its DynamicCache, without the rest of `generate`."
     )
     parts: list[Part] = [

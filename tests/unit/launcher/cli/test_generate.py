@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from biroute.configs.errors import UsageError
+from biroute.configs.messages import printable
 from biroute.launcher.cli.generate import generate_app
 from biroute.launcher.generate.continuation import Continuation, Prompt
-from biroute.launcher.generate.output import Terminal
+from biroute.launcher.generate.output import Terminal, as_json
+from biroute.launcher.generate.sampling import Choice
 
 
 @pytest.mark.parametrize(
@@ -45,18 +48,41 @@ def test_a_usage_error_is_one_line_with_status_2_and_needs_no_torch(tmp_path: Pa
     assert done.stderr == "error: --min-p=2.0 is out of range; use from 0 (all tokens) to 1\n"
 
 
-def test_one_text_streams_and_several_wait_for_their_turn(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_text_streams(capsys: pytest.CaptureFixture[str]) -> None:
     answer = Continuation(Prompt(0, "To be", (1,)))
-    single = Terminal(1, echo=True)
-    single.on_text(answer, " or")
+    terminal = Terminal([answer.prompt], echo=True)
+    terminal.on_text(answer, " or")
     assert capsys.readouterr().out == "To be or"
-    answer.text, answer.reason = " or\x1b not", "max_tokens"
-    single.on_text(answer, "\x1b not")
-    single.show([answer])
+    answer.reason = "max_tokens"
+    terminal.on_text(answer, "\x1b not")
     assert capsys.readouterr().out == "\\x1b not\n"  # nothing that a model writes commands the terminal
-    other = Continuation(Prompt(1, "床", (2,), 1), text="前", reason="stop")
-    several = Terminal(2, echo=False)
-    several.on_text(answer, "x")
-    assert capsys.readouterr().out == ""
-    several.show([answer, other])
-    assert capsys.readouterr().out == "--- prompt 0, sample 0\n or\\x1b not\n--- prompt 1, sample 1\n前\n"
+
+
+def test_several_texts_wait_for_their_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [Prompt(0, "床", (1,)), Prompt(0, "床", (1,), 1), Prompt(1, "to", (2,))]
+    first, second, third = (Continuation(prompt, text=f"text {n}") for n, prompt in enumerate(prompts))
+    terminal = Terminal(prompts, echo=True)
+    for answer, shown in (
+        (second, ""),
+        (first, "--- prompt 0, sample 0\n床text 0\n--- prompt 0, sample 1\n床text 1\n"),
+        (third, "--- prompt 1, sample 0\ntotext 2\n"),
+    ):
+        terminal.on_text(answer, "a piece")
+        assert capsys.readouterr().out == ""
+        answer.reason = "stop"
+        terminal.on_text(answer, "")
+        assert capsys.readouterr().out == shown
+
+
+def test_json_is_json_whatever_the_model_wrote() -> None:
+    class Bytes:
+        def decode_bytes(self, ids: list[int]) -> bytes:
+            return bytes(ids)
+
+    text = "床\x9b\x1b\u202e\x7f"
+    answer = Continuation(Prompt(0, "p", (1,)), [Choice(194, -0.5)], text, "stop", "x")
+    printed = printable(as_json([answer], Bytes(), {"step": 3}))  # type: ignore[arg-type]
+    assert "床" in printed and "\x9b" not in printed
+    (found,) = json.loads(printed)["texts"]
+    assert (found["text"], found["stopped_at"]) == (text, "x")
+    assert found["tokens"] == [{"id": 194, "bytes": [194], "log_probability": -0.5}]

@@ -10,6 +10,7 @@ from helpers.cached import cached_model, random_tokens, recorded_routes, tiny_co
 from torch import Tensor
 from torch.nn.functional import linear
 
+from biroute.model.decode import pages
 from biroute.model.decode.cached_model import ROWS, CachedModel
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -151,6 +152,19 @@ def test_products_of_rows_have_the_bits_of_trainings(sizes: tuple[int, int]) -> 
     whole = linear(x, weight)
     parts = [linear(rows, weight) for rows in x.split(ROWS)]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("kind", ["a route for 2 tokens", "a descriptor a key", "random"])
+def test_descriptors_as_the_gpus_router_takes_them_choose_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router itself is another one there: tests/unit/model/attention/block_sparse/test_router.py."""
+    model, tokens = cached_model(tiny_config(KINDS[kind])), random_tokens(48)
+    rows, routes = decoded_after(model, tokens, 13)
+    monkeypatch.setattr(pages, "KERNEL_DEVICES", ("cpu",))
+    other_rows, other_routes = decoded_after(model, tokens, 13)
+    assert all(torch.equal(*pair) for pair in zip(other_rows, rows, strict=True))
+    assert all(torch.equal(other_routes[layer], route) for layer, route in routes.items())
 
 
 def test_what_does_not_fit_is_refused() -> None:
