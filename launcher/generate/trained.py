@@ -145,10 +145,18 @@ def _run_dir(run: Path) -> Path:
 
 
 def _candidates(directory: Path, step: int | None) -> Iterator[Path]:
-    """Yield the checkpoint of a step, or the complete ones, newest first."""
-    yield checkpoint_of(directory, step)
+    """Yield the checkpoint of a step, or the complete ones, newest first.
+
+    Raises:
+        UsageError: there is none, or that of the step is not complete.
+    """
+    chosen, found = checkpoint_of(directory, step), survey(directory, deep=False)
+    problem = next((one.problem for one in found if one.path == chosen), "")
+    if problem:
+        raise UsageError(f"{chosen}: {problem}; choose another with --checkpoint")
+    yield chosen
     if step is None:
-        yield from [one.path for one in survey(directory, deep=False) if not one.problem][1:]
+        yield from [one.path for one in found if not one.problem and one.path != chosen]
 
 
 def _config_of(run_dir: Path, checkpoint: Path, meta: CheckpointMeta, say: Say) -> RunConfig:

@@ -93,7 +93,8 @@ def _draw(answer: Mapping[str, Any], path: Path) -> None:
         times = [1000 * row["variants"][name]["token_seconds"] for row in answer["rows"]]
         axes.plot(lengths, times, marker="o", markersize=3, color=colours[name], label=name)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=45)
     axes.set_xlabel("tokens before")
     axes.set_ylabel("ms a token")

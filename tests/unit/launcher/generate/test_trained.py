@@ -91,6 +91,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_unless_it_is_named(run: Pa
     assert len(said) == 1 and "size or checksum differs" in said[0] and said[0].endswith("trying the one before it")
     with pytest.raises(UsageError, match="step-00000002: damaged checkpoint"):
         open_trained(run, step=2)
+    meta = run / "checkpoints" / "step-00000002" / META_NAME
+    meta.write_text(meta.read_text()[:-9])
+    with pytest.raises(UsageError, match=r"meta\.json is unreadable .*; choose another with --checkpoint"):
+        open_trained(run, step=2)
     damage(run, 1)
     with pytest.raises(UsageError, match="no checkpoint is valid; restore one"):
         open_trained(run)
