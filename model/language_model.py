@@ -55,7 +55,9 @@ def plan_layers(
     sequence_parallel = config.parallel.sequence_parallel and groups.tp.size() > 1
     common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
     vocabulary = {**common, "vocab_size": config.padded_vocab_size}
-    block = {**common, "activation_checkpointing": config.train.activation_checkpointing, "shard": shard}
+    train = config.train
+    block = {**common, "activation_checkpointing": train.activation_checkpointing, "shard": shard}
+    block |= {"exact_attention": train.exact_attention}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
     norm |= {"partial_gradient_group": groups.tp} if sequence_parallel else {}
     plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig
@@ -82,6 +83,7 @@ class CoreAttention(nn.Module):
         num_kv_heads: int,
         first_kv_head: int = 0,
         shard: SequenceShard | None = None,
+        exact: bool = False,
     ) -> None:
         """Build the attention of one layer.
 
@@ -91,10 +93,12 @@ class CoreAttention(nn.Module):
             num_kv_heads: key/value heads of this tensor rank.
             first_kv_head: the number of the first one among those of all tensor ranks.
             shard: access to the rest of the sequences, where ranks share them.
+            exact: attend as `attend_exactly` does, on CPUs in fp32.
         """
         super().__init__()
         self.model = model
         self.layer = layer
+        self.exact = exact
         self.kind = model.attention_kind(layer)
         self.rule = route_rule(model, layer) if self.kind == "bi_level" else None
         self.num_kv_heads, self.first_kv_head, self.shard = num_kv_heads, first_kv_head, shard
@@ -126,7 +130,9 @@ class CoreAttention(nn.Module):
         if self.key_smear is not None:
             k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
         turned = self.turn(q, k)
-        return self.attend(turned, v, self.route(*turned.for_route))
+        exactly = self.exact and q.device.type == "cpu" and q.dtype == torch.float32
+        attend = self.attend_exactly if exactly else self.attend
+        return attend(turned, v, self.route(*turned.for_route))
 
     def turn(self, q: Tensor, k: Tensor) -> Turned:
         """Apply RoPE to queries [B, H, S, D] and smeared keys [B, G, S, D] of this rank's tokens."""
@@ -143,6 +149,17 @@ class CoreAttention(nn.Module):
         if route is None or (q.device.type in KERNEL_DEVICES and self._routes_everything(q)):
             return self._dense(q, turned.k, v)
         return self._routed(q, turned.k, v, route)
+
+    def attend_exactly(self, turned: Turned, v: Tensor, route: Tensor | None) -> Tensor:
+        """Attend as `attend` does, in fp64, rounded to fp32 at the end.
+
+        Sums in fp64, rounded once, have the same bits in whatever order and shape they are computed, but for one in
+        many millions. So a prompt, one token and a whole sequence leave the same hidden states, bit for bit, and
+        later layers choose the same regions. In fp32 the last bits would differ, and decide between regions that are
+        equally near, as regions are where a text repeats itself.
+        """
+        doubled = Turned(turned.q.double(), turned.k.double(), turned.for_route)
+        return self.attend(doubled, v.double(), route).to(v.dtype)
 
     def rotate(self, x: Tensor, first_token: int) -> Tensor:
         """Apply RoPE.

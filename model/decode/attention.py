@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from biroute.configs.schema import ModelConfig
-from biroute.model.attention.core import CoreAttention, Turned
+from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import apply_rotary, rotary_tables
 from biroute.model.decode.pages import Candidates, Pages
 
@@ -44,7 +44,10 @@ class PromptAttention:
     """
 
     def __init__(self, cache: LayerCache, length: int, exact: bool) -> None:
-        """Fill an empty `cache` with the first `length` tokens of the call; `exact`: see `rounded_once`."""
+        """Fill an empty `cache` with the first `length` tokens of the call.
+
+        `exact`: see `CoreAttention.attend_exactly`.
+        """
         self.cache, self.length, self.exact = cache, length, exact
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ class PromptAttention:
         if route is not None and end % core.query_block_size:
             block = end // core.query_block_size
             pages.route = route[:, :, block : block + 1].clone()
-        return rounded_once(core, turned, v, route) if self.exact else core.attend(turned, v, route)
+        return core.attend_exactly(turned, v, route) if self.exact else core.attend(turned, v, route)
 
 
 class TokenAttention:
@@ -69,7 +72,7 @@ class TokenAttention:
     def __init__(self, caches: Sequence[LayerCache], exact: bool) -> None:
         """Use one cache for each of the first rows of a call; the rows after them are padding, and give zeros.
 
-        `exact`: see `rounded_once`.
+        `exact`: see `CoreAttention.attend_exactly`.
         """
         self.caches, self.exact = caches, exact
 
@@ -83,18 +86,6 @@ class TokenAttention:
                 rotated_q, keys_GXD, values_GXD = rotated_q.double(), keys_GXD.double(), values_GXD.double()
             out[row] = _softmax_attention(rotated_q, keys_GXD, values_GXD)
         return out
-
-
-def rounded_once(core: CoreAttention, turned: Turned, v: Tensor, route: Tensor | None) -> Tensor:
-    """Attend as `core.attend` does, in fp64, rounded to fp32 at the end.
-
-    Sums in fp64, rounded once, have the same bits in whatever order and shape they are computed, but for one in many
-    millions. So a prompt, one token and a whole sequence leave the same hidden states, bit for bit, and later layers
-    choose the same regions. In fp32 the last bits would differ, and decide between regions that are equally near, as
-    regions are where a text repeats itself.
-    """
-    doubled = Turned(turned.q.double(), turned.k.double(), turned.for_route)
-    return core.attend(doubled, v.double(), route).to(v.dtype)
 
 
 def _seen_by_token(

@@ -53,7 +53,7 @@ class CachedModel:
         Args:
             layers: of the model, with its weights.
             model: its configuration.
-            exact: attend in fp64, rounded once (see `rounded_once` in `attention.py`), so that where a prompt ends
+            exact: attend in fp64, rounded once (`CoreAttention.attend_exactly`), so that where a prompt ends
                 changes no bit; otherwise that holds within rounding, and a CPU is faster. None: on a CPU in fp32.
 
         Raises:

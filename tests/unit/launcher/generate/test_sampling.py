@@ -99,6 +99,11 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
         Settings(**{name: value})
 
 
+def test_the_last_values_that_are_in_range() -> None:
+    settings = Settings(min_p=1.0, top_p=1.0, max_tokens=1, seed=2**63 - 1)
+    assert {choose_token(LOGITS, [], settings, uniform).token for uniform in GRID[::64]} == {1, 3}  # equally likely
+
+
 def test_an_empty_stop_text_is_refused() -> None:
     with pytest.raises(UsageError, match="--stop is empty"):
         Settings(stop=("x", ""))

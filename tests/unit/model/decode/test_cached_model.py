@@ -87,6 +87,16 @@ def test_it_is_the_same_to_the_bit_where_a_prompt_ends(kind: str) -> None:
             assert all(torch.equal(other_routes[layer], route) for layer, route in routes.items())
 
 
+@pytest.mark.parametrize("kind", ["a route a token", "a route for 4 tokens", "every kind of layer", "every region"])
+def test_training_with_exact_attention_has_the_bits_of_decoding(kind: str) -> None:
+    model = cached_model(tiny_config(KINDS[kind] | {"num_layers": 3}, exact_attention=True))
+    for tokens in (repeated_text(), random_tokens(48)):
+        expected, routes = whole_forward(model, tokens)
+        rows, found = decoded_after(model, tokens, 11)
+        assert torch.equal(torch.stack(rows), expected[10:])
+        assert all(torch.equal(found[layer], route) for layer, route in routes)
+
+
 def test_without_sums_in_fp64_the_end_of_the_prompt_would_be_seen() -> None:
     """Or the test before this one would be about nothing."""
     begun = cached_model(tiny_config({"num_layers": 3}))
