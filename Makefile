@@ -100,6 +100,7 @@ EXCHANGE := configs/demo.yaml parallel.data=1 model.sequence_length=4096 train.g
 pages: $(INSTALLED) ## measure all benchmark pages anew, from one commit
 	test -z "$$(git status --porcelain)" || { echo "make pages: commit first, so that the pages name one commit"; exit 2; }
 	$(BIN)/biroute bench attention --out docs/benchmarks
+	$(BIN)/biroute bench decode --out docs/benchmarks
 	$(BIN)/biroute bench recall --seeds 3 --out docs/benchmarks
 	$(BIN)/biroute bench quality configs/demo.yaml --out docs/benchmarks
 	$(BIN)/biroute bench memory configs/long.yaml train.evaluate_sequences=1 --out docs/benchmarks

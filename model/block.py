@@ -66,13 +66,19 @@ class MegatronCoreAttention(CoreAttention):
         model: ModelConfig,
         tensor_rank: int,
         shard: SequenceShard | None,
+        exact: bool,
         config: TransformerConfig,
         layer_number: int,
         **_megatron: object,  # mask type, softmax scale and the like: Megatron passes more with each version
     ) -> None:
         kv_heads = model.num_kv_heads // config.tensor_model_parallel_size
         super().__init__(
-            model, layer_number - 1, num_kv_heads=kv_heads, first_kv_head=tensor_rank * kv_heads, shard=shard
+            model,
+            layer_number - 1,
+            num_kv_heads=kv_heads,
+            first_kv_head=tensor_rank * kv_heads,
+            shard=shard,
+            exact=exact,
         )
 
     def forward(  # type: ignore[override]
@@ -110,12 +116,13 @@ class Block(nn.Module):
         activation_checkpointing: bool = False,
         shard: SequenceShard | None = None,
         sequence_parallel: bool = False,
+        exact_attention: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.layer = TransformerLayer(
             megatron_config(model, groups.tp.size(), sequence_parallel),
-            _submodules(model, groups, shard, sequence_parallel),
+            _submodules(model, groups, shard, sequence_parallel, exact_attention),
             layer_number=layer + 1,
             pg_collection=groups,
         )
@@ -131,7 +138,11 @@ class Block(nn.Module):
 
 
 def _submodules(
-    model: ModelConfig, groups: ProcessGroupCollection, shard: SequenceShard | None, sequence_parallel: bool
+    model: ModelConfig,
+    groups: ProcessGroupCollection,
+    shard: SequenceShard | None,
+    sequence_parallel: bool,
+    exact_attention: bool,
 ) -> TransformerLayerSubmodules:
     """Megatron-core's layer, all local modules, our norm and our core attention."""
     norm_of_a_share = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp})
@@ -139,7 +150,7 @@ def _submodules(
     head_norm = norm_of_a_share if model.qk_norm else None
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=partial(MegatronCoreAttention, model, groups.tp.rank(), shard),
+        core_attention=partial(MegatronCoreAttention, model, groups.tp.rank(), shard, exact_attention),
         linear_proj=RowParallelLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,

@@ -7,6 +7,7 @@ Shapes: B sequences, S tokens, C hidden size, V padded vocabulary, T tensor rank
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -54,7 +55,9 @@ def plan_layers(
     sequence_parallel = config.parallel.sequence_parallel and groups.tp.size() > 1
     common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
     vocabulary = {**common, "vocab_size": config.padded_vocab_size}
-    block = {**common, "activation_checkpointing": config.train.activation_checkpointing, "shard": shard}
+    train = config.train
+    block = {**common, "activation_checkpointing": train.activation_checkpointing, "shard": shard}
+    block |= {"exact_attention": train.exact_attention}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
     norm |= {"partial_gradient_group": groups.tp} if sequence_parallel else {}
     plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]
@@ -66,6 +69,38 @@ def plan_layers(
         LayerPlan(name, module_class, arguments, seed=config.train.seed * 100_003 + position)
         for position, (name, module_class, arguments) in enumerate(plans)
     ]
+
+
+class LayerSequence(nn.Module):
+    """The planned layers one after the other; layers of the same name are one module."""
+
+    def __init__(self, plans: list[LayerPlan], device: torch.device | None = None) -> None:
+        """Build the layers, one after the other on the CPU, each moved to `device` before the next is built."""
+        super().__init__()
+        self.names = list(dict.fromkeys(plan.name for plan in plans))
+        self.order = [self.names.index(plan.name) for plan in plans]
+        first = {plan.name: plan for plan in reversed(plans)}
+        self.layers = nn.ModuleList(first[name].build().to(device) for name in self.names)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters by name, equal in every layout."""
+        for name, module in zip(self.names, self.layers, strict=True):
+            yield from module.named_parameters(prefix=name)
+
+    def hidden_states(self, x: Tensor) -> Tensor:
+        """Tokens [B, S] -> what the head gets, after the last norm: [S, B, C]."""
+        for position in self.order[:-1]:
+            x = self.layers[position](x)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [S, B, C], of all tokens or of some -> logits [S, B, V / T]."""
+        logits: Tensor = self.layers[self.order[-1]](hidden)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, S] -> logits [S, B, V / T]."""
+        return self.logits(self.hidden_states(x))
 
 
 class Embedding(VocabParallelEmbedding):

@@ -1,6 +1,7 @@
 """The names of all files in a run folder, defined only here.
 
 <run_dir>/
+    tokenizer.model                 the dataset's, by which the run's checkpoints read and write text
     config.yaml                     the resolved configuration of the newest attempt
     attempts.jsonl                  attempt journal: how each attempt began and ended
     attempt                         fencing token: the number of the attempt that owns the folder
@@ -21,6 +22,7 @@ from __future__ import annotations
 from pathlib import Path
 
 CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.model"
 JOURNAL = "attempts.jsonl"
 FENCING_TOKEN = "attempt"
 SECRET = ".secret"

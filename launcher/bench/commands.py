@@ -211,6 +211,27 @@ def hardware(
 
 
 @bench_app.command()
+def decode(
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--length", min=64, help="tokens before, repeatable; left out: 512 to 65,536"),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="tokens to measure, of which the fastest is reported")] = 32,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure the time of one more token by the length before it: routed, dense, and transformers' Llama.
+
+    Example: biroute bench decode --length 512 --length 4096 --out docs/benchmarks
+    """
+    from biroute.launcher.bench.decode.measure import LENGTHS, run_bench
+    from biroute.launcher.bench.decode.page import decode_page
+
+    answer = run_bench(lengths or LENGTHS, steps)
+    _report(answer, decode_page(answer), as_json, out)
+
+
+@bench_app.command()
 def pictures(
     steps: Annotated[int, typer.Option(help="optimizer steps of the small model whose routes are drawn")] = 400,
     as_json: AsJson = False,

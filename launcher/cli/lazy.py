@@ -30,6 +30,10 @@ MOUNTED = {
         "biroute.launcher.cli.plan:plan_app",
         "Predict memory, bytes between ranks, time and cost of a run before it is submitted.",
     ),
+    "generate": Mount(
+        "biroute.launcher.cli.generate:generate_app",
+        "Continue texts with a trained model, from a checkpoint of any layout, with the routes of training.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

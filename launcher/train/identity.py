@@ -14,6 +14,7 @@ from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import Dataset
 from biroute.model.flops import parameter_count
 
+TOKENIZER_FINGERPRINT = "tokenizer fingerprint"
 _SHAPE_FIELDS = (
     "hidden_size",
     "num_layers",
@@ -28,20 +29,20 @@ _SHAPE_FIELDS = (
 )
 
 
-def model_identity(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+def model_identity(config: RunConfig, tokenizer_fingerprint: str) -> dict[str, Any]:
     """Return the fields that must be equal in two runs for one to load the other's weights."""
     model = config.model.model_dump(mode="json")
     return {
         **{f"model.{name}": model[name] for name in _SHAPE_FIELDS},
         "vocabulary": config.padded_vocab_size,
-        "tokenizer fingerprint": dataset.manifest.tokenizer_fingerprint[:12],
+        TOKENIZER_FINGERPRINT: tokenizer_fingerprint[:12],
     }
 
 
 def about_run(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Return what a checkpoint says of its run: its model, and the settings that a resume compares."""
     return {
-        "model": model_identity(config, dataset),
+        "model": model_identity(config, dataset.manifest.tokenizer_fingerprint),
         "settings": settings_to_compare(config, dataset.manifest.tokens_checksum()[:12]),
         "accepted": list(config.train.accept_changes),
     }

@@ -9,13 +9,14 @@ from typing import TextIO
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, FencedError, StoppedError
+from biroute.configs.files import write_atomically
 from biroute.configs.layout import Layout, resolve_layout
 from biroute.configs.load import write_config
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import EVALUATE_SEQUENCES, Dataset, open_dataset
 from biroute.launcher.attempts.failures import explain_end, record_stop
 from biroute.launcher.attempts.journal import FencingToken
-from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, log_dir
+from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, TOKENIZER, log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.agreement import check_same
 from biroute.launcher.ranks.rendezvous import Place, collective_timeout
@@ -60,6 +61,8 @@ def run(
     logs = log_dir(config.train.run_dir, fencing_token.attempt)
     if place.rank == 0:
         write_config(config.train.run_dir / CONFIG, config)
+        # So that the run's checkpoints can be used where its dataset is not, or no longer.
+        write_atomically(config.train.run_dir / TOKENIZER, dataset.tokenizer.model_bytes)
         hooks = [Observer(config, layout, dataset, fencing_token, log), *hooks]
 
     def say(text: str) -> None:

@@ -7,8 +7,9 @@ blocks, K slots of a route.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig
@@ -26,8 +27,19 @@ OnRoute = Callable[[int, Tensor], None]
 Router = Callable[[Tensor, Tensor], Tensor]
 
 
+Pair = tuple[Tensor, Tensor]  # queries [B, H, S, D] and keys [B, G, S, D]
+
+
+class Turned(NamedTuple):
+    """Queries and keys of a layer, and those that descriptors are made of."""
+
+    q: Tensor  # [B, H, S, D], RoPE applied
+    k: Tensor  # [B, G, S, D], smeared, RoPE applied
+    for_route: Pair
+
+
 class AttentionState(Protocol):
-    """The state that earlier tokens left in a layer: see `decode.py`."""
+    """What takes the place of a layer's attention while text is generated: see `biroute.model.decode`."""
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend new tokens, shaped as in `CoreAttention.forward`, to themselves and to all tokens before them."""
@@ -60,7 +72,7 @@ class CoreAttention(nn.Module):
         rule: how the route of a bi_level layer is chosen; None for other kinds. May be replaced at any time.
         router: chooses the route instead of `rule`, if set; the route must be as `route_query_blocks` gives it.
         on_route: called with every route that is chosen, if set; it must not change the route.
-        state: if set, what earlier tokens left; then the tokens of each call follow those of the calls before.
+        state: if set, it attends instead, with the keys and values of earlier calls.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class CoreAttention(nn.Module):
         num_kv_heads: int,
         first_kv_head: int = 0,
         shard: SequenceShard | None = None,
+        exact: bool = False,
     ) -> None:
         """Build the attention of one layer.
 
@@ -80,13 +93,15 @@ class CoreAttention(nn.Module):
             num_kv_heads: key/value heads of this tensor rank.
             first_kv_head: the number of the first one among those of all tensor ranks.
             shard: access to the rest of the sequences, where ranks share them.
+            exact: attend as `attend_exactly` does, on CPUs in fp32.
         """
         super().__init__()
         self.model = model
         self.layer = layer
+        self.exact = exact
         self.kind = model.attention_kind(layer)
         self.rule = route_rule(model, layer) if self.kind == "bi_level" else None
-        self.first_kv_head, self.shard = first_kv_head, shard
+        self.num_kv_heads, self.first_kv_head, self.shard = num_kv_heads, first_kv_head, shard
         self.first_token = 0 if shard is None else shard.first_token
         self.key_smear = KeySmear(num_kv_heads, model.head_size) if model.key_smear else None
         self.router: Router | None = None
@@ -114,14 +129,37 @@ class CoreAttention(nn.Module):
             return self.state.attend(self, q, k, v)
         if self.key_smear is not None:
             k = self.key_smear(k, None if self.shard is None else self.shard.key_before(k, self.layer))
-        rotated_q, rotated_k = self.rotate(q, self.first_token), self.rotate(k, self.first_token)
-        if self.kind == "dense":
-            return self._dense(rotated_q, rotated_k, v)
-        before = self.model.attention.descriptor == "pre_rope"
-        route = self.route(q, k) if before else self.route(rotated_q, rotated_k)
-        if q.device.type in KERNEL_DEVICES and self._routes_everything(q):
-            return self._dense(rotated_q, rotated_k, v)
-        return self._routed(rotated_q, rotated_k, v, route)
+        turned = self.turn(q, k)
+        exactly = self.exact and q.device.type == "cpu" and q.dtype == torch.float32
+        attend = self.attend_exactly if exactly else self.attend
+        return attend(turned, v, self.route(*turned.for_route))
+
+    def turn(self, q: Tensor, k: Tensor) -> Turned:
+        """Apply RoPE to queries [B, H, S, D] and smeared keys [B, G, S, D] of this rank's tokens."""
+        rotated = self.rotate(q, self.first_token), self.rotate(k, self.first_token)
+        return Turned(*rotated, self.for_route((q, k), rotated))
+
+    def for_route(self, content: Pair, rotated: Pair) -> Pair:
+        """Choose which queries and keys the descriptors are made of: those before RoPE, or those after it."""
+        return content if self.model.attention.descriptor == "pre_rope" else rotated
+
+    def attend(self, turned: Turned, v: Tensor, route: Tensor | None) -> Tensor:
+        """Attend over the route [B, G, N, K], or to all tokens without one; v [B, G, S, D] -> [B, H, S, D]."""
+        q = turned.q
+        if route is None or (q.device.type in KERNEL_DEVICES and self._routes_everything(q)):
+            return self._dense(q, turned.k, v)
+        return self._routed(q, turned.k, v, route)
+
+    def attend_exactly(self, turned: Turned, v: Tensor, route: Tensor | None) -> Tensor:
+        """Attend as `attend` does, in fp64, rounded to fp32 at the end.
+
+        Sums in fp64, rounded once, have the same bits in whatever order and shape they are computed, but for one in
+        many millions. So a prompt, one token and a whole sequence leave the same hidden states, bit for bit, and
+        later layers choose the same regions. In fp32 the last bits would differ, and decide between regions that are
+        equally near, as regions are where a text repeats itself.
+        """
+        doubled = Turned(turned.q.double(), turned.k.double(), turned.for_route)
+        return self.attend(doubled, v.double(), route).to(v.dtype)
 
     def rotate(self, x: Tensor, first_token: int) -> Tensor:
         """Apply RoPE.
@@ -135,16 +173,18 @@ class CoreAttention(nn.Module):
         """
         return apply_rotary(x, *rotary_tables(x.shape[2], first_token, x.shape[3], self.model.rope_base, x.device))
 
-    def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """Choose the regions of each query block, and pass them to `on_route`.
+    def route(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Choose the regions of each query block, and pass them to `on_route`; a dense layer has no route.
 
         Args:
             q: [B, H, S, D] this rank's tokens, before or after RoPE, as configured.
             k: [B, G, S, D] the same, smeared.
 
         Returns:
-            int64 [B, G, N, K] regions of the whole sequence, ascending, -1 = empty.
+            int64 [B, G, N, K] regions of the whole sequence, ascending, -1 = empty; None in a dense layer.
         """
+        if self.kind == "dense":
+            return None
         if self.router is not None:
             route = self.router(q, k)
         elif self.rule is None:

@@ -142,25 +142,50 @@ def route_query_blocks(
         dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
         queries = query_descriptors(q, groups, lq, rule.causal)
         return fused_route(queries, descriptors, rule, first_token=first_token, dtype=dtype)
-    keys_nBGDR = descriptors.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 4, 2)
+    keys_nBGRD = descriptors.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 2, 4)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
     chunk = max(1, affinities // (batch * groups * num_regions))
     route_BGNK = q.new_full((batch, groups, num_blocks, rule.topk), -1, dtype=torch.int64)
     for start in range(0, num_blocks, chunk):
         queries_BGND = query_descriptors(q[:, :, start * lq : (start + chunk) * lq], groups, lq, rule.causal)
-        block_N = torch.arange(queries_BGND.shape[2], device=q.device) + (first_token // lq + start)
-        own_N = block_N * lq // rule.region_size
-        # Causal: no block of the chunk may choose a region after the own region of the chunk's last block.
-        columns = int(own_N[-1]) + 1 if rule.causal else num_regions
-        if rule.router == "random":
-            group_G = torch.arange(first_kv_head, first_kv_head + groups, device=q.device)
-            region_R = torch.arange(columns, device=q.device)
-            affinity = random_affinity(rule.seed, group_G[:, None, None], block_N[:, None], region_R)
-            affinity_BGNR = affinity.expand(batch, -1, -1, -1)
-        else:
-            affinity_BGNR = _affinities(queries_BGND, keys_nBGDR[..., :columns])
-        route_BGNK[:, :, start : start + chunk] = select_regions(affinity_BGNR, own_N, rule)
+        route_BGNK[:, :, start : start + chunk] = choose_regions(
+            queries_BGND, keys_nBGRD, rule, first_block=first_token // lq + start, first_kv_head=first_kv_head
+        )
     return route_BGNK
+
+
+def choose_regions(
+    queries_BGND: Tensor, keys_nBGRD: Tensor, rule: RouteRule, *, first_block: int, first_kv_head: int = 0
+) -> Tensor:
+    """Choose the regions of consecutive query blocks from the descriptors of both sides.
+
+    Training calls it for many blocks, decoding for one: a block gets the same route from both.
+
+    Args:
+        queries_BGND: fp32 [B, G, N, D], as from `query_descriptors`.
+        keys_nBGRD: fp64 [n, B, G, R, D], the descriptors of `key_descriptors` by their place in the region. Causal:
+            those of a block's own region and of later ones may hold anything finite.
+        rule: how regions are chosen.
+        first_block: the number of the first block in the sequence.
+        first_kv_head: as in `route_query_blocks`.
+
+    Returns:
+        The route, int64 [B, G, N, K], ascending, -1 = empty.
+    """
+    batch, groups, num_blocks, _ = queries_BGND.shape
+    block_N = torch.arange(num_blocks, device=queries_BGND.device) + first_block
+    own_N = block_N * rule.query_block_size // rule.region_size
+    # Causal: no block may choose a region after the own region of the last block.
+    last_own = (first_block + num_blocks - 1) * rule.query_block_size // rule.region_size
+    columns = last_own + 1 if rule.causal else keys_nBGRD.shape[3]
+    if rule.router == "random":
+        group_G = torch.arange(first_kv_head, first_kv_head + groups, device=queries_BGND.device)
+        region_R = torch.arange(columns, device=queries_BGND.device)
+        affinity = random_affinity(rule.seed, group_G[:, None, None], block_N[:, None], region_R)
+        affinity_BGNR = affinity.expand(batch, -1, -1, -1)
+    else:
+        affinity_BGNR = _affinities(queries_BGND, keys_nBGRD[:, :, :, :columns].transpose(3, 4))
+    return select_regions(affinity_BGNR, own_N, rule)
 
 
 def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
@@ -168,6 +193,8 @@ def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
     # Products in fp64, rounded to fp32, are the same for every chunk shape (see `_exact_mean`). One descriptor of
     # every region is taken at a time, because a maximum over many short rows takes longer than the products.
     queries_BGND = queries_BGND.double()
+    if queries_BGND.shape[2] == 1:  # decoding, where the number of operations is what takes time
+        return (queries_BGND @ keys_nBGDR).amax(0).float()
     best_BGNR = queries_BGND @ keys_nBGDR[0]
     for keys_BGDR in keys_nBGDR[1:]:
         torch.maximum(best_BGNR, queries_BGND @ keys_BGDR, out=best_BGNR)

@@ -22,7 +22,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from biroute.configs.schema import RunConfig
-from biroute.model.language_model import LayerPlan, Loss, loss_function, plan_layers
+from biroute.model.language_model import LayerPlan, LayerSequence, Loss, loss_function, plan_layers
 from biroute.parallel.engine.deepspeed_setup import (
     partitioned_construction,
     pipeline_specs,
@@ -309,29 +309,6 @@ class PipelineEngine(Engine):
             instruction: _timed(method, self.clock, phases.get(instruction, "exchange"))
             for instruction, method in table.items()
         }
-
-
-class LayerSequence(nn.Module):
-    """The planned layers one after the other; layers of the same name are one module."""
-
-    def __init__(self, plans: list[LayerPlan], device: torch.device | None = None) -> None:
-        """Build the layers, one after the other on the CPU, each moved to `device` before the next is built."""
-        super().__init__()
-        self.names = list(dict.fromkeys(plan.name for plan in plans))
-        self.order = [self.names.index(plan.name) for plan in plans]
-        first = {plan.name: plan for plan in reversed(plans)}
-        self.layers = nn.ModuleList(first[name].build().to(device) for name in self.names)
-
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters by name, equal in every layout."""
-        for name, module in zip(self.names, self.layers, strict=True):
-            yield from module.named_parameters(prefix=name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, S] -> logits [S, B, V / tensor ranks]."""
-        for position in self.order:
-            x = self.layers[position](x)
-        return x
 
 
 def _adam(config: RunConfig, module: nn.Module, device: torch.device) -> torch.optim.AdamW:

@@ -6,12 +6,14 @@ import math
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from biroute.configs.layout import Layout
-from biroute.parallel.mesh.rank_order import MEGATRON_ORDER
 
+# Fastest axis first; "cp" is our region axis, "ep" has one rank.
+MEGATRON_ORDER = "tp-cp-ep-dp-pp"
 _CPU = torch.device("cpu")
 
 
@@ -40,6 +42,17 @@ def start_process_groups(layout: Layout, timeout: timedelta) -> ProcessGroupColl
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp", "dp", "dp_cp"])
+
+
+def groups_of_one(device: torch.device) -> ProcessGroupCollection:
+    """Return the process groups of a whole model in this process alone; it needs no launcher, port or file.
+
+    Megatron-core's layers ask their groups for sizes and ranks; with one rank nothing is ever sent.
+    """
+    prepare_megatron(device)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return start_process_groups(Layout(tensor=1, region=1, data=1, pipe=1, zero_stage=0), timedelta(minutes=30))
 
 
 def stop_process_groups() -> None:

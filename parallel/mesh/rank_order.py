@@ -13,9 +13,8 @@ from megatron.core.parallel_state import RankGenerator
 
 from biroute.configs.errors import UsageError
 from biroute.configs.layout import Layout
+from biroute.parallel.mesh.megatron import MEGATRON_ORDER
 
-# Fastest axis first; "cp" is our region axis, "ep" has one rank.
-MEGATRON_ORDER = "tp-cp-ep-dp-pp"
 # Slowest axis first; its data axis is data x region.
 DEEPSPEED_AXES = ("pipe", "data", "model")
 

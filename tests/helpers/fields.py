@@ -94,6 +94,9 @@ SHOWN_BY: dict[str, str] = {
     },
     "train.microbatch_size": f"{ENGINE}test_blocks_are_recomputed_and_microbatches_have_their_size",
     "train.activation_checkpointing": f"{ENGINE}test_blocks_are_recomputed_and_microbatches_have_their_size",
+    "train.exact_attention": (
+        "unit/model/decode/test_cached_model.py::test_training_with_exact_attention_has_the_bits_of_decoding"
+    ),
     "train.precision": "distributed/parallel/engine/test_precision.py::test_bf16_gradients_are_near_those_of_fp32",
     "train.seed": f"{ENGINE}test_the_seed_draws_the_weights",
     "train.device": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",

@@ -13,9 +13,9 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.train.schedule import learning_rate
-from biroute.model.language_model import loss_function, plan_layers
+from biroute.model.language_model import LayerSequence, loss_function, plan_layers
 from biroute.parallel.checkpoint.reshard import reshard
-from biroute.parallel.engine.engine import Engine, LayerSequence, Microbatch, build_engine
+from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 VOCABULARY = 300

@@ -36,8 +36,13 @@ CORE: dict[str, list[str]] = {
     "model/attention/tiles.py": ["tests/unit/model/attention/test_bi_level.py"],
     "model/attention/band.py": ["tests/unit/model/attention/test_bi_level.py"],
     "model/attention/masked.py": ["tests/unit/model/attention/test_bi_level.py"],
-    "model/attention/decode.py": ["tests/unit/model/attention/test_decode.py"],
-    "model/attention/core.py": ["tests/unit/model/attention/test_decode.py", "tests/distributed/model"],
+    "model/decode/pages.py": ["tests/unit/model/decode"],
+    "model/decode/attention.py": ["tests/unit/model/decode"],
+    "model/attention/core.py": [
+        "tests/unit/model/attention/test_core.py",
+        "tests/unit/model/decode",
+        "tests/distributed/model",
+    ],
     "model/attention/key_smear.py": ["tests/unit/model/attention/test_key_smear.py", "tests/unit/model/attention"],
     "model/attention/rope.py": ["tests/distributed/model/test_oracles.py"],
     "model/attention/block_sparse": ["tests/unit/model/attention/block_sparse"],
@@ -53,6 +58,7 @@ CORE: dict[str, list[str]] = {
     "parallel/checkpoint": ["tests/unit/parallel/checkpoint", "tests/distributed/parallel/checkpoint"],
     "data_pipeline/read/order.py": ["tests/unit/data_pipeline/read"],
     "launcher/attempts": ["tests/unit/launcher/attempts", "tests/unit/slurm"],
+    "launcher/generate": ["tests/unit/launcher/generate", "tests/unit/launcher/cli/test_generate.py"],
     "launcher/train/schedule.py": ["tests/unit/launcher/train"],
 }
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {

@@ -96,7 +96,7 @@ def test_examples_of_data_and_training_run(workplace: Path, monkeypatch: pytest.
     monkeypatch.chdir(workplace)
     for beginning in (
         "data build", "data verify", "data inspect", "data bigram", "train", "checkpoint list",
-        "checkpoint verify", "checkpoint copy",
+        "checkpoint verify", "checkpoint copy", "generate",
     ):  # fmt: skip
         answer = biroute(*example(beginning))
         assert answer.status == 0, (beginning, answer.err)

@@ -29,11 +29,11 @@ from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.bench.single_process import CPU, join_alone, set_router
 from biroute.launcher.train.identity import model_identity
 from biroute.model.attention.core import CoreAttention
-from biroute.model.language_model import loss_function, plan_layers
+from biroute.model.language_model import LayerSequence, loss_function, plan_layers
 from biroute.parallel.checkpoint.files import check_same_model, list_checkpoints
 from biroute.parallel.checkpoint.meta import read_meta
 from biroute.parallel.checkpoint.weights import load_weights, newest_checkpoint, read_weights
-from biroute.parallel.engine.engine import LayerSequence, Microbatch
+from biroute.parallel.engine.engine import Microbatch
 from biroute.parallel.mesh.mesh import build_mesh
 
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -115,7 +115,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
     dataset = open_dataset(config)
     checkpoint = newest_checkpoint(train.run_dir / CHECKPOINTS)
     meta = read_meta(checkpoint)
-    check_same_model(checkpoint, meta.model, model_identity(config, dataset))
+    check_same_model(checkpoint, meta.model, model_identity(config, dataset.manifest.tokenizer_fingerprint))
     mesh = build_mesh(resolve_layout(config, 1))
     module = LayerSequence(plan_layers(config, mesh.groups)).eval()
     load_weights(module, dict(read_weights(checkpoint, verify=True)))

@@ -18,9 +18,9 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.start.library_warnings import ignore_library_warnings
-from biroute.model.language_model import loss_function, plan_layers
+from biroute.model.language_model import LayerSequence, loss_function, plan_layers
 from biroute.parallel.checkpoint.weights import load_weights, read_weights
-from biroute.parallel.engine.engine import LayerSequence, Microbatch, region_shard
+from biroute.parallel.engine.engine import Microbatch, region_shard
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock

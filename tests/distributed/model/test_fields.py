@@ -13,8 +13,7 @@ from helpers.training import small_config, tokens_of_step
 from torch import Tensor
 
 from biroute.configs.layout import resolve_layout
-from biroute.model.language_model import plan_layers
-from biroute.parallel.engine.engine import LayerSequence
+from biroute.model.language_model import LayerSequence, plan_layers
 from biroute.parallel.mesh.mesh import build_mesh
 
 Ranks = Callable[[int], WorkerPool]

@@ -13,8 +13,7 @@ from helpers.training import VOCABULARY, plain_torch_run, small_config
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.model.flops import attended_pairs, parameter_count
-from biroute.model.language_model import plan_layers
-from biroute.parallel.engine.engine import LayerSequence
+from biroute.model.language_model import LayerSequence, plan_layers
 from biroute.parallel.mesh.mesh import build_mesh
 
 Ranks = Callable[[int], WorkerPool]

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
 from biroute.model.flops import forward_flops_per_sequence, routing_flops, train_flops_per_step
-from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence, Microbatch
+from biroute.model.language_model import LayerSequence, loss_function, plan_layers
+from biroute.parallel.engine.engine import Microbatch
 from biroute.parallel.mesh.mesh import build_mesh
 
 Ranks = Callable[[int], WorkerPool]

@@ -86,3 +86,18 @@ def test_schedules() -> None:
     assert stable[89] == pytest.approx(0.55)
     assert stable[-1] == pytest.approx(0.1)
     assert schedule_of(schedule="constant", warmup_steps=0) == [1.0] * 100
+
+
+@pytest.mark.parametrize(
+    ("field", "tree"),
+    [
+        ("parallel.region=2", {"parallel": {"region": 2}}),
+        ("train.precision=bf16", {"train": {"precision": "bf16"}}),
+        ("train.device=cuda", {"train": {"device": "cuda"}}),
+    ],
+)
+def test_exact_attention_is_refused_where_it_could_not_be(field: str, tree: dict[str, dict[str, object]]) -> None:
+    train = {"exact_attention": True, **tree.get("train", {})}
+    with pytest.raises(UsageError, match=f"train.exact_attention with {field}: .* leave .* out"):
+        config_from_tree(tree | {"train": train}, "test")
+    assert config_from_tree({"train": {"exact_attention": True}}, "test").train.exact_attention

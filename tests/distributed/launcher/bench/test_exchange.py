@@ -15,8 +15,8 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.bench.exchange.measure import recorded_routes
 from biroute.launcher.bench.exchange.plan import descriptor_bytes, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, forward_and_backward
-from biroute.model.language_model import loss_function, plan_layers
-from biroute.parallel.engine.engine import LayerSequence, region_shard
+from biroute.model.language_model import LayerSequence, loss_function, plan_layers
+from biroute.parallel.engine.engine import region_shard
 from biroute.parallel.mesh.mesh import build_mesh
 from biroute.parallel.phase_clock import PhaseClock
 

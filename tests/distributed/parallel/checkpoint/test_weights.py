@@ -14,11 +14,10 @@ from torch import Tensor
 
 from biroute.configs.errors import UsageError
 from biroute.configs.layout import resolve_layout
-from biroute.model.language_model import plan_layers
+from biroute.model.language_model import LayerSequence, plan_layers
 from biroute.parallel.checkpoint.meta import TrainingProgress
 from biroute.parallel.checkpoint.save import save_checkpoint
 from biroute.parallel.checkpoint.weights import load_weights, newest_checkpoint, read_weights
-from biroute.parallel.engine.engine import LayerSequence
 from biroute.parallel.mesh.mesh import build_mesh
 
 Ranks = Callable[[int], WorkerPool]

@@ -107,3 +107,24 @@ def test_smearing_and_the_rope_base_reach_the_output() -> None:
         apply_rotary(q, *table), apply_rotary(smeared, *table), v, is_causal=True, enable_gqa=True
     )
     torch.testing.assert_close(output(key_smear=True), expected)
+
+
+def test_a_router_of_ones_own_decides_the_route() -> None:
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "hidden_size": 32, "sequence_length": 48}
+    attention = {"region_size": 8, "topk": 3}
+    layer = CoreAttention(
+        config_from_tree({"model": sizes | {"attention": attention}}, "test").model, 0, num_kv_heads=2
+    )
+    own = torch.arange(48)[:, None] // 8
+    route = torch.cat((own, torch.full((48, 2), -1)), 1).expand(2, 2, 48, 3)
+    seen: list[tuple[int, Tensor]] = []
+    layer.router = lambda q, k: route
+    layer.on_route = lambda number, chosen: seen.append((number, chosen))
+    q, k, v = torch.randn(2, 4, 48, 8), torch.randn(2, 2, 48, 8), torch.randn(2, 2, 48, 8)
+    changed = v.clone()
+    changed[:, :, :8] += 1.0
+    with torch.no_grad():
+        before, after = layer(q, k, v), layer(q, k, changed)
+    assert torch.equal(before[:, :, 8:], after[:, :, 8:])  # each token sees its own region only
+    assert not torch.equal(before[:, :, :8], after[:, :, :8])
+    assert [number for number, _ in seen] == [0, 0] and seen[0][1] is route
