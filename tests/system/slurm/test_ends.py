@@ -148,8 +148,15 @@ def test_every_end_of_a_job_is_told_and_survived(
     assert second not in run.attempts[-1].nodes
     run.wait_for_training(run.attempts[-1].number)
     first = run.attempts[-1].nodes[0]
-    ends.then("requeue; Python missing on the batch host", lambda: missing_on(first), REQUEUED)
+
+    def missing_at_the_next_start() -> None:
+        ends.slurm("scontrol", "requeue", run.job_id)
+        wait_for(lambda: cluster.job(run.job_id).get("JobState") == "PENDING", 120, "the job to be queued")
+        (programs / "python.missing").write_text(f"{first}\n")
+
+    ends.then("requeue; Python missing on the batch host", missing_at_the_next_start, REQUEUED)
     assert first not in run.attempts[-1].nodes and f"left node {first}, which cannot start" in ends.status()
+    ends.seen.append(("Python missing on the batch host", "no attempt; left-nodes names it"))
     run.wait_for_training(run.attempts[-1].number)
     port = port_of_job(int(run.job_id), 1, run.attempts[-1].number + 1)
     with listening(cluster, port):

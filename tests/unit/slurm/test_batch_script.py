@@ -26,7 +26,7 @@ PYTHON = """#!/bin/bash
 echo "python $*" >> "$LOG"
 case "$*" in
 *slurm.job\\ begin*) if [ -n "$BEGIN" ]; then exit "$BEGIN"; fi; echo 1 ;;
-*slurm.job\\ end*) echo "${DECISION:-requeue}" ;;
+*slurm.job\\ end*) if [ -n "$END_FAILS" ]; then exit 127; fi; echo "${DECISION:-requeue}" ;;
 *slurm.preflight*) exit 0 ;;
 *start.worker*) trap 'kill $!; exit 75' USR1; sleep "${TRAINING:-0}" & wait; exit "${STATUS:-75}" ;;
 esac
@@ -62,7 +62,7 @@ class Batch:
             run_dir=self.run_dir, working_dir=folder, python=(python,), host_python=python,
             profile=ClusterProfile(**profile or {}),
         )  # fmt: skip
-        script = re.sub(r'requeue_pauses="[^"]*"', 'requeue_pauses="0 0 0"', render_job(given))
+        script = re.sub(r'(requeue|record)_pauses="[^"]*"', r'\1_pauses="0 0 0"', render_job(given))
         self.script = self.run_dir / "submission" / "job.sbatch"
         self.script.write_text(script)
         self.environment = {
@@ -205,6 +205,23 @@ def test_a_node_that_does_not_see_the_run_folder_is_left(tmp_path: Path) -> None
     _, output = batch.run(SLURMD_NODENAME="n1")
     assert f"node n1 does not see {batch.run_dir}" in output
     assert batch.noted("scontrol update") == ["scontrol update job 7 ExcNodeList=n1"]
+
+
+def test_an_end_that_cannot_be_recorded_does_not_end_the_run(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    _, output = batch.run(END_FAILS="yes", SLURMD_NODENAME="n1")
+    assert len(batch.noted("python -P -m biroute.slurm.job end")) == 3
+    assert batch.noted("scontrol requeue 7") and batch.noted("scontrol update") == [
+        "scontrol update job 7 ExcNodeList=n1"
+    ]
+    assert "node n1 could not record the end of attempt 1" in output
+
+
+@pytest.mark.parametrize("ended", [{"STATUS": "0"}, {"STATE": "CANCELLED"}])
+def test_a_run_that_is_over_is_not_queued_again_for_that(tmp_path: Path, ended: dict[str, str]) -> None:
+    batch = Batch(tmp_path)
+    batch.run(END_FAILS="yes", **ended)
+    assert not batch.noted("scontrol requeue") and not batch.noted("sbatch")
 
 
 def test_not_every_node_is_tried(tmp_path: Path) -> None:
