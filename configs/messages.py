@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 # Control characters and the marks that reverse the direction of text; tab and line break are harmless.
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -19,6 +21,11 @@ def without_password(text: str) -> str:
     """Return `text` with every password and token masked that stands in a URI."""
     text = _USER_INFO.sub(lambda match: f"://{match[1]}:***@" if match[2] else "://***@", text)
     return _PARAMETER.sub(r"\1***", text)
+
+
+def printable_json(value: Any) -> str:
+    """Format a value as one line of JSON, text of any script as it is, control characters as JSON escapes them."""
+    return _COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def printable(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from biroute.configs.errors import EXIT_INTERRUPTED
 from biroute.configs.load import load_config
+from biroute.configs.messages import printable_json
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
@@ -191,4 +191,4 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _print_json(answer: dict[str, Any]) -> None:
-    echo(json.dumps(answer, ensure_ascii=False))
+    echo(printable_json(answer))

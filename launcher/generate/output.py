@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from biroute.configs.messages import printable
+from biroute.configs.messages import printable, printable_json
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer
 from biroute.launcher.generate.continuation import Continuation, Prompt
 
@@ -78,9 +76,7 @@ def as_json(answers: Sequence[Continuation], tokenizer: Tokenizer, about: dict[s
         }
         for answer in answers
     ]
-    text = json.dumps({**about, "texts": texts}, ensure_ascii=False)
-    # JSON itself escapes no control characters beyond the first 32, and what the terminal escapes would be no JSON.
-    return re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return printable_json({**about, "texts": texts})
 
 
 def summary(answers: Sequence[Continuation], seconds: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
-from biroute.configs.messages import without_password
+from biroute.configs.messages import printable_json, without_password
 from biroute.launcher.track import run_metadata as run_metadata
 from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
 from biroute.launcher.track.mlflow_ui import check_port, server_command
@@ -261,6 +261,13 @@ def test_a_folder_that_an_sqlite_uri_cannot_name(name: str, tmp_path: Path) -> N
 def test_passwords_and_tokens_are_masked(text: str, shown: str) -> None:
     assert without_password(text) == shown
     assert without_password(shown) == shown
+
+
+def test_json_that_is_shown_is_json_and_commands_no_terminal() -> None:
+    text = "诗\x1b]52;c\x07 \x7f\x9b2J \u202etxt\n\ud83d\ude00"
+    shown = printable_json({"text": text})
+    assert json.loads(shown) == {"text": text} and "诗" in shown
+    assert not set(shown) & set("\x1b\x07\x7f\x9b\u202e")
 
 
 def test_passwords_are_not_shown() -> None:
