@@ -164,16 +164,53 @@ def test_how_slurm_ends_the_job_is_told_and_only_scancel_marks_it_cancelled(
     assert bool(batch.noted("scontrol requeue")) != already, "twice would start it twice"
 
 
+def training(batch: Batch, **environment: str) -> subprocess.Popen[str]:
+    """Start the script and wait until its ranks train."""
+    process = batch.start(TRAINING="30", **environment)
+    deadline = time.monotonic() + 30
+    while not batch.noted("python -P -m biroute.launcher.start.worker") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)  # until its trap is set
+    return process
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        ({"STATE": "COMPLETING", "REASON": "TimeLimit"}, True),
+        ({"STATE": "COMPLETING", "PREEMPTED": SINCE}, True),
+        ({"STATE": "RUNNING", "PREEMPTED": SINCE}, False),  # in its time of grace, which a requeue would end
+        ({"STATE": "COMPLETING"}, False),
+        ({"STATE": "COMPLETING", "REASON": "TimeLimit", "RESTARTS": "1"}, False),
+    ],
+)
+def test_a_job_that_is_being_killed_is_queued_again_first(tmp_path: Path, said: dict[str, str], first: bool) -> None:
+    """Slurm kills the script, too, KillWait seconds after its TERM; the ranks may need longer."""
+    batch = Batch(tmp_path)
+    process = training(batch, **said)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    notes = batch.noted("")
+    end = next(number for number, note in enumerate(notes) if "slurm.job end" in note)
+    assert ("scontrol requeue 7" in notes[:end]) == first
+    if first:
+        assert re.search(r"--signal=TERM \((TIMEOUT|PREEMPTED)\)$", notes[end])
+
+
+def test_a_job_queued_again_too_early_is_taken_back(tmp_path: Path) -> None:
+    batch = Batch(tmp_path)
+    (tmp_path / "bin" / "scancel").write_text('#!/bin/bash\necho "scancel $*" >> "$LOG"\n')
+    (tmp_path / "bin" / "scancel").chmod(0o755)
+    batch.run(STATE="COMPLETING", RESTARTS="1", DECISION="stop")
+    assert batch.noted("scancel") == ["scancel 7"] and not batch.noted("scontrol requeue")
+
+
 def test_the_signal_before_the_limit_is_the_limit(tmp_path: Path) -> None:
     def noted(folder: Path, seconds: int) -> str:
         folder.mkdir()
         batch = Batch(folder)
         end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
-        process = batch.start(TRAINING="30", END=end)
-        deadline = time.monotonic() + 30
-        while not batch.noted("python -P -m biroute.launcher.start.worker") and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)  # until its trap is set
+        process = training(batch, END=end)
         process.send_signal(signal.SIGUSR1)
         process.communicate(timeout=60)
         return batch.noted("python -P -m biroute.slurm.job end")[0].partition("--signal=")[2]
