@@ -104,8 +104,8 @@ def test_no_value_gets_out_of_its_quotes(
     head, _, rest = script.partition("\n\n")
     assert all(line.startswith("#") for line in re.split("[\n\r\x0b\x0c]", head)), "nothing but comments at the top"
 
-    # Everything up to the first function, then the command that starts the ranks, with the programs as printers.
-    settings_part = rest[: rest.index("# Slurm signals every process")]
+    # Everything up to the first call of Python, then the command that starts the ranks, with the programs as printers.
+    settings_part = rest[: rest.index("journal() {")]
     command = re.search(r"    run_step srun \S+ --kill-on-bad-exit=0(.*?)\n    # 138", rest, re.DOTALL)
     assert command is not None
     program = (
@@ -128,7 +128,7 @@ def test_a_container_of_pyxis_holds_the_preflight_but_not_the_journal() -> None:
     script = render_job(request(profile=ClusterProfile(srun_options=options), python=("python3",)))
     assert "journal_python=(/submitting/python3)\n" in script
     preflight = script[script.index("run_step srun") : script.index("-m biroute.slurm.preflight")]
-    ranks = script[script.index("--kill-on-bad-exit") : script.index("-m biroute.launcher.start.worker")]
+    ranks = script[script.rindex("--kill-on-bad-exit") : script.index("-m biroute.launcher.start.worker")]
     assert [option in preflight for option in options] == [True, False, True]
     assert all(option in ranks for option in options)
     apptainer = render_job(request(python=("apptainer", "exec", "image.sif", "python3")))
