@@ -155,6 +155,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UsageError(f"override {override!r} is not of the form section.field=value, such as train.steps=100")
     value = _override_value(text, keys, override)
+    if isinstance(value, dict) and _is_section(keys):
+        raise UsageError(
+            f"override {override[:80]!r}: {name} is a section; set its fields, such as {name}.FIELD=VALUE"
+        )
     branch = tree
     for depth, key in enumerate(keys[:-1]):
         inner = branch.setdefault(key, {})
@@ -180,12 +184,23 @@ def _override_value(text: str, keys: Sequence[str], override: str) -> Any:
 
 def _is_text(keys: Sequence[str]) -> bool:
     """Does this field of a configuration hold a text or a path?"""
+    return _kind_of(keys) in (str, Path)
+
+
+def _is_section(keys: Sequence[str]) -> bool:
+    """Is this a section, of which a mapping would reset all fields that it leaves out?"""
+    kind = _kind_of(keys)
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _kind_of(keys: Sequence[str]) -> Any:
+    """Return the type of a field of a configuration; None if there is no such field."""
     model: Any = RunConfig
     for key in keys:
         if not (isinstance(model, type) and issubclass(model, BaseModel) and key in model.model_fields):
-            return False
+            return None
         model = section_of(model.model_fields[key].annotation)
-    return model in (str, Path)
+    return model
 
 
 def _has_comment(text: str) -> bool:

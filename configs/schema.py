@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 from biroute.configs.optim_section import OptimConfig
 from biroute.configs.section import IDENTITY, RECIPE, OnResume, Section, fields_on_resume
 from biroute.configs.slurm_section import SlurmConfig
+from biroute.configs.tracking_section import TrackingConfig
 
 DATASET = "data"  # stands, in `train.accept_changes`, for everything that a dataset was built with
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -334,41 +335,6 @@ class CheckpointConfig(Section):
     keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are removed")
     keep_every: int = Field(
         0, ge=0, description="keep one in this many of the checkpoints due after every_steps for ever; 0: none"
-    )
-
-
-class TrackingConfig(Section):
-    """Tracking with MLflow."""
-
-    enabled: bool = Field(True, description="send metrics to MLflow; the metrics log on disk is written in any case")
-    uri: str = Field(
-        "",
-        description="MLflow tracking URI; empty: the variable MLFLOW_TRACKING_URI, or the SQLite file mlflow.db next "
-        "to the run folder",
-    )
-    experiment: str = Field(
-        "",
-        max_length=256,
-        description="MLflow experiment; empty: the variable MLFLOW_EXPERIMENT_NAME, or `biroute`",
-    )
-    run_name: str = Field(
-        "", max_length=250, description="MLflow run name; empty: the name of the run folder and the layout"
-    )
-    tags: dict[str, str] = Field({}, description="tags of the MLflow run, such as `{team: nlp}`")
-    group: str = Field(
-        "", max_length=250, description="value of the MLflow tag `group`, by which runs can be grouped"
-    )
-    parent: str = Field(
-        "", pattern=r"^\w{0,64}$", description="id of the MLflow run under which this one is listed; empty: none"
-    )
-    timeout_seconds: float = Field(
-        5.0, gt=0, description="wait for one call to the MLflow server; of a slow one, up to 120 s after some calls"
-    )
-    flush_seconds: float = Field(
-        30.0,
-        ge=0,
-        description="longest wait at the end for metrics not yet sent; in a Slurm job at most a quarter of "
-        "slurm.signal_seconds",
     )
 
 

@@ -17,6 +17,7 @@ from biroute.configs.errors import UsageError
 TIMEOUT_SECONDS = 30.0
 LOOK_SECONDS = 10.0  # for what a command can do without
 SUBMIT_SECONDS = 120.0  # a busy controller may take long, and what it does then is not undone
+CANCEL_PAUSES = (1.0, 3.0, 0.0)  # seconds after each try
 UNCLEAR_PAUSES = (1.0, 4.0, 10.0)  # seconds between looks for a job whose submission had no clear answer
 _UNCLEAR = re.compile(
     r"timed out|Zero Bytes|Unexpected message|communication|connection (reset|failure)", re.IGNORECASE
@@ -45,6 +46,10 @@ class Job:
         return self.state in _LIVE
 
 
+class NoAnswerError(UsageError):
+    """Slurm is installed and does not answer."""
+
+
 class UnclearError(UsageError):
     """Slurm was asked for something and gave no clear answer, so that it may have done it."""
 
@@ -61,12 +66,20 @@ def submit(script: Path) -> str:
         answer = _call(command, environment=_own_environment(), seconds=SUBMIT_SECONDS)
     except subprocess.TimeoutExpired:
         return _find_submitted(script, f"sbatch gave no answer in {SUBMIT_SECONDS:g} s")
-    job_id = answer.stdout.strip().partition(";")[0]  # the format is job;cluster
-    if answer.returncode == 0 and job_id.isdigit():
+    except KeyboardInterrupt:
+        return _find_submitted(script, "interrupted while sbatch was answering")
+    if answer.returncode == 0 and (job_id := _job_id(answer.stdout)):
         return job_id
-    if _UNCLEAR.search(answer.stderr):
+    # A refusal is a status above 0 with a reason; anything else may have queued the job.
+    if answer.returncode <= 0 or _UNCLEAR.search(answer.stderr):
         return _find_submitted(script, f"sbatch said: {_said(answer)}")
     raise UsageError(f"sbatch refuses the job: {_said(answer)}")
+
+
+def _job_id(output: str) -> str:
+    """Return the job id that sbatch printed, after a site's own notices; "" if there is none."""
+    lines = [line.strip().partition(";")[0] for line in output.splitlines()]  # the format is job;cluster
+    return next((line for line in reversed(lines) if line.isdecimal()), "")
 
 
 def _find_submitted(script: Path, why: str) -> str:
@@ -140,8 +153,8 @@ def queue(job_ids: Sequence[str] = (), seconds: float | None = None) -> list[Job
     if answer.returncode != 0:
         raise UsageError(f"squeue fails: {_said(answer)}")
     jobs = []
-    for line in answer.stdout.splitlines():
-        job_id, state, time_left, reason, nodes, submitted, begins, script = line.split(_SEPARATOR, 7)
+    for row in _rows(answer.stdout, 8):
+        job_id, state, time_left, reason, nodes, submitted, begins, script = row
         begins = begins if begins[:1].isdigit() else ""  # N/A
         jobs.append(Job(job_id, state, _script(script), time_left, reason, nodes, "", submitted, begins))
     return jobs
@@ -163,6 +176,12 @@ def find_job(job_id: str) -> Job | None:
     return next(iter(past_jobs([job_id])), None)
 
 
+def _rows(output: str, columns: int) -> list[list[str]]:
+    """Split a table of Slurm's into its fields; other lines, such as a site's notices, are passed over."""
+    rows = [line.split(_SEPARATOR, columns - 1) for line in output.splitlines()]
+    return [row for row in rows if len(row) == columns and row[0].strip()]
+
+
 def _field(shown: str, name: str) -> str:
     """Return a field of what `scontrol show job` says; "" if it is not there."""
     found = re.search(rf"\b{name}=(\S+)", shown)
@@ -180,9 +199,9 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
     except (UsageError, subprocess.TimeoutExpired):
         return []
     jobs = []
-    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
-        job_id, state, exit_code, nodes, submit_line = line.split(_SEPARATOR, 4)
-        state = state.split()[0]  # such as "CANCELLED by 0"
+    for row in _rows(answer.stdout, 5) if answer.returncode == 0 else []:
+        job_id, state, exit_code, nodes, submit_line = row
+        state = state.partition(" ")[0]  # such as "CANCELLED by 0"
         nodes = "" if nodes == "None assigned" else nodes
         jobs.append(Job(job_id, state, _script(submit_line), nodes=nodes, exit_code=exit_code))
     return jobs
@@ -190,7 +209,7 @@ def past_jobs(job_ids: Sequence[str]) -> list[Job]:
 
 def seconds_of(time_limit: str) -> int | None:
     """Convert a time limit in sbatch's format to seconds; None if it is unlimited."""
-    if not time_limit[0].isdigit():
+    if not time_limit[0].isdigit() or not time_limit.strip("0:-"):  # 0 is Slurm's word for no limit
         return None
     days, dash, rest = time_limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -204,7 +223,7 @@ def seconds_of(time_limit: str) -> int | None:
 
 
 def cancel(job_id: str) -> None:
-    """End a job immediately.
+    """End a job immediately. A failure is tried again.
 
     Raises:
         UsageError: Slurm refuses.
@@ -213,7 +232,7 @@ def cancel(job_id: str) -> None:
 
 
 def ask_to_stop(job_id: str) -> None:
-    """Send USR1 to the batch script of a running job, which makes the job save and end.
+    """Send USR1 to the batch script of a running job, which makes the job save and end. A failure is tried again.
 
     Raises:
         UsageError: Slurm refuses.
@@ -222,9 +241,12 @@ def ask_to_stop(job_id: str) -> None:
 
 
 def _check(command: list[str]) -> None:
-    answer = _call(command)
-    if answer.returncode != 0:
-        raise UsageError(f"{command[0]} fails: {_said(answer)}")
+    for pause in CANCEL_PAUSES:
+        answer = _call(command)
+        if answer.returncode == 0:
+            return
+        time.sleep(pause)
+    raise UsageError(f"{command[0]} fails: {_said(answer)}")
 
 
 def _own_environment(*, tell: bool = True) -> dict[str, str]:
@@ -262,6 +284,7 @@ def _call(
             input=text,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=seconds or TIMEOUT_SECONDS,
             check=False,
             env=environment,
@@ -273,7 +296,7 @@ def _call(
     except subprocess.TimeoutExpired:
         if seconds is not None:
             raise
-        raise UsageError(
+        raise NoAnswerError(
             f"{command[0]} gave no answer in {TIMEOUT_SECONDS:g} s; is the Slurm controller up? (scontrol ping)"
         ) from None
     for sign, meaning in (
@@ -282,7 +305,7 @@ def _call(
         ("Connection refused", "the Slurm controller does not answer"),
     ):
         if answer.returncode != 0 and sign in answer.stderr:
-            raise UsageError(f"{command[0]}: {meaning}; check SLURM_CONF and `scontrol ping`")
+            raise NoAnswerError(f"{command[0]}: {meaning}; check SLURM_CONF and `scontrol ping`")
     return answer
 
 

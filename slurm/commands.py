@@ -188,11 +188,10 @@ def _show_status(targets: list[str], as_json: bool, states: list[str]) -> None:
     for line in unreadable:
         echo(line, err=True)
     if not runs:
-        echo(
-            "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration or a job"
-        )
+        nothing = "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration"
+        echo(f"{nothing} or a job", err=as_json)
     elif not found and not unreadable:
-        echo(f"none of {len(runs)} runs is {' or '.join(states)}")
+        echo(f"none of {len(runs)} runs is {' or '.join(states)}", err=as_json)
     if queue is None and shutil.which("squeue") is not None:
         echo("Slurm does not answer, so jobs are not shown", err=True)
 

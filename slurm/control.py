@@ -42,14 +42,22 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
         create_once(
             run.cancelled_mark, b""
         )  # first: a job's script looks for the mark as soon as its ranks have ended
-    told = []
+    told, failed = [], []
     for job in jobs:
-        if job.state == "RUNNING" and not now:
-            client.ask_to_stop(job.job_id)
-            told.append(f"job {job.job_id} saves and ends (`biroute cancel --now` would not wait for it)")
-        else:
-            client.cancel(job.job_id)
-            told.append(f"job {job.job_id} cancelled")
+        try:
+            if job.state == "RUNNING" and not now:
+                client.ask_to_stop(job.job_id)
+                told.append(f"job {job.job_id} saves and ends (`biroute cancel --now` would not wait for it)")
+            else:
+                client.cancel(job.job_id)
+                told.append(f"job {job.job_id} cancelled")
+        except UsageError as error:  # one job must not keep the others alive
+            failed.append(f"job {job.job_id}: {error}")
+    if failed:
+        raise UsageError(
+            f"{'; '.join([*told, *failed])}; the run is marked as cancelled, so none of its jobs is queued again: "
+            "run the same command again to end them"
+        )
     return told
 
 
@@ -106,9 +114,9 @@ def _changed(run: RunFolder, overrides: Sequence[str], partition: str | None) ->
     """Write the changed configuration, profile and script; if the body fails, the earlier ones come back."""
     folder = run.path / SUBMISSION
     names = [override.partition("=")[0] for override in overrides]
-    if "train.run_dir" in names:
-        raise UsageError("train.run_dir cannot change in a resume; submit a new run, after `biroute checkpoint copy`")
     submission = prepare(folder / CONFIG, overrides, Path.cwd(), partition)
+    if submission.request.run_dir.resolve() != run.path.resolve():
+        raise UsageError("train.run_dir cannot change in a resume; submit a new run, after `biroute checkpoint copy`")
     client.test_script(submission.script)
     earlier = folder / EARLIER
     with explain_run_dir_errors(run.path):
@@ -130,7 +138,7 @@ def _changed(run: RunFolder, overrides: Sequence[str], partition: str | None) ->
         yield
     except client.UnclearError:
         raise  # a job may have them
-    except BaseException:
+    except UsageError:
         for name in (CONFIG, PROFILE, SCRIPT):
             shutil.copy2(kept / name, folder / name)
         shutil.rmtree(kept)

@@ -40,6 +40,8 @@ def format_logs(run: RunFolder, attempt: int | None, rank: int, lines: int) -> s
             raise UsageError(f"run {run.name} has no logs yet: no attempt of it has begun")
         return _last_lines(output, lines)
     logs = log_dir(run.path, found.number)
+    if found.world_size and rank >= found.world_size:
+        raise UsageError(f"--rank {rank}: attempt {found.number} has {found.world_size} ranks, numbered from 0")
     parts = [_heading(found)]
     failure = format_first_failure(logs) if found.crash else ""
     if failure:

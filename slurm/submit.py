@@ -20,6 +20,7 @@ from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, JOBS, LOGS, PROFILE, SCRIPT, SUBMISSION
 from biroute.launcher.start.train import check_inputs
+from biroute.launcher.track.uri import absolute_uri
 from biroute.slurm import client
 from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
@@ -103,24 +104,31 @@ def submit_run(submission: Submission) -> str:
     folder = run_dir / SUBMISSION
     with explain_run_dir_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    ours = False
+    with explain_run_dir_errors(run_dir):
+        _claim(folder)
     try:
         with explain_run_dir_errors(run_dir):
-            _claim(folder)
-            ours = True
             freeze(submission, folder)
+    except BaseException:  # Ctrl-C as well: sbatch has not been called
+        _remove(folder)
+        raise
+    try:
         job_id = client.submit(submission.request.script)
     except client.UnclearError:
         raise
-    except BaseException:
-        if ours:
-            shutil.rmtree(folder, ignore_errors=True)
-        for left in (run_dir / LOGS, run_dir):
-            with contextlib.suppress(OSError):
-                left.rmdir()  # only if it is empty
+    except UsageError:  # a refusal; after anything else a job may need the folder
+        _remove(folder)
         raise
     record_job(run_dir, job_id, "submit", ())
     return job_id
+
+
+def _remove(folder: Path) -> None:
+    """Remove a submission of which no job can know, and what else is empty in its run folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder.parent / LOGS, folder.parent):
+        with contextlib.suppress(OSError):
+            left.rmdir()  # only if it is empty
 
 
 def _claim(folder: Path) -> None:
@@ -138,8 +146,12 @@ def check_request(request: JobRequest) -> None:
         UsageError: the run folder is in use or cannot be written, or the partition is too small.
     """
     check_run_dir(request.run_dir)
-    if shutil.which("sinfo") is not None:
+    if shutil.which("sinfo") is None:
+        return
+    try:
         _check_partition(request)
+    except client.NoAnswerError as error:
+        print(f"warning: {error}; the partition is not checked", file=sys.stderr)
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -314,4 +326,5 @@ def _with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     )
     data = data.model_copy(update={"dir": Path(absolute(data.dir)), "sources": sources, "tokenizer": tokenizer})
     train = config.train.model_copy(update={"run_dir": Path(absolute(config.train.run_dir))})
-    return config.model_copy(update={"data": data, "train": train})
+    tracking = config.tracking.model_copy(update={"uri": absolute_uri(config.tracking.uri, base)})
+    return config.model_copy(update={"data": data, "train": train, "tracking": tracking})

@@ -8,6 +8,7 @@
     .secret                         by which the ranks recognize each other
     metrics.jsonl                   metrics log: every point, whether MLflow has it or not
     tracking_state.json             how far the uploader has got
+    mlflow_run.json                 which run of MLflow this is, apart from what changes every second
     loss_curve.png
     checkpoints/step-00000200/
     logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
@@ -28,6 +29,9 @@ FENCING_TOKEN = "attempt"
 SECRET = ".secret"
 METRICS_LOG = "metrics.jsonl"
 UPLOAD_STATE = "tracking_state.json"
+MLFLOW_RUN = "mlflow_run.json"
+UPLOAD_LOCK = ".tracking.lock"
+SYNC_LOCK = ".sync.lock"
 LOSS_PLOT = "loss_curve.png"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

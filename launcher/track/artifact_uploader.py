@@ -80,6 +80,8 @@ class ArtifactUploader(threading.Thread):
         if recently and not self._closing.is_set():
             return
         path = self._run_dir / key
+        if not is_inside(path, self._run_dir):
+            return
         version = _version(path)  # before the upload, so that a change during it is noticed next time
         if version in (None, self._state.artifacts.get(key)):
             return
@@ -116,17 +118,33 @@ class ArtifactUploader(threading.Thread):
             return
 
 
-def send_artifacts(run_dir: Path, state: TrackingState, destination: FileDestination) -> int:
-    """Upload each file that has changed since it was last sent; returns their number. An error is raised."""
+def send_artifacts(
+    run_dir: Path, state: TrackingState, destination: FileDestination, say: Callable[[str], None]
+) -> int:
+    """Upload each file that has changed since it was last sent; returns their number. One that fails is said."""
     sent = 0
     for key, before in list(state.artifacts.items()):
-        version = _version(run_dir / key)
-        if version not in (None, before):
-            destination.log_artifact((run_dir / key).resolve())
-            state.artifacts[key] = str(version)
-            state.save()
-            sent += 1
+        path = run_dir / key
+        version = _version(path) if is_inside(path, run_dir) else None
+        if version in (None, before):
+            continue
+        try:
+            destination.log_artifact(path.resolve())
+        except Exception as error:  # of any kind: it must not keep back the others, nor the end of the run
+            say(f"the file {path} is not uploaded: {destination.explain(error).reason}")
+            continue
+        state.artifacts[key] = str(version)
+        state.save()
+        sent += 1
     return sent
+
+
+def is_inside(path: Path, run_dir: Path) -> bool:
+    """Return whether a path lies in the run folder: its list of files may come from somebody else."""
+    try:
+        return path.resolve().is_relative_to(run_dir.resolve())
+    except (OSError, ValueError, RuntimeError):  # a circle of links, a NUL
+        return False
 
 
 def _version(path: Path) -> str | None:

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from biroute.configs.files import file_lock
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.run_files import LOGS, METRICS_LOG
+from biroute.launcher.attempts.run_files import LOGS, METRICS_LOG, UPLOAD_LOCK
 from biroute.launcher.track import run_metadata
 from biroute.launcher.track.metrics_log import Point
 from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
@@ -26,6 +27,7 @@ from biroute.launcher.track.uri import artifacts_dir, experiment_name, run_page,
 NAME_CHARACTERS = 250  # of a metric or a run
 _METRICS_PER_BATCH, _ENTRIES_PER_BATCH = 1000, 100  # MLflow's limits
 _PAGE = 1000
+_LOCK_SECONDS = 30.0
 _RUN_KEY_TAG = "biroute.run_key"
 _SENT_TAG = "biroute.sent_bytes"  # of the metrics log, set in the same call as the points
 _NOTE_TAG = "biroute.note"  # fingerprint of the description that we wrote: one that a person changed stays
@@ -68,12 +70,13 @@ class MlflowRun:
     def connect(self) -> None:
         """Find or create the run, notice what it lacks of that which was sent, and describe it."""
         self.open_client()
-        run = self._find() or self._create()
+        with file_lock(self._run_dir / UPLOAD_LOCK, _LOCK_SECONDS):  # another process may be creating it
+            run = self._find() or self._create()
+            if not re.fullmatch("[0-9a-f]{32}", str(run.info.run_id)):
+                raise RuntimeError(f"what answers names a run {run.info.run_id!r}, which MLflow never would")
+            self._keep(run)
         self._experiment_id = str(run.info.experiment_id)
-        if self._state.run_id != run.info.run_id:
-            self._state.run_id = str(run.info.run_id)
         self._compare(run)
-        self._state.save()
         if self._training:
             self._client.update_run(self._state.run_id, status="RUNNING")
         self._describe(run)
@@ -81,6 +84,12 @@ class MlflowRun:
         if page != self.page:
             self.page = page
             self._say(f"run {self._run_name()} of experiment {self._experiment}: {page}")
+
+    def _keep(self, run: Any) -> None:
+        """Note which run it is, before anything is sent to it."""
+        if self._state.run_id != run.info.run_id:
+            self._state.run_id = str(run.info.run_id)
+            self._state.save()
 
     def log_points(self, points: list[Point], end_byte: int) -> None:
         """Send points; `end_byte` is that of the metrics log after them."""
@@ -168,6 +177,8 @@ class MlflowRun:
             if code_of(error) == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
+        if run.info.run_id != run_id:  # something else answers
+            raise RuntimeError(f"what answers names run {run.info.run_id!r} where {run_id} was asked for")
         if run.info.lifecycle_stage != "deleted":
             return run
         experiment = self._client.get_experiment(run.info.experiment_id)
@@ -205,6 +216,7 @@ class MlflowRun:
             self._state.save()  # the key must be on disk before a run has it
             self._creation_unsure = True
             tags = {_RUN_KEY_TAG: self._state.run_key}
+            self._state.run_name = self._run_name()
             created = self._client.create_run(experiment_id, self._state.started_ms, tags, self._run_name())
             run_id = str(created.info.run_id)
         self._creation_unsure = False
@@ -244,8 +256,11 @@ class MlflowRun:
         run_id, data = self._state.run_id, run.data
         wanted = run_metadata.parameters(self._config)
         parameters = [Param(name, value) for name, value in wanted.items() if name not in data.params]
-        tags = {"attempt": str(self._state.attempt), "mlflow.runName": self._run_name()}
-        tags |= run_metadata.environment_tags() | run_metadata.attempt_tags(read_attempts(self._run_dir))
+        tags = {"attempt": str(self._state.attempt)} | run_metadata.attempt_tags(read_attempts(self._run_dir))
+        if self._training or "host" not in data.tags:  # a sync tells nothing of where the run ran
+            tags |= run_metadata.environment_tags()
+        if run.info.run_name in ("", self._state.run_name):  # one that a person has given stays
+            tags["mlflow.runName"] = self._state.run_name = self._run_name()
         tags |= run_metadata.placement_tags(self._config, data.tags) | self._state.tags
         tags |= run_metadata.chosen_tags(self._config)
         if self._state.copied_from:
@@ -261,6 +276,7 @@ class MlflowRun:
         for start in range(0, len(entries), _ENTRIES_PER_BATCH):
             self._client.log_batch(run_id, tags=entries[start : start + _ENTRIES_PER_BATCH])
         self._log_datasets(run)
+        self._state.save()
 
     def _log_datasets(self, run: Any) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -268,10 +284,10 @@ class MlflowRun:
         known = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs}
         inputs = []
         for context, facts in self._state.datasets.items():
-            name, digest = facts["name"], facts["digest"]
+            name, digest = facts.name, facts.digest
             if (name, digest) not in known:
-                source = json.dumps({"uri": facts["source"]})
-                dataset = Dataset(name, digest, "local", source, profile=json.dumps({"what": facts["profile"]}))
+                source = json.dumps({"uri": facts.source})
+                dataset = Dataset(name, digest, "local", source, profile=json.dumps({"what": facts.profile}))
                 inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         if inputs:
             self._client.log_inputs(self._state.run_id, inputs)

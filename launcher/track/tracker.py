@@ -19,7 +19,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
@@ -31,11 +30,9 @@ from biroute.launcher.attempts.run_files import CONFIG, METRICS_LOG, UPLOAD_STAT
 from biroute.launcher.track.metrics_log import MetricsLog
 from biroute.launcher.track.mlflow_client import keep_library_logs, prepare_mlflow
 from biroute.launcher.track.mlflow_run import MlflowRun
-from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.upload_state import DatasetFacts, Status, TrackingState
 from biroute.launcher.track.uploader import Uploader
 from biroute.launcher.track.uri import experiment_name, sqlite_path, tracking_uri
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 LIBRARY_LOG = "mlflow.log"  # in an attempt's logs
 NONFINITE = "train/nonfinite"
@@ -48,7 +45,7 @@ def open_tracker(
     *,
     tags: Mapping[str, str],
     headline: str = "",
-    datasets: Mapping[str, dict[str, str]] | None = None,
+    datasets: Mapping[str, DatasetFacts] | None = None,
     notify: Callable[[str], None] | None = None,
     fencing_token: FencingToken | None = None,
 ) -> Tracker:
@@ -62,7 +59,7 @@ def open_tracker(
         run_dir: the run folder.
         tags: added to those that are found automatically, such as the layout and the world size.
         headline: what is trained, one line, for the description of the run.
-        datasets: what is trained on: context -> name, digest, source, profile.
+        datasets: what is trained on, by context, such as "train".
         notify: called with the few messages for people (where the run is, server lost, server back), also from
             another thread; by default they are logged.
         fencing_token: if given, nothing is written or sent once another attempt owns the folder.

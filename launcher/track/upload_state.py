@@ -8,13 +8,40 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from biroute.configs.files import write_atomically
 from biroute.configs.records import parse_json, read_small, record_of
+from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.run_files import MLFLOW_RUN
 
 _saving = threading.Lock()  # points and artifacts are sent by two threads
+_Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # as uuid makes them, and MLflow's run ids
+_Milliseconds = Annotated[int, Field(ge=0, le=10**14)]
+_Path = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+End = tuple[Status, _Milliseconds, str]  # of an attempt: status, time, cause
+_NOT_SAVED = ("path", "kept")
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What MLflow shows of a dataset."""
+
+    name: str
+    digest: str
+    source: str
+    profile: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    run_key: _Id
+    run_id: _Id | None
 
 
 @dataclass
@@ -23,18 +50,20 @@ class TrackingState:
 
     path: Path
     target: str  # URI without password, and experiment
-    run_key: str = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was not confirmed
-    run_id: str | None = None
+    run_key: _Id = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was not confirmed
+    run_id: _Id | None = None
+    run_name: str = ""  # as it was last set; a name that a person has given stays
     sent_bytes: int = 0
     attempt: int = 0  # starts of this run so far
-    started_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)  # of the first attempt
-    artifacts: dict[str, str] = field(default_factory=dict)  # path from the run folder -> fingerprint sent, or ""
+    started_ms: _Milliseconds = field(default_factory=lambda: time.time_ns() // 1_000_000)  # of the first attempt
+    artifacts: dict[_Path, str] = field(default_factory=dict)  # path from the run folder -> fingerprint sent, or ""
     home: str = ""  # the run folder; another one is a copy if this one is still there
     copied_from: str = ""  # run folder and MLflow run that this one is a copy of
     headline: str = ""  # what is trained, in which layout
     tags: dict[str, str] = field(default_factory=dict)  # given by the last attempt
-    datasets: dict[str, dict[str, str]] = field(default_factory=dict)  # context -> name, digest, source, profile
-    end: tuple[str, int, str] | None = None  # status, time in ms and cause of an end that is not sent yet
+    datasets: dict[str, DatasetFacts] = field(default_factory=dict)  # by context, such as "train"
+    kept: tuple[str, str | None] | None = field(default=None, init=False, repr=False, compare=False)  # in MLFLOW_RUN
+    end: End | None = None  # status, time in ms and cause of an end that is not sent yet
 
     @classmethod
     def load(cls, path: Path, target: str, metrics_log_bytes: int, notify: Callable[[str], None]) -> TrackingState:
@@ -49,10 +78,12 @@ class TrackingState:
         try:
             state = read_state(path)
         except FileNotFoundError:
-            return cls(path, target, home=str(path.parent.resolve()))
+            return cls._new(path, target)
         except (ValueError, TypeError):
-            notify(f"{path}: unreadable; all points are sent again, to a new MLflow run")
-            return cls(path, target, home=str(path.parent.resolve()))
+            notify(
+                f"{path}: unreadable; all is compared with the MLflow run, and sent again where it lacks something"
+            )
+            return cls._new(path, target)
         state._settle(notify)
         if state.target != target:
             notify(f"earlier attempts were sent to {state.target}, this one goes to {target}, with all before it")
@@ -64,6 +95,18 @@ class TrackingState:
             state.sent_bytes = 0
         return state
 
+    @classmethod
+    def _new(cls, path: Path, target: str) -> TrackingState:
+        """Begin anew, with the run that this folder is known to have."""
+        state = cls(path, target, home=str(path.parent.resolve()))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            known = record_of(_Run, parse_json(read_small(path.with_name(MLFLOW_RUN))))
+            state.run_key, state.run_id = known.run_key, known.run_id
+        began = [attempt.began for attempt in read_attempts(path.parent)]
+        state.started_ms = int(1000 * min(began)) if began else state.started_ms
+        state.attempt = len(began)
+        return state
+
     def _settle(self, notify: Callable[[str], None]) -> None:
         """Notice a run folder that was copied: two runs must not write into one run of MLflow."""
         home, here = self.home, str(self.path.parent.resolve())
@@ -71,8 +114,9 @@ class TrackingState:
         if home in ("", here):
             return
         with contextlib.suppress(OSError, ValueError, TypeError):
-            if read_state(Path(home) / self.path.name).run_key != self.run_key:
-                return
+            other = Path(home) / self.path.name
+            if other.samefile(self.path) or read_state(other).run_key != self.run_key:
+                return  # the same folder under another path is no copy
             self.copied_from = f"{home}, MLflow run {self.run_id}"
             self.begin_new_run()
             notify(
@@ -96,9 +140,13 @@ class TrackingState:
             OSError: the write failed; the file keeps its previous content.
         """
         with _saving:
-            values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "path"}
+            values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_SAVED}
+            values["datasets"] = {context: asdict(facts) for context, facts in self.datasets.items()}
             content = json.dumps(values, indent=1, ensure_ascii=False).encode()
             write_atomically(self.path, content, durable=False)
+            if self.kept != (known := (self.run_key, self.run_id)):
+                write_atomically(self.path.with_name(MLFLOW_RUN), json.dumps(asdict(_Run(*known))).encode())
+                self.kept = known
 
 
 def read_state(path: Path) -> TrackingState:

@@ -14,7 +14,7 @@ from biroute.launcher.attempts.run_files import METRICS_LOG, UPLOAD_STATE
 from biroute.launcher.track.artifact_uploader import ArtifactUploader
 from biroute.launcher.track.metrics_log import Point, scan
 from biroute.launcher.track.mlflow_errors import Trouble
-from biroute.launcher.track.upload_state import TrackingState, read_state
+from biroute.launcher.track.upload_state import End, Status, TrackingState, read_state
 
 _SEND_SECONDS = 1.0  # at most one pass per second: sending costs CPU time that training needs
 _LOOK_SECONDS = 10.0  # without new points
@@ -43,7 +43,7 @@ class Destination(Protocol):
     def update_note(self, cause: str) -> None:
         """Renew the description; `cause` is why the attempt ends, if it does."""
 
-    def terminate(self, status: str, end_ms: int, cause: str) -> None: ...
+    def terminate(self, status: Status, end_ms: int, cause: str) -> None: ...
 
     def lost_run(self, error: Exception) -> bool:
         """Return whether `error` means that `connect` must be called again."""
@@ -91,7 +91,7 @@ class Uploader(threading.Thread):
         """Upload `path` soon, and again whenever it changes."""
         self._artifacts.add(path)
 
-    def finish(self, end: tuple[str, int, str], seconds: float) -> None:
+    def finish(self, end: End, seconds: float) -> None:
         """Make a last pass and wait for it, `seconds` at most; less if nothing has answered lately.
 
         `end` is the final status, the time in ms and the cause. What is not sent then, waits in the run folder.

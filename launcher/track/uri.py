@@ -116,6 +116,14 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(rest[1:].partition("?")[0]).absolute()
 
 
+def absolute_uri(uri: str, base: Path) -> str:
+    """Return the URI of an SQLite file so that it does not depend on the working folder; any other URI as it is."""
+    scheme, _, rest = uri.partition("://")
+    if not scheme.startswith("sqlite") or not rest.startswith("/") or rest.startswith("//"):
+        return uri
+    return f"{scheme}:///{base.absolute() / rest[1:]}"
+
+
 def artifacts_dir(database: Path) -> Path:
     """Return the folder for the artifacts of the runs in an SQLite file."""
     return database.parent / ARTIFACTS_NAME

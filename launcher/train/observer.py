@@ -16,10 +16,11 @@ from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import Dataset
 from biroute.launcher.attempts.journal import FencingToken
-from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, shown_config
+from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, TOKENIZER, shown_config
 from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
 from biroute.launcher.track.tracker import Status, open_tracker
+from biroute.launcher.track.upload_state import DatasetFacts
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import describe
 
@@ -59,7 +60,7 @@ class Observer(TrainerHook):
             fencing_token=fencing_token,
         )
         self._tracker.log_artifact(self._write_shown_config(config))
-        self._tracker.log_artifact(config.data.dir / "tokenizer.model")
+        self._tracker.log_artifact(self._run_dir / TOKENIZER)
 
     def _write_shown_config(self, config: RunConfig) -> Path:
         path = shown_config(self._run_dir, self._fencing_token.attempt)
@@ -113,13 +114,13 @@ class Observer(TrainerHook):
         self._tracker.close(status, cause)
 
 
-def _about_dataset(dataset: Dataset) -> dict[str, str]:
+def _about_dataset(dataset: Dataset) -> DatasetFacts:
     """Return what MLflow shows of the dataset that a run is trained on."""
     manifest, folder = dataset.manifest, dataset.config.data.dir.absolute()
     sources = ", ".join(source.name for source in manifest.sources)
-    return {
-        "name": f"{folder.parent.name}/{folder.name}",
-        "digest": manifest.checksum[:12],
-        "source": str(folder),
-        "profile": f"{manifest.tokens('train'):,} tokens of {sources}",
-    }
+    return DatasetFacts(
+        name=f"{folder.parent.name}/{folder.name}",
+        digest=manifest.checksum[:12],
+        source=str(folder),
+        profile=f"{manifest.tokens('train'):,} tokens of {sources}",
+    )

@@ -18,6 +18,7 @@ from biroute.launcher.attempts.journal import begin_attempt, end_attempt
 from biroute.launcher.attempts.run_files import log_dir
 from biroute.launcher.track import uploader
 from biroute.launcher.track.tracker import Tracker, open_tracker
+from biroute.launcher.track.upload_state import DatasetFacts
 
 from .conftest import Answer
 from .test_tracking import client_of, history, logged, make_config, state_of, troubles, until
@@ -47,7 +48,7 @@ def opened(database: Path, run_dir: Path, said: list[str] | None = None, **track
         run_dir,
         tags={"layout": "tensor=1 data=2 zero=1"},
         headline="1.5 M parameters",
-        datasets={"train": {"name": "poems", "digest": "d1", "source": "/x", "profile": "9"}},
+        datasets={"train": DatasetFacts(name="poems", digest="d1", source="/x", profile="9")},
         notify=([] if said is None else said).append,
     )
 

@@ -101,6 +101,25 @@ def test_a_site_that_forbids_requeueing_gets_a_new_job(tmp_path: Path) -> None:
     assert "submitted anew as job 8" in output
 
 
+def test_a_permanent_refusal_is_not_waited_for_and_the_new_job_is_tried_again(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, failures=100)
+    programs = tmp_path / "bin"
+    (programs / "scontrol").write_text(SCONTROL.replace("Unable to contact slurm controller", "presently disabled"))
+    (programs / "sbatch").write_text(
+        '#!/bin/bash\necho "sbatch $*" >> "$LOG"\n'
+        '[ "$(grep -c ^sbatch "$LOG")" -gt 2 ] && echo 8 && exit\necho timed out >&2; exit 1\n'
+    )
+    (programs / "squeue").write_text("#!/bin/bash\necho '7 x'\n")
+    (programs / "squeue").chmod(0o755)
+    _, output = batch.run()
+    assert len(batch.noted("scontrol requeue")) == 1 and len(batch.noted("sbatch")) == 3
+    assert "submitted anew as job 8" in output
+    (batch.log).unlink()
+    (programs / "squeue").write_text(f"#!/bin/bash\necho '9 {batch.script}'\n")  # it was queued all the same
+    _, output = batch.run()
+    assert len(batch.noted("sbatch")) == 1 and "submitted anew" in output
+
+
 @pytest.mark.parametrize("decision", ["stop", "finished"])
 def test_what_the_journal_does_not_want_is_not_queued_again(tmp_path: Path, decision: str) -> None:
     batch = Batch(tmp_path)

@@ -10,7 +10,8 @@ import yaml
 from helpers.submissions import Commands, made_for
 
 from biroute.configs.errors import UsageError
-from biroute.slurm.control import resume_run
+from biroute.slurm import client
+from biroute.slurm.control import cancel_run, resume_run
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.submit import submit_run
 
@@ -59,6 +60,7 @@ def test_a_resume_changes_what_it_is_asked_to_and_keeps_what_was(run: RunFolder,
     ("overrides", "words"),
     [
         (["train.run_dir=elsewhere"], "train.run_dir cannot change in a resume"),
+        (["train={run_dir: elsewhere}"], "train is a section"),
         (["train.stepz=3"], "did you mean steps?"),
         (["slurm.nodes=2", "parallel.data=3"], "needs 3"),
         (["data.dir=nowhere"], "nowhere"),
@@ -80,3 +82,21 @@ def test_a_change_that_slurm_refuses_is_taken_back(run: RunFolder, commands: Com
     with pytest.raises(UsageError, match="no such account"):
         resume_run(run, ["slurm.nodes=2"])
     assert {path: path.read_bytes() for path in (run.path / "submission").iterdir() if path.is_file()} == before
+
+
+def test_a_cancel_that_fails_is_tried_again_and_goes_on_with_the_other_jobs(
+    run: RunFolder, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "CANCEL_PAUSES", (0.0, 0.0, 0.0))
+    rows = ["\x1f".join([job, state, "", "", "", "", "N/A", str(run.script)]) for job, state in JOBS]
+    commands("squeue", "\n".join(f"printf '%s\\n' '{row}'" for row in rows))
+    log = tmp_path / "scancel.log"
+    commands("scancel", f'echo "$*" >> {log}; [ "$(wc -l < {log})" -gt 1 ]')  # fails once
+    assert [line.split()[:2] for line in cancel_run(run, now=False)] == [["job", "5"], ["job", "6"]]
+    commands("scancel", f'echo "$*" >> {log}; [ "${{!#}}" = 6 ] || {{ echo "Socket timed out" >&2; exit 1; }}')
+    with pytest.raises(UsageError, match=r"job 6 cancelled; job 5: .*timed out; the run is marked as cancelled, so"):
+        cancel_run(run, now=False)
+    assert run.cancelled_mark.exists()
+
+
+JOBS = (("5", "RUNNING"), ("6", "PENDING"))

@@ -104,7 +104,7 @@ def test_no_value_gets_out_of_its_quotes(
     head, _, rest = script.partition("\n\n")
     assert all(line.startswith("#") for line in re.split("[\n\r\x0b\x0c]", head)), "nothing but comments at the top"
 
-    # Everything up to the first call of Python, then the command that starts the ranks, with the programs as printers.
+    # Everything up to the first call of Python, then the command that starts the ranks; the programs are printers.
     settings_part = rest[: rest.index("journal() {")]
     command = re.search(r"    run_step srun \S+ --kill-on-bad-exit=0(.*?)\n    # 138", rest, re.DOTALL)
     assert command is not None

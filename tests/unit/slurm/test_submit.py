@@ -154,6 +154,42 @@ def test_after_an_unclear_answer_the_job_is_looked_for(
     assert made.request.script.exists()
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "echo 'sbatch: Account balance 100 h'; echo 17",
+        "printf 'Solde \\xe9puis\\xe9\\n' >&2; echo '17;main'",
+    ],
+)
+def test_the_id_is_found_among_the_notices_of_a_site(
+    corpus: Path, tmp_path: Path, commands: Commands, answer: str
+) -> None:
+    made = made_for(corpus, tmp_path)
+    commands("sbatch", f'if [ "$1" = --test-only ]; then exit 0; fi; {answer}')
+    assert submit_run(made) == "17"
+
+
+@pytest.mark.parametrize("answer", ["exit 0", "kill -9 $$", "kill -2 $PPID; sleep 20"])
+def test_what_is_no_clear_refusal_removes_nothing(
+    corpus: Path, tmp_path: Path, commands: Commands, answer: str
+) -> None:
+    made = made_for(corpus, tmp_path)
+    commands("sbatch", f'if [ "$1" = --test-only ]; then exit 0; fi; {answer}')
+    commands("squeue", "exit 1")
+    with pytest.raises(client.UnclearError, match="whether the job is queued is not known"):
+        submit_run(made)
+    assert made.request.script.exists()
+
+
+def test_lines_of_another_form_in_slurms_answers_are_passed_over(commands: Commands) -> None:
+    row = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", "/x/job.sbatch"])
+    commands("squeue", f"printf 'squeue: warning: \\xe9\\n\\n%s\\n' '{row}'")
+    assert [job.job_id for job in client.queue()] == ["17"]
+    past = "\x1f".join(["18", "", "0:0", "n1", "sbatch x"])
+    commands("sacct", f"printf 'foo\\n%s\\n' '{past}'")
+    assert [(job.job_id, job.state) for job in client.past_jobs(["18"])] == [("18", "")]
+
+
 def test_a_refusal_is_told_whole_and_leaves_nothing(corpus: Path, tmp_path: Path, commands: Commands) -> None:
     made = made_for(corpus, tmp_path)
     commands("sbatch", "echo 'sbatch: error: invalid partition' >&2; echo 'sbatch: error: Batch failed' >&2; exit 1")
@@ -190,6 +226,8 @@ def test_of_two_submissions_at_once_one_wins_and_the_other_harms_nothing(
         ("90", "for at most 1 hour 30 minutes"),
         ("2-3:0:5", "for at most 2 days 3 hours 5 seconds"),
         ("infinite", "without a time limit"),
+        ("0", "without a time limit"),
+        ("00:00:00", "without a time limit"),
         (None, "with the partition's time limit"),
     ],
 )

@@ -15,11 +15,14 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
 from biroute.configs.messages import printable_json, without_password
 from biroute.launcher.track import run_metadata as run_metadata
+from biroute.launcher.track.artifact_uploader import is_inside
 from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
 from biroute.launcher.track.mlflow_ui import check_port, server_command
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import next_batch
-from biroute.launcher.track.uri import experiment_name, run_page, sqlite_path, tracking_uri
+from biroute.launcher.track.uri import absolute_uri, experiment_name, run_page, sqlite_path, tracking_uri
+
+RUN_ID = "0123456789abcdef" * 2
 
 # ---- metrics_log ----
 
@@ -123,14 +126,14 @@ def test_batches_cover_the_spool_once(tmp_path: Path) -> None:
 def test_state_survives_and_starts_over_for_another_target(tmp_path: Path) -> None:
     path = tmp_path / "tracking_state.json"
     state = TrackingState.load(path, "server experiment", 500, print)
-    state.run_id, state.sent_bytes, state.artifacts = "r1", 400, {"x.png": "1:2:3"}
+    state.run_id, state.sent_bytes, state.artifacts = RUN_ID, 400, {"x.png": "1:2:3"}
     state.save()
     assert TrackingState.load(path, "server experiment", 500, print) == state
     assert TrackingState.load(path, "server experiment", 100, print).sent_bytes == 0
     said: list[str] = []
     # Perhaps another name of the same server: what it has is seen there.
     moved = TrackingState.load(path, "elsewhere experiment", 500, said.append)
-    assert (moved.run_id, moved.sent_bytes, moved.artifacts) == ("r1", 0, {"x.png": ""})
+    assert (moved.run_id, moved.sent_bytes, moved.artifacts) == (RUN_ID, 0, {"x.png": ""})
     assert moved.run_key == state.run_key
     assert "earlier attempts were sent to server experiment, this one goes to elsewhere experiment" in said[0]
     other = TrackingState.load(path, "server trials", 500, said.append)
@@ -143,6 +146,45 @@ def test_unreadable_state_is_said_and_replaced(tmp_path: Path) -> None:
     said: list[str] = []
     assert TrackingState.load(path, "server experiment", 0, said.append).run_id is None
     assert str(path) in said[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run_id": ""}, {"run_id": "../../x"}, {"run_key": "a'b"}, {"end": ["WHAT", 1, ""]}, {"started_ms": 10**30},
+        {"end": ["FAILED", 10**25, ""]}, {"datasets": {"train": {}}}, {"artifacts": {"a\0b": ""}},
+        {"sent_bytes": "x"},
+    ],
+)  # fmt: skip
+def test_a_damaged_state_keeps_its_run(tmp_path: Path, wrong: dict[str, object]) -> None:
+    """A second MLflow run beside the first would have all values once more."""
+    path = tmp_path / "tracking_state.json"
+    state = TrackingState.load(path, "server experiment", 500, print)
+    state.run_id = RUN_ID
+    state.save()
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    said: list[str] = []
+    found = TrackingState.load(path, "server experiment", 500, said.append)
+    assert (found.run_id, found.run_key, found.sent_bytes) == (RUN_ID, state.run_key, 0)
+    assert f"{path}: unreadable; all is compared" in said[0]
+
+
+def test_the_same_folder_under_another_path_is_no_copy(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").symlink_to(tmp_path / "here")
+    first = TrackingState.load(tmp_path / "here" / "tracking_state.json", "server experiment", 500, print)
+    first.run_id, first.home = RUN_ID, f"{tmp_path}/there"  # as a mount at another place would have it
+    first.save()
+    again = TrackingState.load(tmp_path / "here" / "tracking_state.json", "server experiment", 500, print)
+    assert (again.run_id, again.copied_from) == (RUN_ID, "")
+
+
+def test_only_files_of_the_run_folder_are_sent(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "out").symlink_to("/etc/hostname")
+    (tmp_path / "run" / "a.png").touch()
+    for name, inside in (("a.png", True), ("../x", False), ("/etc/hostname", False), ("out", False), ("a\0b", False)):
+        assert is_inside(tmp_path / "run" / name, tmp_path / "run") == inside, name
 
 
 # ---- URI ----
@@ -228,6 +270,12 @@ def test_the_configuration_comes_before_mlflows_variables(tmp_path: Path, monkey
 )
 def test_where_people_see_a_run(uri: str, page: str) -> None:
     assert run_page(uri, "1", "r", Path("runs/x")) == page
+
+
+def test_a_relative_database_is_made_absolute() -> None:
+    assert absolute_uri("sqlite:///x.db", Path("/a")) == "sqlite:////a/x.db"
+    for uri in ("", "sqlite:////b/x.db", "http://host:5000"):
+        assert absolute_uri(uri, Path("/a")) == uri
 
 
 @pytest.mark.parametrize("name", ["what?", "a%41b"])
@@ -345,12 +393,12 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own(tmp_path: Path) -> None:
 
     (tmp_path / "first").mkdir()
     first = load("first")
-    first.run_id, first.sent_bytes = "abc", 300
+    first.run_id, first.sent_bytes = RUN_ID, 300
     first.save()
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     second = load("second")
     assert (second.run_id, second.sent_bytes) == (None, 0) and second.run_key != first.run_key
-    assert second.copied_from == f"{tmp_path}/first, MLflow run abc"
+    assert second.copied_from == f"{tmp_path}/first, MLflow run {RUN_ID}"
     assert said == [
         f"{tmp_path}/second is a copy of {tmp_path}/first: it goes on as a new MLflow run, whose tag "
         "copied_from names that one"
@@ -361,4 +409,4 @@ def test_a_copied_run_folder_becomes_a_run_of_its_own(tmp_path: Path) -> None:
     assert load("first") == first
     (tmp_path / "first").rename(tmp_path / "third")  # moved, not copied
     third = load("third")
-    assert (third.run_id, third.sent_bytes, third.copied_from) == ("abc", 300, "") and len(said) == 1
+    assert (third.run_id, third.sent_bytes, third.copied_from) == (RUN_ID, 300, "") and len(said) == 1
