@@ -110,7 +110,9 @@ class MlflowRun:
     def update_note(self, cause: str = "") -> None:
         """Bring the descriptions of run and experiment up to date; `cause` is why the attempt ends, if it does."""
         self._summary.follow()
-        note = self._summary.note(self._state.headline or self._run_name(), self._config.train.steps, cause)
+        headline = self._state.headline or self._run_name()
+        known = self._state.tags | self._config.tracking.tags
+        note = self._summary.note(headline, self._config.train.steps, cause, known)
         tags = self._client.get_run(self._state.run_id).data.tags
         if _ours(tags):
             self._client.set_tag(self._state.run_id, _NOTE, note)
