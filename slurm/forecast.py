@@ -62,9 +62,9 @@ class Forecast:
         change = fitting_change(plan)
         advice = f"with {change} it would fit" if change else "use a smaller model, or devices with more memory"
         raise UsageError(
-            f"the run does not fit: a rank needs {plan.memory.total / GIB:.3g} GiB in layout {plan.layout}, and "
+            f"the run does not fit: a rank needs {_gib(plan.memory.total)} GiB in layout {plan.layout}, and "
             f"{plan.hardware.device} has {plan.hardware.memory_gib:g} GiB, "
-            f"{(plan.memory.total - plan.device_bytes) / GIB:.3g} GiB too few; {advice}; this is the plan's "
+            f"{_gib(plan.memory.total - plan.device_bytes)} GiB too few; {advice}; this is the plan's "
             "prediction: without `hardware` in the cluster profile it is not asked"
         )
 
@@ -72,7 +72,7 @@ class Forecast:
         """Return the forecast in words."""
         plan = self.plan
         lines = [
-            f"predicted on {plan.hardware.device}: {plan.memory.total / GIB:.3g} of "
+            f"predicted on {plan.hardware.device}: {_gib(plan.memory.total)} of "
             f"{plan.hardware.memory_gib:g} GiB, {plan.step.total:.3g} s a step, "
             f"{plan.tokens_per_second:,.0f} tokens/s",
             f"steps left: {self.remaining_steps:,} of {plan.config.train.steps:,}, "
@@ -140,3 +140,7 @@ def _done_steps(config: RunConfig) -> int:
         except (OSError, ValueError, UsageError):
             continue  # loading skips it, too, and reports it
     return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.1f}" if size >= 10 * GIB else f"{size / GIB:.3g}"

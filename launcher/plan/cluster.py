@@ -13,7 +13,7 @@ from biroute.launcher.plan.prediction import Plan, make_plan
 from biroute.launcher.plan.search import changed_config, remedy, search_layouts
 
 _MOST_NODES = 4096
-_MOST_RANKS_SEARCHED = 64  # all layouts of so many ranks take a second
+MOST_RANKS_SEARCHED = 64  # all layouts of so many ranks take seconds
 
 
 def plan_on_cluster(config: RunConfig, layout: Layout) -> Plan | None:
@@ -51,17 +51,22 @@ def fitting_change(plan: Plan) -> str | None:
     """Return what makes a plan fit that does not, as overrides of `biroute submit`; None if nothing was found.
 
     Tried in this order: ZeRO stages and activation checkpointing on the same nodes; one other change there; the first
-    two on more nodes; every layout of the same nodes, where they are few.
+    two on more nodes; every layout of nodes that have few ranks together.
     """
     ranks, per_node = plan.layout.world_size, plan.hardware.devices_per_node
-    nodes = max(1, ranks // per_node)
+    nodes = first = max(1, ranks // per_node)
     if (found := _with_less_per_rank(plan, nodes) or remedy(plan)) is not None:
         return found
     while nodes < _MOST_NODES:
         nodes *= 2
         if (found := _with_less_per_rank(plan, nodes)) is not None:
             return found
-    return _another_layout(plan) if ranks <= _MOST_RANKS_SEARCHED else None
+    nodes = first
+    while nodes * per_node <= MOST_RANKS_SEARCHED:
+        if (found := _another_layout(plan, nodes)) is not None:
+            return found
+        nodes *= 2
+    return None
 
 
 def _with_less_per_rank(plan: Plan, nodes: int) -> str | None:
@@ -88,10 +93,11 @@ def _recomputes(config: RunConfig) -> bool:
     return config.train.activation_checkpointing
 
 
-def _another_layout(plan: Plan) -> str | None:
-    config = plan.config
+def _another_layout(plan: Plan, nodes: int) -> str | None:
+    """Return the fastest layout of so many nodes that fits."""
+    config, ranks = plan.config, nodes * plan.hardware.devices_per_node
     try:
-        found = search_layouts(config, plan.layout.world_size, plan.hardware, plan.exchange_fraction).plans
+        found = search_layouts(config, ranks, plan.hardware, plan.exchange_fraction).plans
     except UsageError:
         return None
     if not found:
@@ -102,7 +108,8 @@ def _another_layout(plan: Plan) -> str | None:
         for name in ("tensor", "region", "pipeline", "zero_stage", "sequence_parallel")
         if getattr(best.config.parallel, name) != getattr(config.parallel, name)
     }
-    words = [f"parallel.{name}={str(value).lower()}" for name, value in wanted.items()]
+    words = [f"slurm.nodes={nodes}"] if ranks != plan.layout.world_size else []
+    words += [f"parallel.{name}={str(value).lower()}" for name, value in wanted.items()]
     words += ["parallel.data=null"] if config.parallel.data else []
     words += ["train.activation_checkpointing=true"] if _recomputes(best.config) and not _recomputes(config) else []
     return " ".join(words)

@@ -75,6 +75,15 @@ def test_a_change_of_axes_frees_the_data_axis() -> None:
     assert plan(again, short.hardware.memory_gib).fits
 
 
+def test_where_no_single_change_helps_all_layouts_are_tried_on_more_nodes() -> None:
+    run = config(model={"num_layers": 32, "num_heads": 16}, train={"activation_checkpointing": True})
+    short = plan(run, 0.07 * peak(run))
+    found = fitting_change(short)
+    assert found is not None and "slurm.nodes=" in found and "parallel.tensor=" in found, found
+    again = config([*found.split()], model={"num_layers": 32}, train={"activation_checkpointing": True})
+    assert plan(again, short.hardware.memory_gib).fits
+
+
 def test_nothing_is_named_where_nothing_fits() -> None:
     assert fitting_change(plan(config(), 0.001)) is None
 
