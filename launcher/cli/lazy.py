@@ -30,6 +30,13 @@ MOUNTED = {
         "biroute.launcher.cli.plan:plan_app",
         "Predict memory, bytes between ranks, time and cost of a run before it is submitted.",
     ),
+    "scale": Mount(
+        "biroute.launcher.scale.command:scale_app",
+        "Train the same run with several numbers of ranks, and compare speed, memory and bytes.",
+    ),
+    "report": Mount(
+        "biroute.launcher.report.command:report_app", "Compare runs, from what MLflow has of them, on one page."
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",
