@@ -27,6 +27,9 @@ def scale(
     hardware: Annotated[
         str | None, typer.Option(help="hardware profile to predict with, as of biroute plan; left out: no prediction")
     ] = None,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="submit each size as a job (slurm.profile); again, to collect the results")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder for the report; left out: the folder of the study")
     ] = None,
@@ -53,7 +56,7 @@ def scale(
     else:
         raise UsageError(f"--mode {mode}: use one of {', '.join(MODES)}")
     profile = load_hardware(hardware) if hardware is not None else None
-    raise typer.Exit(run_study(study, profile, out, echo))
+    raise typer.Exit(run_study(study, profile, out, echo, on_slurm=slurm))
 
 
 def _numbers(text: str) -> list[int]:

@@ -41,6 +41,10 @@ class Size:
         return self.layout.world_size
 
     @property
+    def name(self) -> str:
+        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
+
+    @property
     def run_dir(self) -> Path:
         return self.config.train.run_dir
 

@@ -51,7 +51,7 @@ def test_two_sizes_are_children_of_one_run(config_file: Path, mlflow_database: P
 
     again = biroute(*words)
     assert again.status == 0, again.err
-    assert "1 ranks: finished" in again.out and "attempt" not in again.out
+    assert "1 rank: finished" in again.out and "attempt" not in again.out
     assert len(client.search_runs([experiment.experiment_id])) == 3
     history = client.get_metric_history(parent.info.run_id, "scaling/efficiency")
     assert [one.step for one in history] == [1, 2]
