@@ -13,7 +13,7 @@ from biroute.configs.load import explain_problems, parse_yaml
 from biroute.configs.section import Section
 from biroute.configs.slurm_section import SlurmTime
 
-SHIPPED = "profiles"
+SHIPPED, SHIPPED_HARDWARE = "profiles", "hardware"
 # Options of sbatch that have a field of their own; and those that the ranks and the record of attempts depend on.
 _FIELD_OF_OPTION = {
     "account": "account", "partition": "partition", "qos": "qos", "constraint": "constraint",
@@ -65,6 +65,11 @@ class ClusterProfile(Section):
     )
     environment: dict[str, str] = Field({}, description="environment variables of the job")
     network_interface: str | None = Field(None, description="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME of the ranks")
+    hardware: str | None = Field(
+        None,
+        description="hardware profile of the nodes, for predictions: the name of a shipped one, or a YAML file, from "
+        "this file's folder on; empty: nothing is predicted",
+    )
 
     @field_validator("setup", mode="before")
     @classmethod
@@ -113,7 +118,8 @@ def load_profile(name: str | None) -> ClusterProfile:
         name: a YAML file, or the name of a profile that ships with BiRoute.
 
     Raises:
-        UsageError: no profile is named, it does not exist, or it is not valid.
+        UsageError: no profile is named, it does not exist, or it is not valid, or its hardware
+            profile does not exist.
     """
     shipped = resources.files("biroute.configs").joinpath(SHIPPED)
     known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
@@ -128,9 +134,26 @@ def load_profile(name: str | None) -> ClusterProfile:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
     try:
-        return ClusterProfile.model_validate(tree or {})
+        profile = ClusterProfile.model_validate(tree or {})
     except ValidationError as error:
         raise UsageError(f"slurm.profile={name}: {explain_problems(error, ClusterProfile)}") from None
+    if profile.hardware is None:
+        return profile
+    return profile.model_copy(update={"hardware": _find_hardware(profile.hardware, name, path.absolute().parent)})
+
+
+def _find_hardware(hardware: str, profile: str, folder: Path) -> str:
+    """Return the absolute path of a hardware profile, as others may use it from another folder, or a shipped name."""
+    if (folder / hardware).is_file():
+        return str(folder / hardware)
+    shipped = resources.files("biroute.configs").joinpath(SHIPPED_HARDWARE)
+    known = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+    if hardware in known:
+        return hardware
+    raise UsageError(
+        f"slurm.profile={profile}: hardware={hardware}: no such hardware profile; name a YAML file, from {folder} "
+        f"on, or one of {', '.join(known)}"
+    )
 
 
 def dump_profile(profile: ClusterProfile) -> str:

@@ -65,6 +65,8 @@ def submit(
         "ranks_per_node": request.ranks_per_node,
         "layout": str(submission.layout),
     }
+    if submission.forecast is not None:
+        answer["predicted"] = submission.forecast.as_values()
     check_request(request)
     if dry_run:
         _print_dry_run(submission, answer, as_json, verbose)
@@ -95,11 +97,13 @@ def _in_words(submission: Submission) -> str:
 
     request = submission.request
     partition = f"partition {request.profile.partition}" if request.profile.partition else "the default partition"
-    return (
-        f"run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, {submission.layout}\n"
-        f"in {partition}, {limit_in_words(request.time_limit)}\n"
-        f"run folder {request.run_dir}"
-    )
+    lines = [
+        f"run {request.job_name}: {request.nodes} nodes x {request.ranks_per_node} ranks, {submission.layout}",
+        f"in {partition}, {limit_in_words(request.time_limit)}",
+        *(submission.forecast.lines() if submission.forecast is not None else []),
+        f"run folder {request.run_dir}",
+    ]
+    return "\n".join(lines)
 
 
 def _why_it_waits(job_id: str) -> str:
@@ -259,11 +263,17 @@ def resume(
     RUN_DIR/submission/earlier; the code stays what was submitted.
     """
     from biroute.slurm.control import resume_run
+    from biroute.slurm.forecast import forecast_of_run
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
     job_id = resume_run(run, _with_limits(overrides, time_limit, nodes), partition)
     echo(f"job {job_id}, run {run.name}")
+    try:
+        if (forecast := forecast_of_run(run)) is not None:
+            echo("\n".join(forecast.lines()))
+    except UsageError as error:  # the job is submitted, whatever there is to say of it
+        echo(f"nothing is predicted: {error}", err=True)
     if waits := _why_it_waits(job_id):
         echo(waits)
 

@@ -14,7 +14,7 @@ import yaml
 from biroute.configs.errors import UsageError
 from biroute.configs.files import create_once, write_atomically
 from biroute.configs.load import load_config, parse_yaml
-from biroute.launcher.attempts.run_files import CONFIG, EARLIER, PROFILE, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import CONFIG, EARLIER, HARDWARE, PROFILE, SCRIPT, SUBMISSION
 from biroute.slurm import client
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
@@ -124,7 +124,8 @@ def _changed(run: RunFolder, overrides: Sequence[str], partition: str | None) ->
         number = 1 + max((int(path.name) for path in earlier.glob("[0-9]*")), default=0)
         kept = earlier / f"{number:04d}"
         kept.mkdir(parents=True)
-        for name in (CONFIG, PROFILE, SCRIPT):
+        frozen_files = [name for name in (CONFIG, PROFILE, SCRIPT, HARDWARE) if (folder / name).exists()]
+        for name in frozen_files:
             shutil.copy2(folder / name, kept / name)
         freeze_request(submission, folder)
         # Only what was asked for: the frozen code may be older than this and know fewer fields.
@@ -139,7 +140,7 @@ def _changed(run: RunFolder, overrides: Sequence[str], partition: str | None) ->
     except client.UnclearError:
         raise  # a job may have them
     except UsageError:
-        for name in (CONFIG, PROFILE, SCRIPT):
+        for name in frozen_files:
             shutil.copy2(kept / name, folder / name)
         shutil.rmtree(kept)
         raise

@@ -18,10 +18,21 @@ from biroute.configs.files import append_file, write_atomically
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
-from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, JOBS, LOGS, PROFILE, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    HARDWARE,
+    JOBS,
+    LOGS,
+    PROFILE,
+    SCRIPT,
+    SUBMISSION,
+)
+from biroute.launcher.plan.cluster import plan_with_profile
 from biroute.launcher.start.train import check_inputs
 from biroute.launcher.track.uri import absolute_uri
 from biroute.slurm import client
+from biroute.slurm.forecast import Forecast, make_forecast
 from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
 
@@ -35,6 +46,7 @@ class Submission:
     layout: Layout
     request: JobRequest
     script: str
+    forecast: Forecast | None  # None if the profile names no hardware profile
 
 
 def prepare(
@@ -45,7 +57,7 @@ def prepare(
     `partition` takes the place of the profile's.
 
     Raises:
-        UsageError: one of them is not usable.
+        UsageError: one of them is not usable, or the run cannot fit in memory.
     """
     config = load_config(config_path, overrides)
     profile = load_profile(config.slurm.profile)
@@ -56,6 +68,10 @@ def prepare(
     time_limit = config.slurm.time_limit or profile.time_limit
     _check_signal(config, time_limit)
     check_inputs(config, layout)
+    plan = plan_with_profile(config, layout, profile, ranks_per_node)
+    forecast = make_forecast(plan, time_limit) if plan is not None else None
+    if forecast is not None:
+        forecast.check_fits()
     config = _on_gpus(_with_absolute_paths(config, working_dir), profile)
     if ":" in str(config.train.run_dir):
         raise UsageError(
@@ -79,7 +95,7 @@ def prepare(
         requeue=config.slurm.requeue,
         max_restarts=config.slurm.max_restarts,
     )
-    return Submission(config, profile, layout, request, render_job(request))
+    return Submission(config, profile, layout, request, render_job(request), forecast)
 
 
 def _on_gpus(config: RunConfig, profile: ClusterProfile) -> RunConfig:
@@ -217,9 +233,12 @@ def freeze_request(submission: Submission, folder: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    profile = folder / PROFILE
+    profile, kept = folder / PROFILE, submission.profile
+    if kept.hardware and Path(kept.hardware).is_file():  # and no shipped name: it may change or go before a resume
+        write_atomically(folder / HARDWARE, Path(kept.hardware).read_bytes())
+        kept = kept.model_copy(update={"hardware": HARDWARE})
     # Nobody else's to read: the environment in the profile, and so in the script, may hold a token.
-    write_atomically(profile, dump_profile(submission.profile).encode(), private=True)
+    write_atomically(profile, dump_profile(kept).encode(), private=True)
     frozen = {"profile": str(profile), "ranks_per_node": submission.request.ranks_per_node}
     frozen_slurm = submission.config.slurm.model_copy(update=frozen)
     config = submission.config.model_copy(update={"slurm": frozen_slurm})

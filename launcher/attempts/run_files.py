@@ -39,6 +39,7 @@ PREFLIGHT = "preflight"  # in an attempt's logs
 SUBMISSION = "submission"
 SCRIPT = "job.sbatch"  # in the submission
 PROFILE = "profile.yaml"  # in the submission
+HARDWARE = "hardware.yaml"  # in the submission, if the profile names such a file
 JOBS = "jobs.jsonl"  # in the submission
 EARLIER = "earlier"  # in the submission: configuration, profile and script before each change by a resume
 CANCELLED = "cancelled"  # in the submission

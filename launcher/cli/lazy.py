@@ -34,6 +34,13 @@ MOUNTED = {
         "biroute.launcher.cli.generate:generate_app",
         "Continue texts with a trained model, from a checkpoint of any layout, with the routes of training.",
     ),
+    "scale": Mount(
+        "biroute.launcher.scale.command:scale_app",
+        "Train the same run with several numbers of ranks, and compare speed, memory and bytes.",
+    ),
+    "report": Mount(
+        "biroute.launcher.report.command:report_app", "Compare runs, from what MLflow has of them, on one page."
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

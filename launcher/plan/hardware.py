@@ -8,11 +8,11 @@ from pathlib import Path
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
+from biroute.configs.cluster_profile import SHIPPED_HARDWARE
 from biroute.configs.errors import UsageError
 from biroute.configs.load import explain_problems, parse_yaml
 from biroute.configs.section import Section
 
-SHIPPED = "hardware"
 GIB = 1024**3
 
 
@@ -71,32 +71,33 @@ class HardwareProfile(Section):
 
 def shipped_names() -> list[str]:
     """Return the names of the profiles that ship with BiRoute."""
-    folder = resources.files("biroute.configs").joinpath(SHIPPED)
+    folder = resources.files("biroute.configs").joinpath(SHIPPED_HARDWARE)
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_hardware(name: str) -> HardwareProfile:
+def load_hardware(name: str, given_as: str = "--hardware ") -> HardwareProfile:
     """Read a hardware profile and check it.
 
     Args:
         name: a YAML file, or the name of a profile that ships with BiRoute.
+        given_as: option or field that names it, for errors.
 
     Raises:
         UsageError: there is no such profile, or it is not valid; all problems are reported in one line.
     """
     path = Path(name)
-    source = path if path.is_file() else resources.files("biroute.configs").joinpath(SHIPPED, f"{name}.yaml")
+    source = path if path.is_file() else resources.files("biroute.configs").joinpath(SHIPPED_HARDWARE, f"{name}.yaml")
     if not source.is_file():
         known = ", ".join(shipped_names())
-        raise UsageError(f"--hardware {name}: no such hardware profile; name a YAML file, or one of {known}")
+        raise UsageError(f"{given_as}{name}: no such hardware profile; name a YAML file, or one of {known}")
     try:
         tree = parse_yaml(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"--hardware {name}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{given_as}{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
     try:
         return HardwareProfile.model_validate({} if tree is None else tree)
     except ValidationError as error:
-        raise UsageError(f"--hardware {name}: {_explain(error)}") from None
+        raise UsageError(f"{given_as}{name}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

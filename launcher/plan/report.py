@@ -11,6 +11,7 @@ from biroute.launcher.plan.prediction import Plan
 from biroute.launcher.plan.search import Found, remedy
 from biroute.launcher.plan.step_time import binding_resource
 from biroute.launcher.plan.workload import Workload
+from biroute.launcher.track.run_summary import PREDICTED
 
 Row = list[str]
 Cell = Callable[..., str]
@@ -85,6 +86,17 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "device_hours": plan.device_hours,
         "cost": plan.cost,
         "assumed": assumptions(plan),
+    }
+
+
+def headline_tags(plan: Plan) -> dict[str, str]:
+    """Return the headline numbers of a plan as tags of a run in MLflow; units are in the names."""
+    return {
+        f"{PREDICTED}device": plan.hardware.device,
+        f"{PREDICTED}step_seconds": f"{plan.step.total:.6g}",
+        f"{PREDICTED}tokens_per_second": f"{plan.tokens_per_second:.6g}",
+        f"{PREDICTED}peak_gib": f"{plan.memory.total / GIB:.6g}",
+        f"{PREDICTED}seconds": f"{plan.seconds:.6g}",
     }
 
 

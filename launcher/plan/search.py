@@ -117,7 +117,8 @@ def remedy(plan: Plan) -> str | None:
     for axis in ("tensor", "region", "pipeline"):
         size = 2 * getattr(config.parallel, axis)
         while size <= layout.world_size:
-            tries.append((f"parallel.{axis}={size}", {axis: size}, {}))
+            free = " parallel.data=null" if config.parallel.data else ""  # another axis leaves fewer ranks for data
+            tries.append((f"parallel.{axis}={size}{free}", {axis: size}, {}))
             size *= 2
     for override, parallel, train in tries:
         try:

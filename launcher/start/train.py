@@ -34,7 +34,15 @@ def train_here(config_path: Path, overrides: Sequence[str], processes: int | Non
     config = load_config(config_path, overrides)
     if started_by_launcher():
         return train_rank(str(config_path), list(overrides))
-    world_size = processes or _processes_wanted(config)
+    return train_on_ranks(config, processes or _processes_wanted(config))
+
+
+def train_on_ranks(config: RunConfig, world_size: int) -> int:
+    """Train with so many local ranks; returns the exit status.
+
+    Raises:
+        UsageError: the layout or the dataset is not usable.
+    """
     layout = resolve_layout(config, world_size)
     check_inputs(config, layout)
     make_run_dir(config.train.run_dir)

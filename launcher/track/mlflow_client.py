@@ -1,6 +1,6 @@
 """MLflow's client, set up for a training process: short time-outs, quiet, and opened anew when its database moved.
 
-This file and `mlflow_run.py` are the only ones that import mlflow, inside functions, to keep `biroute --help` fast.
+Only the files `mlflow_*.py` of this folder import mlflow, inside functions, to keep `biroute --help` fast.
 """
 
 from __future__ import annotations

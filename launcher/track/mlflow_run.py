@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -20,9 +19,11 @@ from biroute.launcher.track import run_metadata
 from biroute.launcher.track.metrics_log import Point
 from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
 from biroute.launcher.track.mlflow_errors import MlflowStateError, Trouble, code_of, explain, is_refusal
+from biroute.launcher.track.mlflow_experiment import experiment_for_new_run
+from biroute.launcher.track.mlflow_note import note_tags
 from biroute.launcher.track.run_summary import RunSummary
 from biroute.launcher.track.upload_state import TrackingState
-from biroute.launcher.track.uri import artifacts_dir, experiment_name, run_page, sqlite_path
+from biroute.launcher.track.uri import experiment_name, run_page
 
 NAME_CHARACTERS = 250  # of a metric or a run
 _METRICS_PER_BATCH, _ENTRIES_PER_BATCH = 1000, 100  # MLflow's limits
@@ -30,8 +31,6 @@ _PAGE = 1000
 _LOCK_SECONDS = 30.0
 _RUN_KEY_TAG = "biroute.run_key"
 _SENT_TAG = "biroute.sent_bytes"  # of the metrics log, set in the same call as the points
-_NOTE_TAG = "biroute.note"  # fingerprint of the description that we wrote: one that a person changed stays
-_NOTE = "mlflow.note.content"
 _EXPERIMENT_NOTE = (
     "Runs of BiRoute. Charts to begin with: `train/loss` and `heldout/bits_per_byte` over `progress/tokens`, "
     "`throughput/tokens_per_second`, and `layout/*` to compare layouts."
@@ -119,17 +118,15 @@ class MlflowRun:
     def update_note(self, cause: str = "") -> None:
         """Bring the descriptions of run and experiment up to date; `cause` is why the attempt ends, if it does."""
         self._summary.follow()
-        note = self._summary.note(self._state.headline or self._run_name(), self._config.train.steps, cause)
-        tags = self._client.get_run(self._state.run_id).data.tags
-        if _ours(tags):
-            self._client.set_tag(self._state.run_id, _NOTE, note)
-            self._client.set_tag(self._state.run_id, _NOTE_TAG, _fingerprint(note))
-        experiment = self._client.get_experiment(self._experiment_id)
-        if _ours(experiment.tags):
-            heldout = self._summary.heldout()
-            note = f"{_EXPERIMENT_NOTE}\n\nNewest: {self._run_name()}" + (f", held-out {heldout}" if heldout else "")
-            self._client.set_experiment_tag(self._experiment_id, _NOTE, note)
-            self._client.set_experiment_tag(self._experiment_id, _NOTE_TAG, _fingerprint(note))
+        headline = self._state.headline or self._run_name()
+        known = self._state.tags | self._config.tracking.tags
+        note = self._summary.note(headline, self._config.train.steps, cause, known)
+        for name, value in note_tags(note, self._client.get_run(self._state.run_id).data.tags).items():
+            self._client.set_tag(self._state.run_id, name, value)
+        heldout = self._summary.heldout()
+        note = f"{_EXPERIMENT_NOTE}\n\nNewest: {self._run_name()}" + (f", held-out {heldout}" if heldout else "")
+        for name, value in note_tags(note, self._client.get_experiment(self._experiment_id).tags).items():
+            self._client.set_experiment_tag(self._experiment_id, name, value)
 
     def terminate(self, status: str, end_ms: int, cause: str) -> None:
         """Set the final status of the attempt, and its cause."""
@@ -206,7 +203,7 @@ class MlflowRun:
         return None
 
     def _create(self) -> Any:
-        experiment_id = self._experiment_for_new_run()
+        experiment_id = experiment_for_new_run(self._client, self._uri, self._experiment)
         run_id = None
         if self._creation_unsure:
             # A request that timed out at a frozen server may still be executed when the server continues.
@@ -221,22 +218,6 @@ class MlflowRun:
             run_id = str(created.info.run_id)
         self._creation_unsure = False
         return self._client.get_run(run_id)
-
-    def _experiment_for_new_run(self) -> str:
-        name = self._experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            database = sqlite_path(self._uri)  # a server itself decides where artifacts go
-            location = artifacts_dir(database).as_uri() if database else None
-            try:
-                return str(self._client.create_experiment(name, artifact_location=location))
-            except Exception as error:
-                if code_of(error) != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            experiment = self._client.get_experiment_by_name(name)  # another run created it first
-        if experiment.lifecycle_stage == "deleted":
-            raise MlflowStateError(f"experiment {name!r} is deleted there; restore it, or set tracking.experiment")
-        return str(experiment.experiment_id)
 
     def _compare(self, run: Any) -> None:
         """Go back to what the run really holds: its database may have been restored from an older backup."""
@@ -327,12 +308,3 @@ def _short_layout(layout: str) -> str:
     """Return the axes of a layout that are in use, such as `tensor 2 data 4`; `1 rank` if none is."""
     axes = [part.split("=") for part in layout.split() if not part.startswith("zero")]
     return " ".join(f"{name} {size}" for name, size in axes if size != "1") or "1 rank"
-
-
-def _fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _ours(tags: dict[str, str]) -> bool:
-    """Return whether nobody else has written the description."""
-    return not tags.get(_NOTE) or tags.get(_NOTE_TAG) == _fingerprint(tags[_NOTE])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from biroute.launcher.attempts.journal import Attempt, read_attempts
@@ -12,7 +12,8 @@ from biroute.launcher.track.metrics_log import scan
 from biroute.launcher.track.progress_line import duration, with_prefix
 from biroute.parallel.checkpoint.files import list_checkpoints
 
-_STEP_SECONDS, _TOKENS = "time/step_seconds", "progress/tokens"
+PREDICTED = "plan."  # tags of a run that say what was predicted of it before it began
+_STEP_SECONDS, _TOKENS, _PEAK = "time/step_seconds", "progress/tokens", "memory/peak_gib"
 _HELDOUT = (("heldout/bits_per_byte", "bits per byte"), ("heldout/loss", "nats per token"))
 
 
@@ -24,6 +25,7 @@ class RunSummary:
         self._read_bytes = 0
         self._last_step = 0
         self.useful_seconds = 0.0  # of steps that are part of the run; a step that was repeated counts once
+        self.peak_gib = 0.0  # the most that a rank held at any point
         self.latest: dict[str, tuple[int, float]] = {}  # metric -> step, value
 
     def follow(self) -> None:
@@ -33,6 +35,7 @@ class RunSummary:
             if point is None:
                 continue
             self.latest |= {name: (point.step, value) for name, value in point.metrics.items()}
+            self.peak_gib = max(self.peak_gib, point.metrics.get(_PEAK, 0.0))
             if _STEP_SECONDS in point.metrics and point.step > self._last_step:
                 self.useful_seconds += point.metrics[_STEP_SECONDS] * (point.step - self._last_step)
                 self._last_step = point.step
@@ -42,17 +45,19 @@ class RunSummary:
         wall = sum((attempt.ended or time.time()) - attempt.began for attempt in attempts)
         return min(1.0, self.useful_seconds / wall) if wall > 0 and self.useful_seconds else None
 
-    def note(self, headline: str, steps: int, cause: str = "") -> str:
+    def note(self, headline: str, steps: int, cause: str = "", tags: Mapping[str, str] | None = None) -> str:
         """Return the description of the run in Markdown.
 
         Args:
             headline: what is trained.
             steps: until when.
             cause: why the last attempt ends, if the journal does not have it yet.
+            tags: of the run; those that begin with `PREDICTED` are shown beside what was measured.
         """
         attempts = read_attempts(self._run_dir)
         rows = [("progress", self._progress(steps)), ("held-out", self.heldout())]
-        rows += [("speed", self._speed(attempts)), ("newest checkpoint", self._checkpoint())]
+        rows += [("speed", self._speed(attempts)), *self._beside(tags or {})]
+        rows.append(("newest checkpoint", self._checkpoint()))
         if attempts:
             last = attempts[-1]
             rows.append(("attempts", f"{len(attempts)}; the last one: {last.cause or cause or 'running'}"))
@@ -84,6 +89,26 @@ class RunSummary:
             f"of all attempts ({duration(self.useful_seconds)}) went into them"
         )
 
+    def _beside(self, tags: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Return what was predicted of a step, and the same of what was measured; nothing if nothing was."""
+        try:
+            step, rate, peak = (
+                float(tags[PREDICTED + name]) for name in ("step_seconds", "tokens_per_second", "peak_gib")
+            )
+        except (KeyError, ValueError):
+            return []
+        device = tags.get(f"{PREDICTED}device", "")
+        rows = [("predicted", _of_a_step(step, rate, peak) + (f", on {device}" if device else ""))]
+        if self.useful_seconds and _TOKENS in self.latest:
+            _, tokens = self.latest[_TOKENS]
+            mean = self.useful_seconds / self._last_step
+            rows.append(("measured", _of_a_step(mean, tokens / self.useful_seconds, self.peak_gib)))
+        return rows
+
     def _checkpoint(self) -> str:
         found = list_checkpoints(self._run_dir / CHECKPOINTS)
         return f"`{found[0].absolute()}`" if found else ""
+
+
+def _of_a_step(step_seconds: float, tokens_per_second: float, peak_gib: float) -> str:
+    return f"{step_seconds:.3g} s a step, {with_prefix(tokens_per_second)} tokens/s, {peak_gib:.3g} GiB of a rank"

@@ -17,6 +17,8 @@ from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import Dataset
 from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, TOKENIZER, shown_config
+from biroute.launcher.plan.cluster import plan_on_cluster
+from biroute.launcher.plan.report import headline_tags
 from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
 from biroute.launcher.track.tracker import Status, open_tracker
@@ -53,7 +55,7 @@ class Observer(TrainerHook):
         self._tracker = open_tracker(
             config,
             self._run_dir,
-            tags={"layout": str(layout), "world_size": str(layout.world_size)},
+            tags={"layout": str(layout), "world_size": str(layout.world_size), **self._predicted(config, layout)},
             headline=describe(config, layout),
             datasets={"train": _about_dataset(dataset)},
             notify=self.on_message,
@@ -61,6 +63,14 @@ class Observer(TrainerHook):
         )
         self._tracker.log_artifact(self._write_shown_config(config))
         self._tracker.log_artifact(self._run_dir / TOKENIZER)
+
+    def _predicted(self, config: RunConfig, layout: Layout) -> dict[str, str]:
+        try:
+            plan = plan_on_cluster(config, layout)
+        except UsageError as error:
+            self.on_message(f"warning: nothing is predicted: {error}")
+            return {}
+        return headline_tags(plan) if plan is not None else {}
 
     def _write_shown_config(self, config: RunConfig) -> Path:
         path = shown_config(self._run_dir, self._fencing_token.attempt)

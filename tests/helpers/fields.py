@@ -134,6 +134,7 @@ SHOWN_BY: dict[str, str] = {
     "profile.time_limit": f"{SCRIPT}test_yaml_reads_a_time_as_text_and_numbers_as_minutes",
     "profile.container": SUBMIT,
     "profile.python": SUBMIT,
+    "profile.hardware": "unit/slurm/test_forecast.py::test_a_run_that_cannot_fit_is_refused",
 }  # fmt: skip
 
 

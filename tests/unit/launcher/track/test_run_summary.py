@@ -64,3 +64,21 @@ def test_the_note_says_how_far_how_good_how_fast_and_where(tmp_path: Path) -> No
 
 def test_a_run_that_has_only_begun_has_a_short_note(tmp_path: Path) -> None:
     assert RunSummary(tmp_path).note("small", 8).splitlines()[4:] == [f"| run folder | `{tmp_path}` |"]
+
+
+def test_the_note_has_the_plan_beside_what_was_measured(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(10, {"time/step_seconds": 2.0, "progress/tokens": 40_000.0, "memory/peak_gib": 3.0})
+    log.append(20, {"time/step_seconds": 3.0, "progress/tokens": 80_000.0, "memory/peak_gib": 1.0})
+    summary = RunSummary(tmp_path)
+    summary.follow()
+    tags = {
+        "plan.device": "a GPU",
+        "plan.step_seconds": "0.5",
+        "plan.tokens_per_second": "8000",
+        "plan.peak_gib": "4",
+    }
+    note = summary.note("small", 20, tags=tags).splitlines()
+    assert "| predicted | 0.5 s a step, 8.00k tokens/s, 4 GiB of a rank, on a GPU |" in note
+    assert "| measured | 2.5 s a step, 1.60k tokens/s, 3 GiB of a rank |" in note
+    assert not [line for line in summary.note("small", 20, tags={"layout": "x"}).splitlines() if "measured" in line]
