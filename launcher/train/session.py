@@ -25,6 +25,7 @@ from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import about_run, describe, writer
+from biroute.launcher.train.measurements import Measurements
 from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.launcher.train.trainer import Trainer
@@ -87,7 +88,16 @@ def run(
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
         system = SystemMetrics(gather_messages(socket.gethostname()), place.rank, place.device)
         trainer = Trainer(
-            config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, hooks, system
+            config,
+            engine,
+            loader,
+            heldout,
+            checkpoints,
+            about,
+            stop_consensus,
+            watchdog,
+            Measurements(engine, system),
+            hooks,
         )
         if progress is not None:
             trainer.resume(progress)

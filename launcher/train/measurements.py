@@ -1,0 +1,63 @@
+"""What a log point measures: times, memory, exchange, load of the nodes and, now and then, the routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+from biroute.configs.schema import TrainConfig
+from biroute.launcher.train.memory import memory_metrics
+from biroute.launcher.train.routing_health import RoutingHealth
+from biroute.launcher.train.system_metrics import SystemMetrics
+from biroute.parallel.engine.engine import Engine
+from biroute.parallel.phase_clock import PHASES
+from biroute.parallel.region.traffic_metrics import exchange_metrics
+
+
+class Measurements:
+    """Measures the steps of a run on all ranks. Every rank has one, and all call it in the same order."""
+
+    def __init__(self, engine: Engine, system: SystemMetrics | None = None) -> None:
+        """Measure `engine`; `system` adds the load of the nodes."""
+        self._engine, self._train, self._system = engine, engine.config.train, system
+        routing = RoutingHealth(engine.config, engine)
+        self._routing = routing if routing.layers and self._train.route_metrics_every else None
+
+    def during(self, step: int) -> AbstractContextManager[None]:
+        """Watch a training step, which runs inside."""
+        if self._routing is None or not samples_routes(self._train, step):
+            return nullcontext()
+        return self._routing.sampling()
+
+    def gather(self, step: int, step_seconds: Sequence[float]) -> dict[str, float]:
+        """Return what was measured since the last log point, given the seconds of each step since. Collective."""
+        device, ranks = self._engine.device, dist.get_world_size()
+        phases = self._engine.clock.take()
+        means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
+        worst = {"time/step_seconds": sum(step_seconds) / len(step_seconds), **memory_metrics(device)}
+        highest = torch.tensor(list(worst.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(means)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        values = dict(zip(worst, highest.tolist(), strict=True))
+        values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
+        if self._engine.traffic is not None:
+            values |= exchange_metrics(self._engine.traffic, len(step_seconds))
+        if self._routing is not None and samples_routes(self._train, step):
+            values |= self._routing.gather()
+        if self._system is not None:
+            values |= self._system.gather()
+        return values
+
+
+def is_log_point(train: TrainConfig, step: int) -> bool:
+    """Return whether a point is logged after this step: the first, the last and each `log_every`."""
+    return step in (1, train.steps) or step % train.log_every == 0
+
+
+def samples_routes(train: TrainConfig, step: int) -> bool:
+    """Return whether the routes of this step are sampled; on a resume the same steps are."""
+    every = train.route_metrics_every
+    return every > 0 and (step in (1, train.steps) or step % (train.log_every * every) == 0)
