@@ -11,18 +11,21 @@ import torch.distributed as dist
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.routing_health import RoutingHealth
+from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.parallel.engine.engine import Engine
-from biroute.parallel.phase_clock import PHASES
 from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 
 class Measurements:
     """Measures the steps of a run on all ranks. Every rank has one, and all call it in the same order."""
 
-    def __init__(self, engine: Engine, system: SystemMetrics | None = None) -> None:
-        """Measure `engine`; `system` adds the load of the nodes."""
-        self._engine, self._train, self._system = engine, engine.config.train, system
+    def __init__(
+        self, engine: Engine, system: SystemMetrics | None = None, stragglers: Stragglers | None = None
+    ) -> None:
+        """Measure `engine`; `system` adds the load of the nodes, `stragglers` compares the ranks."""
+        self._engine, self._train = engine, engine.config.train
+        self._system, self._stragglers = system, stragglers
         routing = RoutingHealth(engine.config, engine)
         self._routing = routing if routing.layers and self._train.route_metrics_every else None
 
@@ -34,15 +37,15 @@ class Measurements:
 
     def gather(self, step: int, step_seconds: Sequence[float]) -> dict[str, float]:
         """Return what was measured since the last log point, given the seconds of each step since. Collective."""
-        device, ranks = self._engine.device, dist.get_world_size()
-        phases = self._engine.clock.take()
-        means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
+        phases, device = self._engine.clock.take(), self._engine.device
         worst = {"time/step_seconds": sum(step_seconds) / len(step_seconds), **memory_metrics(device)}
-        highest = torch.tensor(list(worst.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(means)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        values = dict(zip(worst, highest.tolist(), strict=True))
-        values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
+        rows = _gather_rows([*phases.values(), *worst.values()], device)
+        by_rank = [dict(zip(phases, row, strict=False)) for row in rows]
+        highest = [max(column) for column in list(zip(*rows, strict=True))[len(phases) :]]
+        values = dict(zip(worst, highest, strict=True))
+        values |= {f"time/{name}_seconds": sum(one[name] for one in by_rank) / len(rows) for name in phases}
+        if self._stragglers is not None:
+            values |= self._stragglers.judge(by_rank)
         if self._engine.traffic is not None:
             values |= exchange_metrics(self._engine.traffic, len(step_seconds))
         if self._routing is not None and samples_routes(self._train, step):
@@ -50,6 +53,15 @@ class Measurements:
         if self._system is not None:
             values |= self._system.gather()
         return values
+
+
+def _gather_rows(row: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Return the equally long rows of all ranks, by rank. Collective."""
+    mine = torch.tensor(row, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    rows: list[list[float]] = torch.stack(everyone).tolist()
+    return rows
 
 
 def is_log_point(train: TrainConfig, step: int) -> bool:

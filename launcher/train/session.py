@@ -27,6 +27,7 @@ from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import about_run, describe, writer
 from biroute.launcher.train.measurements import Measurements
 from biroute.launcher.train.observer import Observer
+from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.launcher.train.trainer import Trainer
 from biroute.parallel.checkpoint.load import load_checkpoint
@@ -86,7 +87,9 @@ def run(
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        system = SystemMetrics(gather_messages(socket.gethostname()), place.rank, place.device)
+        hosts = gather_messages(socket.gethostname())
+        system = SystemMetrics(hosts, place.rank, place.device)
+        measurements = Measurements(engine, system, Stragglers(layout, hosts, say))
         trainer = Trainer(
             config,
             engine,
@@ -96,7 +99,7 @@ def run(
             about,
             stop_consensus,
             watchdog,
-            Measurements(engine, system),
+            measurements,
             hooks,
         )
         if progress is not None:
