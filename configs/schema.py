@@ -309,6 +309,11 @@ class TrainConfig(Section):
         description="fields, such as model.rope_base, that may differ from the checkpoint that the run resumes from",
     )
     log_every: PositiveInt = Field(10, description="steps between log lines and metric points")
+    hardware: str = Field(
+        "",
+        description="hardware profile whose peak rate throughput/mfu is relative to: a name as in biroute plan "
+        "--hardware, or a YAML file; empty: no MFU",
+    )
     route_metrics_every: int = Field(
         10,
         ge=0,

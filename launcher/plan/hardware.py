@@ -75,11 +75,12 @@ def shipped_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_hardware(name: str) -> HardwareProfile:
+def load_hardware(name: str, given_as: str = "--hardware ") -> HardwareProfile:
     """Read a hardware profile and check it.
 
     Args:
         name: a YAML file, or the name of a profile that ships with BiRoute.
+        given_as: what the name follows in messages.
 
     Raises:
         UsageError: there is no such profile, or it is not valid; all problems are reported in one line.
@@ -88,15 +89,15 @@ def load_hardware(name: str) -> HardwareProfile:
     source = path if path.is_file() else resources.files("biroute.configs").joinpath(SHIPPED, f"{name}.yaml")
     if not source.is_file():
         known = ", ".join(shipped_names())
-        raise UsageError(f"--hardware {name}: no such hardware profile; name a YAML file, or one of {known}")
+        raise UsageError(f"{given_as}{name}: no such hardware profile; name a YAML file, or one of {known}")
     try:
         tree = parse_yaml(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"--hardware {name}: not a readable YAML file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{given_as}{name}: not a readable YAML file ({' '.join(str(error).split())})") from None
     try:
         return HardwareProfile.model_validate({} if tree is None else tree)
     except ValidationError as error:
-        raise UsageError(f"--hardware {name}: {_explain(error)}") from None
+        raise UsageError(f"{given_as}{name}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError) -> str:

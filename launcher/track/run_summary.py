@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from biroute.launcher.attempts.journal import Attempt, read_attempts
@@ -32,10 +32,14 @@ class RunSummary:
             self._read_bytes = end
             if point is None:
                 continue
-            self.latest |= {name: (point.step, value) for name, value in point.metrics.items()}
-            if _STEP_SECONDS in point.metrics and point.step > self._last_step:
-                self.useful_seconds += point.metrics[_STEP_SECONDS] * (point.step - self._last_step)
-                self._last_step = point.step
+            self.add(point.step, point.metrics)
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in a point that is about to be written to the metrics log; `follow` then counts it no second time."""
+        self.latest |= {name: (step, value) for name, value in metrics.items()}
+        if _STEP_SECONDS in metrics and step > self._last_step:
+            self.useful_seconds += metrics[_STEP_SECONDS] * (step - self._last_step)
+            self._last_step = step
 
     def goodput(self, attempts: Sequence[Attempt]) -> float | None:
         """Return the share of the wall time of all attempts that was spent in useful steps; None before the first."""

@@ -8,11 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
-from biroute.configs.schema import TrainConfig
+from biroute.configs.schema import RunConfig, TrainConfig
+from biroute.launcher.plan.hardware import load_hardware
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.routing_health import RoutingHealth
 from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
+from biroute.model.flops import train_flops_per_step
 from biroute.parallel.engine.engine import Engine
 from biroute.parallel.region.traffic_metrics import exchange_metrics
 
@@ -26,6 +28,7 @@ class Measurements:
         """Measure `engine`; `system` adds the load of the nodes, `stragglers` compares the ranks."""
         self._engine, self._train = engine, engine.config.train
         self._system, self._stragglers = system, stragglers
+        self._seconds_at_peak = seconds_at_peak(engine.config, dist.get_world_size())
         routing = RoutingHealth(engine.config, engine)
         self._routing = routing if routing.layers and self._train.route_metrics_every else None
 
@@ -43,6 +46,8 @@ class Measurements:
         by_rank = [dict(zip(phases, row, strict=False)) for row in rows]
         highest = [max(column) for column in list(zip(*rows, strict=True))[len(phases) :]]
         values = dict(zip(worst, highest, strict=True))
+        if self._seconds_at_peak is not None:
+            values["throughput/mfu"] = self._seconds_at_peak / values["time/step_seconds"]
         values |= {f"time/{name}_seconds": sum(one[name] for one in by_rank) / len(rows) for name in phases}
         if self._stragglers is not None:
             values |= self._stragglers.judge(by_rank)
@@ -62,6 +67,22 @@ def _gather_rows(row: Sequence[float], device: torch.device) -> list[list[float]
     dist.all_gather(everyone, mine)
     rows: list[list[float]] = torch.stack(everyone).tolist()
     return rows
+
+
+def seconds_at_peak(config: RunConfig, ranks: int) -> float | None:
+    """Return how long the model operations of a step take at the peak rate of `train.hardware`; None without one.
+
+    The model FLOPs utilization is this over the time of a step; recomputation is not counted.
+
+    Raises:
+        UsageError: there is no such hardware profile, or it is not valid.
+
+    Source: PaLM (arXiv:2204.02311), appendix B.
+    """
+    if not config.train.hardware:
+        return None
+    hardware = load_hardware(config.train.hardware, "train.hardware=")
+    return train_flops_per_step(config) / ranks / hardware.flops_per_second(config.train.precision)
 
 
 def is_log_point(train: TrainConfig, step: int) -> bool:
