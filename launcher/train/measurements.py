@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 
+from biroute.configs.layout import Layout
 from biroute.configs.schema import RunConfig, TrainConfig
 from biroute.launcher.plan.hardware import load_hardware
 from biroute.launcher.train.memory import memory_metrics
@@ -16,11 +17,16 @@ from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.engine.engine import Engine
+from biroute.parallel.phase_clock import COMMUNICATION
 from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 
 class Measurements:
-    """Measures the steps of a run on all ranks. Every rank has one, and all call it in the same order."""
+    """Measures the steps of a run on all ranks. Every rank has one, and all call it in the same order.
+
+    Attributes:
+        routing: samples the routes; None if they are not to be.
+    """
 
     def __init__(
         self, engine: Engine, system: SystemMetrics | None = None, stragglers: Stragglers | None = None
@@ -28,15 +34,16 @@ class Measurements:
         """Measure `engine`; `system` adds the load of the nodes, `stragglers` compares the ranks."""
         self._engine, self._train = engine, engine.config.train
         self._system, self._stragglers = system, stragglers
+        self._communication = timed_communication(engine.mesh.layout)
         self._seconds_at_peak = seconds_at_peak(engine.config, dist.get_world_size())
         routing = RoutingHealth(engine.config, engine)
-        self._routing = routing if routing.layers and self._train.route_metrics_every else None
+        self.routing = routing if routing.layers and self._train.route_metrics_every else None
 
     def during(self, step: int) -> AbstractContextManager[None]:
         """Watch a training step, which runs inside."""
-        if self._routing is None or not samples_routes(self._train, step):
+        if self.routing is None or not samples_routes(self._train, step):
             return nullcontext()
-        return self._routing.sampling()
+        return self.routing.sampling()
 
     def gather(self, step: int, step_seconds: Sequence[float]) -> dict[str, float]:
         """Return what was measured since the last log point, given the seconds of each step since. Collective."""
@@ -48,13 +55,14 @@ class Measurements:
         values = dict(zip(worst, highest, strict=True))
         if self._seconds_at_peak is not None:
             values["throughput/mfu"] = self._seconds_at_peak / values["time/step_seconds"]
-        values |= {f"time/{name}_seconds": sum(one[name] for one in by_rank) / len(rows) for name in phases}
+        shown = [name for name in phases if name not in COMMUNICATION or name in self._communication]
+        values |= {f"time/{name}_seconds": sum(one[name] for one in by_rank) / len(rows) for name in shown}
         if self._stragglers is not None:
             values |= self._stragglers.judge(by_rank)
         if self._engine.traffic is not None:
             values |= exchange_metrics(self._engine.traffic, len(step_seconds))
-        if self._routing is not None and samples_routes(self._train, step):
-            values |= self._routing.gather()
+        if self.routing is not None and samples_routes(self._train, step):
+            values |= self.routing.gather()
         if self._system is not None:
             values |= self._system.gather()
         return values
@@ -67,6 +75,17 @@ def _gather_rows(row: Sequence[float], device: torch.device) -> list[list[float]
     dist.all_gather(everyone, mine)
     rows: list[list[float]] = torch.stack(everyone).tolist()
     return rows
+
+
+def timed_communication(layout: Layout) -> set[str]:
+    """Return the phases of communication that there are in a layout and that can be told apart from computation."""
+    found = {"comm_pipeline"} if layout.pipe > 1 else set()
+    if layout.region > 1:
+        found.add("comm_region")
+    # ZeRO-3 reduces gradients and gathers weights beside the computation.
+    if layout.data * layout.region > 1 and layout.zero_stage < 3:
+        found.add("comm_data")
+    return found
 
 
 def seconds_at_peak(config: RunConfig, ranks: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ class RoutingHealth:
             if mine and isinstance(module, CoreAttention) and module.kind == "bi_level"
         ]
         self._core_of = {core.layer: core for core in self._cores}
+        self.counting_seconds = 0.0  # of the host, in the last step that was sampled
         self._counts: dict[int, Tensor] = {}
         self._before: tuple[int, Tensor] | None = None  # the layer that was counted last, and its route
 
@@ -40,6 +42,7 @@ class RoutingHealth:
     def sampling(self) -> Iterator[None]:
         """Count the routes of the step inside. Nothing waits for the device; nothing that is computed changes."""
         self._counts.clear()
+        self.counting_seconds = 0.0
         for core in self._cores:
             core.on_route = self._count
         try:
@@ -52,6 +55,7 @@ class RoutingHealth:
     def _count(self, layer: int, route: Tensor) -> None:
         if layer in self._counts:  # another microbatch, or activation checkpointing, which computes it again
             return
+        started = time.perf_counter()
         core = self._core_of[layer]
         before, route_GNK = self._before, route[0]
         self._counts[layer] = count_route(
@@ -62,6 +66,7 @@ class RoutingHealth:
             before_GNK=before[1] if before is not None and before[0] == layer - 1 else None,
         )
         self._before = (layer, route_GNK)
+        self.counting_seconds += time.perf_counter() - started
 
     def gather(self) -> dict[str, float]:
         """Return the health of all layers in the sampled step, and its mean over layers. Collective."""

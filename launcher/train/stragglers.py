@@ -10,8 +10,8 @@ from statistics import median_low
 from biroute.configs.layout import Layout
 from biroute.parallel.mesh.rank_order import coordinates_of
 
-# The phases of PhaseClock in which a rank works. The others wait: `exchange` for other ranks, and `optimizer` holds
-# the sum of the gradient norm and ZeRO's gathers.
+# The phases of PhaseClock in which a rank works. The others wait: communication for other ranks, and `optimizer`
+# holds the sum of the gradient norm and ZeRO's gathers.
 OWN_WORK = ("data", "forward", "backward")
 FACTOR = 1.3  # a rank that needs this many times the median of its peers ...
 POINTS = 3  # ... at so many log points in a row is reported ...

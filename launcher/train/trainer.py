@@ -19,6 +19,7 @@ from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.measurements import Measurements, is_log_point
 from biroute.launcher.train.schedule import learning_rate
+from biroute.launcher.train.spikes import SpikeWatch
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.files import folder_of_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
@@ -44,6 +45,7 @@ class Trainer:
     hooks: Sequence[TrainerHook] = ()
     step: int = 0
     _evaluation_pending: bool = False
+    _spikes: SpikeWatch = field(init=False)
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
     _failed_saves: bool = False  # whether the last checkpoint that was due could not be saved
@@ -51,6 +53,9 @@ class Trainer:
     _skipped: int = 0  # steps whose gradient was not finite or a spike, since the run began
     _skipped_in_a_row: int = 0
     _unsound: bool = False  # the gradient of this step was not finite, so its weights may not be good ones
+
+    def __post_init__(self) -> None:
+        self._spikes = SpikeWatch(self.config.optim.spike_window, self._say)
 
     def resume(self, progress: TrainingProgress) -> None:
         """Continue from the progress of a loaded checkpoint."""
@@ -117,6 +122,7 @@ class Trainer:
         with self.measurements.during(self.step):
             report = self.engine.train_step(microbatches, rate)
         self.engine.clock.end_step()
+        self._spikes.look(self.step, report, first, self.loader.position - 1)
         self._count_skipped(report, first)
         seconds = time.perf_counter() - started
         self._since_log.append(seconds)
@@ -169,7 +175,7 @@ class Trainer:
         """Log one point: the values of this step, with times averaged since the last point. Collective."""
         measured = self.measurements.gather(self.step, self._since_log)
         self._since_log.clear()
-        values = self._values(report, rate, measured["time/step_seconds"]) | measured
+        values = self._values(report, rate, measured["time/step_seconds"]) | measured | self._spikes.take()
         for hook in self.hooks:
             hook.on_point(self.step, values)
 
