@@ -37,8 +37,8 @@ class SpikeWatch:
         if found and not self._in_spike and not report.skipped:
             self._say(
                 f"warning: step {step} is a spike, {' and '.join(found)}, more than {DEVIATIONS:g} standard "
-                f"deviations above the steps before it; see its text with biroute data inspect CONFIG --first {first} "
-                f"--sequences {last - first + 1}"
+                f"deviations above the steps before it; see its text with biroute data inspect CONFIG "
+                f"--first {first} --sequences {last - first + 1}"
             )
         self._in_spike = bool(found)
 

@@ -211,8 +211,8 @@ class DataParallelEngine(Engine):
         super().__init__(config, mesh, device, module, clock)
         self._loss = loss
         self._module = module
-        # Gradients are reduced over data (and region) ranks inside backward. ZeRO 2 reduces buckets as they fill, ZeRO 3
-        # beside the computation: of that, this is only what is left at the end.
+        # Gradients are reduced over data (and region) ranks inside backward. ZeRO 2 reduces buckets as they fill,
+        # ZeRO 3 beside the computation: of that, this is only what is left at the end.
         _time_method(self.deepspeed, "allreduce_gradients", self.clock, "comm_data")
         if config.parallel.zero_stage == 2:
             _time_method(self.deepspeed.optimizer, "average_tensor", self.clock, "comm_data")
