@@ -50,8 +50,6 @@ class Observer(TrainerHook):
             "layout/ranks": float(layout.world_size),
             "progress/attempt": float(fencing_token.attempt),
         }
-        self._summary, self._attempts = RunSummary(self._run_dir), read_attempts(self._run_dir)
-        self._summary.follow()  # what earlier attempts trained
         self._tracker = open_tracker(
             config,
             self._run_dir,
@@ -61,6 +59,8 @@ class Observer(TrainerHook):
             notify=self.on_message,
             fencing_token=fencing_token,
         )
+        self._summary, self._attempts = RunSummary(self._run_dir), read_attempts(self._run_dir)
+        self._summary.follow()  # what earlier attempts trained; the tracker has made the file
         self._tracker.log_artifact(self._write_shown_config(config))
         self._tracker.log_artifact(config.data.dir / "tokenizer.model")
 

@@ -64,4 +64,5 @@ def test_a_slow_collective_counts_for_its_axis(
     if axes:
         slow = "region" if "region" in axes else next(iter(axes))
         assert timed[slow] >= NAP
-        assert found["time/exchange_seconds"] == pytest.approx(sum(timed.values()))
+        # DeepSpeed's bookkeeping around gradients that one data rank does not reduce is in the sum only.
+        assert found["time/exchange_seconds"] == pytest.approx(sum(timed.values()), abs=0.1 * NAP)
