@@ -310,6 +310,17 @@ class TrainConfig(Section):
         description="fields, such as model.rope_base, that may differ from the checkpoint that the run resumes from",
     )
     log_every: PositiveInt = Field(10, description="steps between log lines and metric points")
+    hardware: str = Field(
+        "",
+        description="hardware profile whose peak rate throughput/mfu is relative to: a name as in biroute plan "
+        "--hardware, or a YAML file; empty: no MFU",
+    )
+    route_metrics_every: int = Field(
+        10,
+        ge=0,
+        description="log points between samples of routing health (the first and the last log point are always "
+        "sampled); 0: none",
+    )
     evaluate_every: int = Field(
         200, ge=0, description="steps between held-out evaluations; 0: only after the last step"
     )

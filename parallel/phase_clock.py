@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PHASES = ("data", "forward", "backward", "exchange", "optimizer")
+AXES = ("data", "pipeline", "region")  # whose communication has a phase of its own, `comm_data` and so on
+COMMUNICATION = tuple(f"comm_{axis}" for axis in AXES)
+PHASES = ("data", "forward", "backward", *COMMUNICATION, "optimizer")
 
 
 class PhaseClock:
@@ -46,9 +48,10 @@ class PhaseClock:
             self._running.pop()
 
     def take(self) -> dict[str, float]:
-        """Return the seconds per phase: the mean over the steps measured since the last call."""
+        """Return the seconds per phase, and `exchange`, those of all communication: the mean of a measured step."""
         steps = max(1, self._steps)
         taken = {name: self._seconds.get(name, 0.0) / steps for name in PHASES}
+        taken["exchange"] = sum(taken[name] for name in COMMUNICATION)
         self._seconds.clear()
         self._steps = 0
         return taken

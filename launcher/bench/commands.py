@@ -211,6 +211,27 @@ def hardware(
 
 
 @bench_app.command()
+def logging(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="steps of each kind, taken in turn")] = 10,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure what logging and routing health add to a training step, with and without in one run.
+
+    Example: biroute bench logging configs/demo.yaml --rounds 20 --out docs/benchmarks
+    """
+    from biroute.configs.load import load_config
+
+    loaded = load_config(config, overrides or [])
+    from biroute.launcher.bench.logging import logging_page, run_bench
+
+    answer = run_bench(loaded, rounds)
+    _report(answer, logging_page(answer), as_json, out)
+
+
+@bench_app.command()
 def decode(
     lengths: Annotated[
         list[int] | None,

@@ -98,19 +98,23 @@ def inspect(
     config: ConfigPath,
     overrides: Overrides = None,
     sequences: Annotated[int, typer.Option(min=0, help="number of training sequences to show as text")] = 3,
+    first: Annotated[
+        int, typer.Option(min=0, help="position of the first one in the training order, as messages of a run name it")
+    ] = 0,
     characters: Annotated[int, typer.Option(min=1, help="characters to show of each sequence")] = 300,
     as_json: AsJson = False,
 ) -> None:
-    """Show counts by source and split, bytes per token, and the text of the first training sequences.
+    """Show counts by source and split, bytes per token, and the text of training sequences by their position.
 
-    Example: biroute data inspect configs/demo.yaml --sequences 5
+    Example: biroute data inspect configs/demo.yaml --first 1200 --sequences 5
     """
     from biroute.data_pipeline.dataset import open_dataset
 
     dataset = open_dataset(load_config(config, overrides or []))
     _warn_of_left_out(dataset.manifest, dataset.config)
     reader = dataset.reader("train")
-    texts = [dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in range(sequences)]
+    shown = range(first, first + sequences)
+    texts = [dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in shown]
     summary = _summary(dataset.manifest)
     summary["sequences"] = {"per_epoch": reader.num_sequences, "shares": reader.shares, "texts": texts}
     if as_json:
@@ -119,7 +123,7 @@ def inspect(
     _print_summary(summary)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in reader.shares.items())
     echo(f"training: {reader.num_sequences:,} sequences of {reader.sequence_length} tokens; {shares}")
-    for n, text in enumerate(texts):
+    for n, text in zip(shown, texts, strict=True):
         echo(f"--- sequence {n}\n{text}")
 
 

@@ -16,6 +16,7 @@ from biroute.data_pipeline.dataset import open_dataset
 from biroute.launcher.attempts.failures import explain_end
 from biroute.launcher.attempts.journal import FencingToken, begin_attempt, end_attempt, make_run_dir
 from biroute.launcher.attempts.run_files import CHECKPOINTS, frozen_config, log_dir
+from biroute.launcher.plan.hardware import load_hardware
 from biroute.launcher.ranks.environment import started_by_launcher
 from biroute.launcher.start.local import run_local_ranks
 from biroute.launcher.start.worker import train_rank
@@ -50,7 +51,7 @@ def train_on_ranks(config: RunConfig, world_size: int) -> int:
 
 
 def check_inputs(config: RunConfig, layout: Layout) -> None:
-    """Check what a run reads: dataset, newest checkpoint, tracking URI. Nothing is written.
+    """Check what a run reads: dataset, newest checkpoint, hardware profile, tracking URI. Nothing is written.
 
     Raises:
         UsageError: one of them is not usable.
@@ -58,6 +59,8 @@ def check_inputs(config: RunConfig, layout: Layout) -> None:
     dataset = open_dataset(config)
     dataset.heldout_batches(data_rank=0, data_size=layout.data)  # is there enough held-out text?
     check_newest(config.train.run_dir / CHECKPOINTS, about_run(config, dataset))
+    if config.train.hardware:
+        load_hardware(config.train.hardware, "train.hardware=")
     if config.tracking.enabled:
         tracking_uri(config, config.train.run_dir, create=False)  # reports a bad URI now rather than in a minute
         experiment_name(config)

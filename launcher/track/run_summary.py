@@ -34,11 +34,15 @@ class RunSummary:
             self._read_bytes = end
             if point is None:
                 continue
-            self.latest |= {name: (point.step, value) for name, value in point.metrics.items()}
-            self.peak_gib = max(self.peak_gib, point.metrics.get(_PEAK, 0.0))
-            if _STEP_SECONDS in point.metrics and point.step > self._last_step:
-                self.useful_seconds += point.metrics[_STEP_SECONDS] * (point.step - self._last_step)
-                self._last_step = point.step
+            self.add(point.step, point.metrics)
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in a point that is about to be written to the metrics log; `follow` then counts it no second time."""
+        self.peak_gib = max(self.peak_gib, metrics.get(_PEAK, 0.0))
+        self.latest |= {name: (step, value) for name, value in metrics.items()}
+        if _STEP_SECONDS in metrics and step > self._last_step:
+            self.useful_seconds += metrics[_STEP_SECONDS] * (step - self._last_step)
+            self._last_step = step
 
     def goodput(self, attempts: Sequence[Attempt]) -> float | None:
         """Return the share of the wall time of all attempts that was spent in useful steps; None before the first."""

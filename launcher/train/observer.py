@@ -15,12 +15,13 @@ from biroute.configs.load import dump_config
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.dataset import Dataset
-from biroute.launcher.attempts.journal import FencingToken
+from biroute.launcher.attempts.journal import FencingToken, read_attempts
 from biroute.launcher.attempts.run_files import LOSS_PLOT, METRICS_LOG, TOKENIZER, shown_config
 from biroute.launcher.plan.cluster import plan_on_cluster
 from biroute.launcher.plan.report import headline_tags
 from biroute.launcher.track.loss_plot import draw_curves
 from biroute.launcher.track.progress_line import ProgressLine
+from biroute.launcher.track.run_summary import RunSummary
 from biroute.launcher.track.tracker import Status, open_tracker
 from biroute.launcher.track.upload_state import DatasetFacts
 from biroute.launcher.train.hooks import TrainerHook
@@ -61,6 +62,8 @@ class Observer(TrainerHook):
             notify=self.on_message,
             fencing_token=fencing_token,
         )
+        self._summary, self._attempts = RunSummary(self._run_dir), read_attempts(self._run_dir)
+        self._summary.follow()  # what earlier attempts trained; the tracker has made the file
         self._tracker.log_artifact(self._write_shown_config(config))
         self._tracker.log_artifact(self._run_dir / TOKENIZER)
 
@@ -88,8 +91,15 @@ class Observer(TrainerHook):
 
     def on_point(self, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics."""
-        self._tracker.log(step, {**values, **self._facts})
+        self._tracker.log(step, {**values, **self._facts, **self._goodput(step, values)})
         self._facts = {}
+
+    def _goodput(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        if "time/step_seconds" not in values:
+            return {}
+        self._summary.add(step, values)
+        share = self._summary.goodput(self._attempts)
+        return {} if share is None else {"progress/goodput": share}
 
     def on_save(self, step: int, checkpoint: Path, seconds: float) -> None:
         """Record what the checkpoint took."""

@@ -25,7 +25,9 @@ from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.identity import about_run, describe, writer
+from biroute.launcher.train.measurements import Measurements
 from biroute.launcher.train.observer import Observer
+from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.launcher.train.trainer import Trainer
 from biroute.parallel.checkpoint.load import load_checkpoint
@@ -85,9 +87,20 @@ def run(
         position = progress.sequences if progress else 0
         loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
         heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        system = SystemMetrics(gather_messages(socket.gethostname()), place.rank, place.device)
+        hosts = gather_messages(socket.gethostname())
+        system = SystemMetrics(hosts, place.rank, place.device)
+        measurements = Measurements(engine, system, Stragglers(layout, hosts, say))
         trainer = Trainer(
-            config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, hooks, system
+            config,
+            engine,
+            loader,
+            heldout,
+            checkpoints,
+            about,
+            stop_consensus,
+            watchdog,
+            measurements,
+            hooks,
         )
         if progress is not None:
             trainer.resume(progress)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from biroute.configs.errors import DivergedError, FencedError, StoppedError
@@ -18,16 +17,14 @@ from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.evaluate.heldout import heldout_metrics
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.train.hooks import TrainerHook
-from biroute.launcher.train.memory import memory_metrics
+from biroute.launcher.train.measurements import Measurements, is_log_point
 from biroute.launcher.train.schedule import learning_rate
-from biroute.launcher.train.system_metrics import SystemMetrics
+from biroute.launcher.train.spikes import SpikeWatch
 from biroute.model.flops import train_flops_per_step
 from biroute.parallel.checkpoint.files import folder_of_step
 from biroute.parallel.checkpoint.meta import TrainingProgress
 from biroute.parallel.checkpoint.save import SaveError, note_evaluation, save_checkpoint
 from biroute.parallel.engine.engine import Engine, Microbatch, StepReport
-from biroute.parallel.phase_clock import PHASES
-from biroute.parallel.region.traffic_metrics import exchange_metrics
 
 SAVE_PAUSES = (5.0, 15.0, 45.0)  # seconds between the tries of a save: what a file server needs to come back
 
@@ -44,10 +41,11 @@ class Trainer:
     about: dict[str, Any]
     stop_consensus: StopConsensus
     watchdog: Watchdog
+    measurements: Measurements
     hooks: Sequence[TrainerHook] = ()
-    system: SystemMetrics | None = None
     step: int = 0
     _evaluation_pending: bool = False
+    _spikes: SpikeWatch = field(init=False)
     _since_log: list[float] = field(default_factory=list)  # seconds of each step since the last log point
     _saved_step: int = -1
     _failed_saves: bool = False  # whether the last checkpoint that was due could not be saved
@@ -55,6 +53,9 @@ class Trainer:
     _skipped: int = 0  # steps whose gradient was not finite or a spike, since the run began
     _skipped_in_a_row: int = 0
     _unsound: bool = False  # the gradient of this step was not finite, so its weights may not be good ones
+
+    def __post_init__(self) -> None:
+        self._spikes = SpikeWatch(self.config.optim.spike_window, self._say)
 
     def resume(self, progress: TrainingProgress) -> None:
         """Continue from the progress of a loaded checkpoint."""
@@ -80,7 +81,7 @@ class Trainer:
         elif self.step >= train.steps:
             self._say(f"the run is at its last step, {self.step}: nothing to do; raise train.steps to continue")
         while self.step < train.steps:
-            self.engine.clock.begin_step(logged=self._to_log(self.step + 1))
+            self.engine.clock.begin_step(logged=is_log_point(train, self.step + 1))
             # Before the step, so that a rank that waits for data still takes part in the stop consensus.
             with self.engine.clock.phase("data"):
                 self.loader.wait(give_up=lambda: bool(self.stop_consensus.stop))
@@ -118,8 +119,10 @@ class Trainer:
                 for batch in self.loader.step()
             ]
         first = self.loader.position - self.config.train.global_batch_size
-        report = self.engine.train_step(microbatches, rate)
+        with self.measurements.during(self.step):
+            report = self.engine.train_step(microbatches, rate)
         self.engine.clock.end_step()
+        self._spikes.look(self.step, report, first, self.loader.position - 1)
         self._count_skipped(report, first)
         seconds = time.perf_counter() - started
         self._since_log.append(seconds)
@@ -128,7 +131,7 @@ class Trainer:
             values = self._values(report, rate, seconds)
             for hook in self.hooks:
                 hook.on_step(self.step, values)
-        if self._to_log(self.step):
+        if is_log_point(self.config.train, self.step):
             self._log(report, rate)
 
     def _count_skipped(self, report: StepReport, first: int) -> None:
@@ -152,10 +155,6 @@ class Trainer:
             "checkpoints before them are kept: resume with a lower optim.learning_rate, or look at the data"
         )
 
-    def _to_log(self, step: int) -> bool:
-        train = self.config.train
-        return step in (1, train.steps) or _due(step, train.log_every)
-
     def _values(self, report: StepReport, rate: float, step_seconds: float) -> dict[str, float]:
         """Return the metrics of this step under the names that MLflow shows."""
         ranks = dist.get_world_size()
@@ -174,22 +173,9 @@ class Trainer:
 
     def _log(self, report: StepReport, rate: float) -> None:
         """Log one point: the values of this step, with times averaged since the last point. Collective."""
-        steps = len(self._since_log)
-        phases = self.engine.clock.take()
-        device, ranks = self.engine.device, dist.get_world_size()
-        means = torch.tensor([phases[name] for name in PHASES], dtype=torch.float64, device=device)
-        memory = memory_metrics(device)
-        worst = torch.tensor([sum(self._since_log) / steps, *memory.values()], dtype=torch.float64, device=device)
+        measured = self.measurements.gather(self.step, self._since_log)
         self._since_log.clear()
-        dist.all_reduce(means)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        step_seconds, *held = worst.tolist()
-        values = self._values(report, rate, step_seconds) | dict(zip(memory, held, strict=True))
-        values |= {f"time/{name}_seconds": mean / ranks for name, mean in zip(PHASES, means.tolist(), strict=True)}
-        if self.engine.traffic is not None:
-            values |= exchange_metrics(self.engine.traffic, steps)
-        if self.system is not None:
-            values |= self.system.gather()
+        values = self._values(report, rate, measured["time/step_seconds"]) | measured | self._spikes.take()
         for hook in self.hooks:
             hook.on_point(self.step, values)
 

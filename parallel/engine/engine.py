@@ -211,8 +211,11 @@ class DataParallelEngine(Engine):
         super().__init__(config, mesh, device, module, clock)
         self._loss = loss
         self._module = module
-        # The reduction over data ranks runs inside backward; count it as exchange.
-        _time_method(self.deepspeed, "allreduce_gradients", self.clock, "exchange")
+        # Gradients are reduced over data (and region) ranks inside backward. ZeRO 2 reduces buckets as they fill,
+        # ZeRO 3 beside the computation: of that, this is only what is left at the end.
+        _time_method(self.deepspeed, "allreduce_gradients", self.clock, "comm_data")
+        if config.parallel.zero_stage == 2:
+            _time_method(self.deepspeed.optimizer, "average_tensor", self.clock, "comm_data")
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
         self.deepspeed.train()
@@ -274,7 +277,7 @@ class PipelineEngine(Engine):
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
         loss: Tensor = self.deepspeed.train_batch(iter([(mb.inputs, mb.targets) for mb in microbatches]))
-        with self.clock.phase("exchange"), torch.no_grad():
+        with self.clock.phase("comm_pipeline"), torch.no_grad():
             # Two stages hold a tied embedding. They sum the same gradients, but in another order: without this, the
             # copies drift apart. The first stage's is the one that counts, and is saved.
             self._pipeline._synchronize_tied_weights()
@@ -303,10 +306,11 @@ class PipelineEngine(Engine):
             schedule.ForwardPass: "forward",
             schedule.BackwardPass: "backward",
             schedule.OptimizerStep: "optimizer",
+            schedule.ReduceGrads: "comm_data",
         }
         table = type(self.deepspeed)._INSTRUCTION_MAP
         self.deepspeed._INSTRUCTION_MAP = {
-            instruction: _timed(method, self.clock, phases.get(instruction, "exchange"))
+            instruction: _timed(method, self.clock, phases.get(instruction, "comm_pipeline"))
             for instruction, method in table.items()
         }
 

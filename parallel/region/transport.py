@@ -25,7 +25,7 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Wait for the received rows and return them, ordered by sending rank."""
-        with self._clock.phase("exchange"):
+        with self._clock.phase("comm_region"):
             self._work.wait()
         return self._received
 
@@ -57,7 +57,7 @@ class Transport:
         """Send every owner what this rank requests of it; returns what the others request of this rank."""
         header, message, lengths = pack_requests(transfers)
         theirs = torch.empty_like(header)
-        with self.clock.phase("exchange"):
+        with self.clock.phase("comm_region"):
             dist.all_to_all_single(theirs, header, group=self.group)
         self.log.add_even(layer, "requests", self.rank, header[0].nbytes)
         numbers = theirs.tolist()
@@ -68,7 +68,7 @@ class Transport:
         """[n, ...] of every rank, equally many, -> [P, n, ...]; any dtype, as bytes. Not differentiable."""
         own = own.contiguous()
         gathered = own.new_empty(self.size, *own.shape)
-        with self.clock.phase("exchange"):
+        with self.clock.phase("comm_region"):
             dist.all_gather_into_tensor(
                 gathered.view(-1).view(torch.uint8), own.view(-1).view(torch.uint8), group=self.group
             )
@@ -78,7 +78,7 @@ class Transport:
     def sum_at_owners(self, layer: int, kind: str, parts: Tensor) -> Tensor:
         """[P * n, ...] of every rank -> the sum [n, ...] of this rank's part over all ranks."""
         total = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
-        with self.clock.phase("exchange"):
+        with self.clock.phase("comm_region"):
             dist.reduce_scatter_tensor(total, parts.contiguous(), group=self.group)
         self.log.add_even(layer, kind, self.rank, total.nbytes)
         return total

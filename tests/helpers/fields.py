@@ -103,6 +103,8 @@ SHOWN_BY: dict[str, str] = {
     "train.threads_per_rank": f"{RENDEZVOUS}test_a_rank_has_the_threads_and_the_device_of_its_settings",
     "train.accept_changes": "distributed/launcher/train/test_resuming.py::test_another_run_is_refused_or_accepted",
     "train.evaluate_sequences": f"{LOADER}test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds",
+    "train.hardware": "distributed/launcher/train/test_goodput.py::test_mfu_and_goodput_over_two_attempts",
+    "train.route_metrics_every": "distributed/launcher/train/test_routing_health.py::test_the_field_says_when",
     "train.hang_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "train.startup_seconds": "system/test_settings.py::test_a_start_that_takes_too_long_is_a_hang",
     "checkpoint.every_steps": RUN,

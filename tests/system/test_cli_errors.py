@@ -68,6 +68,7 @@ def assert_one_line(answer: Answer, *parts: str) -> None:
         (["model"], ["'model'", "section.field=value"]),
         (["data.dir=/nowhere"], ["/nowhere", "biroute data build"]),
         (["data.tokenizer.vocab_size=500"], ["vocab_size=500", "400"]),
+        (["train.hardware=h99"], ["train.hardware=h99", "h100", "YAML file"]),
         (["tracking.uri=ftp://there"], ["tracking.uri=ftp://there"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

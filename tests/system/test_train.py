@@ -35,6 +35,12 @@ METRICS = {
     "progress/tokens",
     "time/step_seconds",
     "memory/peak_gib",
+    "progress/goodput",
+    "throughput/slowest_rank",
+    "throughput/slowest_rank_ratio",
+    "time/comm_data_seconds",
+    "train/loss_spike",
+    "routing/entropy",
 } | {f"time/{part}_seconds" for part in ("data", "forward", "backward", "exchange", "optimizer")}
 
 

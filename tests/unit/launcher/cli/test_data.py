@@ -82,6 +82,15 @@ def test_inspect_shows_counts_and_text(config: Path) -> None:
     assert "english" in text
 
 
+def test_inspect_shows_the_sequences_at_a_position(config: Path) -> None:
+    """Also in a later epoch: a long run names positions above the number of sequences."""
+    count = as_json("inspect", str(config))["sequences"]["per_epoch"]
+    ahead = as_json("inspect", str(config), "--sequences", str(count + 5))["sequences"]["texts"]
+    answer = as_json("inspect", str(config), "--first", str(count + 2), "--sequences", "3")
+    assert answer["sequences"]["texts"] == ahead[count + 2 :]
+    assert f"--- sequence {count + 4}\n" in invoke("inspect", str(config), "--first", str(count + 2))
+
+
 def test_bigram(config: Path) -> None:
     answer = as_json("bigram", str(config))
     assert 0.5 < answer["bits_per_byte"] < 4.0
