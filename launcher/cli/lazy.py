@@ -34,6 +34,10 @@ MOUNTED = {
         "biroute.launcher.cli.generate:generate_app",
         "Continue texts with a trained model, from a checkpoint of any layout, with the routes of training.",
     ),
+    "routes": Mount(
+        "biroute.launcher.cli.routes:routes_app",
+        "Show which regions each layer reads of a text: one HTML page, complete in itself, or JSON.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",
