@@ -38,6 +38,10 @@ MOUNTED = {
         "biroute.launcher.cli.routes:routes_app",
         "Show which regions each layer reads of a text: one HTML page, complete in itself, or JSON.",
     ),
+    "serve": Mount(
+        "biroute.launcher.cli.serve:serve_app",
+        "Serve a trained model over HTTP, as OpenAI's completions and chat completions.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

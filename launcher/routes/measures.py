@@ -2,8 +2,8 @@
 
 Shapes: G key/value heads, N query blocks, K slots of a route, M routes, R regions of the text.
 
-A *free choice* is a region of a route that no rule forced in (own, previous, first, as configured), of a block with more
-regions up to its own than its route holds: everything else is no decision of the model.
+A *free choice* is a region of a route that no rule forced in (own, previous, first, as configured), of a block with
+more regions up to its own than its route holds: everything else is no decision of the model.
 """
 
 from __future__ import annotations

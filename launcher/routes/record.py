@@ -23,7 +23,7 @@ class LayerRoutes:
         kind: bi_level, sliding_window or dense.
         query_block_size: tokens that share a route.
         rule: how a bi_level layer chooses; None for other kinds.
-        route: int64 [G, N, K] regions, ascending, -1 = empty, on the CPU; None in a dense layer, which reads everything.
+        route: int64 [G, N, K] regions, ascending, -1 = empty, on the CPU; None in a dense layer.
     """
 
     layer: int
