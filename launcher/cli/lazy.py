@@ -38,6 +38,10 @@ MOUNTED = {
         "biroute.launcher.cli.routes:routes_app",
         "Show which regions each layer reads of a text: one HTML page, complete in itself, or JSON.",
     ),
+    "chat": Mount(
+        "biroute.launcher.cli.chat:chat_app",
+        "Talk with a trained model, line by line; /help lists what else can be typed.",
+    ),
     "serve": Mount(
         "biroute.launcher.cli.serve:serve_app",
         "Serve a trained model over HTTP, as OpenAI's completions and chat completions.",
