@@ -50,17 +50,13 @@ def chat(request: Request, settings: Settings, say: Say) -> None:
     )  # fmt: skip
     say(f"{trained.checkpoint}: a base model, which continues a script of User and Assistant; /help, /quit")
     conversation = Conversation(trained, settings, request.system)
-    prompt = ""
     if sys.stdin.isatty():
         # Its import gives input() the arrow keys and the history.
         import readline  # noqa: F401
-
-        prompt = "> "
     while True:
         try:
-            line = input(prompt).strip()
+            line = _read_line().strip()
         except EOFError:
-            print()
             return
         except KeyboardInterrupt:  # as in a shell: the line is dropped
             print()
@@ -72,6 +68,26 @@ def chat(request: Request, settings: Settings, say: Say) -> None:
             return
         if line:
             _answer(line, conversation, trained, say)
+
+
+def _read_line() -> str:
+    """Return the next line of the input, asked for where somebody types it.
+
+    Raises:
+        EOFError: there is none.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            print()  # behind the prompt
+            raise
+    # As bytes: a line that is not UTF-8 would else take all the others of its block with it.
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode()
 
 
 def _answer(line: str, conversation: Conversation, trained: Trained, say: Say) -> None:

@@ -171,8 +171,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_client(self) -> None:
         """Raise ClientGoneError if the connection has been closed."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+        poll = select.poll()  # select() takes no file number above 1,023
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
             raise ClientGoneError
 
     def _stream(self, order: Order, answers: Answers, wanted: Wanted) -> None:

@@ -109,13 +109,18 @@ def test_routes_in_brief_count_what_the_answers_tokens_chose(trained: Trained) -
 
 def test_the_commands(trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(command, "open_trained", lambda *_, **__: trained)
-    monkeypatch.setattr(
-        "sys.stdin", io.StringIO("/routes\n\n/help\n/what now\nhello\n/routes\n/reset\n/routes\n/quit\nx\n")
-    )
+    typed = b"/routes\n\n/help\n/what now\n\xff\nhello\n/routes\n/reset\n/routes\n/quit\nx\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
     said: list[str] = []
     request = command.Request(Path("run"), None, "cpu", "fp32", None, False, None)
     command.chat(request, Settings(max_tokens=8, seed=1), said.append)
     out = capsys.readouterr().out
     assert out.startswith(command.HELP) and len(out.splitlines()) > len(command.HELP.splitlines()) + 1
     assert "region" in out or "(nothing was read" in out
-    assert said[1:] == ["(no answer yet)", "/what is no command; /help lists them", "(forgotten)", "(no answer yet)"]
+    assert said[1:] == [
+        "(no answer yet)",
+        "/what is no command; /help lists them",
+        "this line is not UTF-8",
+        "(forgotten)",
+        "(no answer yet)",
+    ]
