@@ -190,9 +190,16 @@ def test_a_wrong_message_is_named(tiny: Served, messages: Any, param: str) -> No
     assert (status, content["error"]["param"]) == (400, param)
 
 
-def test_fields_that_ask_for_nothing_are_taken(tiny: Served) -> None:
-    tiny.complete(prompt="a", max_tokens=1, user="me", presence_penalty=0, logit_bias={}, best_of=1, suffix=None)
-    tiny.complete(prompt=[1, 2, 3], max_tokens=1, top_k=3, min_p=0.1, repetition_penalty=1.2, stop=None)
+def test_fields_that_ask_for_nothing_are_taken_and_further_ones_act(tiny: Served) -> None:
+    plain = tiny.complete(prompt="a", max_tokens=6, seed=1)["choices"]
+    neutral = {"user": "me", "presence_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": None}
+    assert tiny.complete(prompt="a", max_tokens=6, seed=1, **neutral)["choices"] == plain
+    greedy = tiny.complete(prompt=[97], max_tokens=6, temperature=0)["choices"]
+    for further in ({"top_k": 1}, {"min_p": 1.0}):
+        assert tiny.complete(prompt="a", max_tokens=6, seed=1, **further)["choices"] == greedy != plain
+    settings = Settings(max_tokens=6, temperature=0, repetition_penalty=50.0)
+    penalized = tiny.complete(prompt="a", max_tokens=6, temperature=0, repetition_penalty=50.0)["choices"]
+    assert penalized[0]["text"] == expected(tiny, "a", settings).text
 
 
 @pytest.mark.parametrize(
