@@ -41,6 +41,18 @@ MOUNTED = {
     "report": Mount(
         "biroute.launcher.report.command:report_app", "Compare runs, from what MLflow has of them, on one page."
     ),
+    "routes": Mount(
+        "biroute.launcher.cli.routes:routes_app",
+        "Show which regions each layer reads of a text: one HTML page, complete in itself, or JSON.",
+    ),
+    "chat": Mount(
+        "biroute.launcher.cli.chat:chat_app",
+        "Talk with a trained model, line by line; /help lists what else can be typed.",
+    ),
+    "serve": Mount(
+        "biroute.launcher.cli.serve:serve_app",
+        "Serve a trained model over HTTP, as OpenAI's completions and chat completions.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

@@ -84,10 +84,16 @@ def encode_prompts(
     return prompts
 
 
-class _Running:
-    """A sequence that is being continued."""
+class Running:
+    """A sequence that is being continued.
+
+    Attributes:
+        answer: its continuation so far.
+        sequence: what it has left in the model's cache.
+    """
 
     def __init__(self, prompt: Prompt, sequence: CachedSequence, settings: Settings) -> None:
+        """Begin behind a prompt, which `sequence` holds already."""
         self.answer, self.sequence, self.settings = Continuation(prompt), sequence, settings
         self.stream = TextStream(settings.stop)
         self._numbers = uniform_numbers(settings.seed, prompt.sample)
@@ -140,10 +146,10 @@ def continue_prompts(
     Returns:
         The continuations in the order of the prompts.
     """
-    waiting, running, answers = iter(prompts), list[_Running](), list[Continuation]()
+    waiting, running, answers = iter(prompts), list[Running](), list[Continuation]()
     longest = model.model.sequence_length
 
-    def advance(one: _Running, logits_V: Tensor) -> None:
+    def advance(one: Running, logits_V: Tensor) -> None:
         piece = one.take(logits_V, tokenizer, longest)
         if piece or one.answer.reason:
             on_text(one.answer, piece)
@@ -153,7 +159,7 @@ def continue_prompts(
     while True:
         for prompt in _next_ones(waiting, batch_size, running):
             sequence, logits_V = model.prefill(prompt.tokens)
-            one = _Running(prompt, sequence, settings)
+            one = Running(prompt, sequence, settings)
             answers.append(one.answer)
             advance(one, logits_V)
         if not running:
@@ -164,7 +170,7 @@ def continue_prompts(
             advance(one, logits_V)
 
 
-def _next_ones(waiting: Iterator[Prompt], batch_size: int, running: list[_Running]) -> Iterator[Prompt]:
+def _next_ones(waiting: Iterator[Prompt], batch_size: int, running: list[Running]) -> Iterator[Prompt]:
     """Yield prompts as long as there is room among those that run, which grow with them."""
     while len(running) < batch_size:
         prompt = next(waiting, None)

@@ -40,6 +40,20 @@ def command() -> Callable[..., Answer]:
     return biroute
 
 
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps with two tensor ranks, whose dataset is somewhere else now."""
+    folder = tmp_path_factory.mktemp("trained")
+    tree = small_run(corpus, folder / "run", steps=2, parallel={"tensor": 2, "data": 1})
+    tree["tracking"] = {"enabled": False}
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    done = biroute("train", folder / "run.yaml")
+    assert done.status == 0, done.err
+    config = (folder / "run" / "config.yaml").read_text()
+    (folder / "run" / "config.yaml").write_text(config.replace(str(corpus), str(folder / "gone")))
+    return folder / "run"
+
+
 @pytest.fixture
 def config_file(corpus: Path, tmp_path: Path) -> Path:
     """A small run on the corpus, in a folder of its own, with MLflow."""

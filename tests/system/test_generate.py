@@ -7,26 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import yaml
-from helpers.corpus import small_run
 
 from biroute.launcher.generate.trained import open_trained
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Path:
-    """The folder of a run of two steps with two tensor ranks, whose dataset is somewhere else now."""
-    folder = tmp_path_factory.mktemp("generate")
-    tree = small_run(corpus, folder / "run", steps=2, parallel={"tensor": 2, "data": 1})
-    tree["tracking"] = {"enabled": False}
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    done = command("train", folder / "run.yaml")
-    assert done.status == 0, done.err
-    config = (folder / "run" / "config.yaml").read_text()
-    (folder / "run" / "config.yaml").write_text(config.replace(str(corpus), str(folder / "gone")))
-    return folder / "run"
 
 
 def test_tokens_and_probabilities_are_those_of_the_model_that_was_trained(

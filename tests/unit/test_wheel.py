@@ -46,7 +46,7 @@ def test_the_wheel_holds_every_module_and_no_test_tools(wheel: Path) -> None:
     wanted = {
         f"biroute/{path.relative_to(ROOT).as_posix()}"
         for part in PARTS
-        for pattern in ("*.py", "*.yaml", "*.j2", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.j2", "*.html", "py.typed")
         for path in (ROOT / part).rglob(pattern)
     }
     assert wanted <= packed, sorted(wanted - packed)
