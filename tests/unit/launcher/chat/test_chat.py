@@ -61,6 +61,15 @@ def test_each_answer_continues_all_that_was_said(trained: Trained) -> None:
     assert conversation.messages == [Message("system", "S")] and conversation.last is None
 
 
+def test_an_answer_ends_where_the_user_would_speak(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(
+        "biroute.launcher.chat.conversation.continue_prompts", lambda *given, **_: seen.append(given[3])
+    )
+    Conversation(trained, Settings(max_tokens=6)).ask("a", print, print)
+    assert seen[0].stop == ("\nUser:",)
+
+
 def test_the_oldest_messages_make_room(trained: Trained) -> None:
     conversation, said = Conversation(trained, Settings(max_tokens=16), "S"), list[str]()
     for text in ("x" * 30, "y" * 30):
