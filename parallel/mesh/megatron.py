@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -44,10 +45,12 @@ def start_process_groups(layout: Layout, timeout: timedelta) -> ProcessGroupColl
     return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp", "pp", "dp", "dp_cp"])
 
 
+@cache
 def groups_of_one(device: torch.device) -> ProcessGroupCollection:
     """Return the process groups of a whole model in this process alone; it needs no launcher, port or file.
 
-    Megatron-core's layers ask their groups for sizes and ranks; with one rank nothing is ever sent.
+    Megatron-core's layers ask their groups for sizes and ranks; with one rank nothing is ever sent. They are made once:
+    torch never ends the threads of a group.
     """
     prepare_megatron(device)
     if not dist.is_initialized():
