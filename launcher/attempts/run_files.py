@@ -7,6 +7,7 @@
     attempt                         fencing token: the number of the attempt that owns the folder
     .secret                         by which the ranks recognize each other
     metrics.jsonl                   metrics log: every point, whether MLflow has it or not
+    evaluations.jsonl               what `biroute evaluate` found, in the form of the metrics log
     tracking_state.json             how far the uploader has got
     loss_curve.png
     checkpoints/step-00000200/
@@ -27,6 +28,7 @@ JOURNAL = "attempts.jsonl"
 FENCING_TOKEN = "attempt"
 SECRET = ".secret"
 METRICS_LOG = "metrics.jsonl"
+EVALUATIONS_LOG = "evaluations.jsonl"
 UPLOAD_STATE = "tracking_state.json"
 LOSS_PLOT = "loss_curve.png"
 CHECKPOINTS = "checkpoints"

@@ -15,8 +15,8 @@ from biroute.configs.errors import DivergedError, FencedError, StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
 from biroute.launcher.attempts.watchdog import Watchdog
-from biroute.launcher.evaluate.heldout import heldout_metrics
 from biroute.launcher.ranks.stop_consensus import StopConsensus
+from biroute.launcher.train.heldout import heldout_metrics
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.schedule import learning_rate
