@@ -99,10 +99,12 @@ def _run(request: object, every: bool, follow: bool, out: Path | None, as_json: 
     """Evaluate, and show each result when it is there; the report is written anew after each."""
     from biroute.launcher.evaluate.command import Request, as_dicts, evaluate
     from biroute.launcher.evaluate.follow import evaluate_all
-    from biroute.launcher.evaluate.report import write_report
+    from biroute.launcher.evaluate.report import make_folder, write_report
     from biroute.launcher.evaluate.results import table
 
     assert isinstance(request, Request)
+    if out is not None:
+        make_folder(out)
     found = []
     for one in evaluate_all(request, follow=follow, say=_say) if every else iter([evaluate(request, _say)]):
         found.append(one)

@@ -24,14 +24,26 @@ def write_report(folder: Path, evaluations: Sequence[Evaluation], command: str) 
     Raises:
         UsageError: the folder cannot be written.
     """
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         numbers = json.dumps([one.as_dict() for one in evaluations], indent=1, ensure_ascii=False)
         write_atomically(folder / NUMBERS, numbers.encode())
         write_atomically(folder / REPORT, markdown(evaluations, command).encode())
     except OSError as error:
         raise UsageError(f"--out={folder}: cannot be written ({error.strerror}); name another folder") from None
     return folder / REPORT
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report, before the work that it is to report.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out={folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
 def markdown(evaluations: Sequence[Evaluation], command: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
@@ -63,7 +64,7 @@ def record_evaluation(run_dir: Path, step: int, metrics: Mapping[str, float], sa
 
 
 def send_evaluations(run_dir: Path, config: RunConfig, timeout_seconds: float, say: Callable[[str], None]) -> int:
-    """Send what MLflow lacks of the log of evaluations; an MLflow that is away is said in one line, no error.
+    """Send what MLflow lacks of the log of evaluations; where it is away, or its URI wrong, a line says so: no error.
 
     Args:
         run_dir: the run's folder.
@@ -73,13 +74,14 @@ def send_evaluations(run_dir: Path, config: RunConfig, timeout_seconds: float, s
 
     Returns:
         The number of values that were sent.
-
-    Raises:
-        UsageError: the tracking URI is malformed.
     """
     if not config.tracking.enabled or not (run_dir / EVALUATIONS_LOG).exists():
         return 0
-    uri = tracking_uri(config, run_dir)
+    try:
+        uri = tracking_uri(config, run_dir)
+    except UsageError as error:  # the results must be shown all the same
+        say(f"{error}; {_LATER} {EVALUATIONS_LOG}")
+        return 0
     state = _state_of(run_dir, uri, experiment_name(config), say)
     if state is None:
         return 0
