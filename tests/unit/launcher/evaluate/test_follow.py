@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ class Run:
         self.problems: dict[int, str] = {}
         self.attempts = [Attempt(1, 0.0, ended=1.0, decision="finished")]
         self.training = False
+        self.meanwhile: Callable[[int], None] = lambda _: None  # called in each evaluation
         self.said: list[str] = []
         patch.setattr(follow, "run_folder", lambda run: run)
         patch.setattr(follow, "survey", lambda *_, **__: [*map(self._found, reversed(self.steps))])
@@ -42,6 +44,7 @@ class Run:
             if problem == "pruned":
                 self.steps.remove(request.step)
             raise UsageError(problem)
+        self.meanwhile(request.step)
         record_evaluation(self.folder, request.step, {"evaluate/heldout/loss": 1.0}, self.said.append)
         return Evaluation("c", request.step, {})
 
@@ -78,6 +81,16 @@ def test_following_ends_with_the_run_and_misses_nothing(run: Run) -> None:
             run.attempts = [Attempt(1, 0.0, ended=1.0, decision="finished")]
 
     assert run.all(wait) == [10, 20, 30, 40]
+
+
+def test_a_checkpoint_that_comes_with_the_end_during_an_evaluation_is_not_missed(run: Run) -> None:
+    def last_save(step: int) -> None:
+        if step == 2:
+            run.steps.append(4)
+            run.training = False
+
+    run.training, run.steps, run.meanwhile = True, [2], last_save
+    assert run.all(lambda _: None) == [2, 4]
 
 
 def test_damaged_and_removed_checkpoints_are_passed_over(run: Run) -> None:
