@@ -38,7 +38,7 @@ def evaluate_run(
         int | None,
         typer.Option(
             help="sequences or documents to score, questions of each group of a task; left out: as many "
-            "sequences as training, all documents, 20 questions"
+            "sequences as training, all documents, 50 questions"
         ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="tokens of the local window (W); left out: two regions")] = None,

@@ -19,7 +19,7 @@ from biroute.launcher.evaluate.tasks.task import TaskText, score_task
 from biroute.launcher.generate.trained import Trained, open_trained
 from biroute.launcher.track.evaluations import record_evaluation, send_evaluations
 
-_QUESTIONS = 20  # of each group of a task
+_QUESTIONS = 50  # of each group of a task
 _CALL_SECONDS = 60.0  # nothing else waits for MLflow's answers
 
 Say = Callable[[str], None]

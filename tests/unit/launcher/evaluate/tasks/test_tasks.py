@@ -82,6 +82,23 @@ def test_recall_is_right_for_a_model_that_reaches_the_distance_and_chance_for_ot
     assert values(Recall(), Reader(1, sees=64))["distance/00064"] == 1 / 8
 
 
+class Blind:
+    """A model that likes some words better than others, whatever the text says."""
+
+    def next_log_probabilities(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        log = np.random.default_rng(5).normal(size=1000)
+        return iter([log] * len(rows))
+
+
+@pytest.mark.parametrize("task", [Needle(), Recall()], ids=lambda task: task.name)
+@pytest.mark.parametrize("words", [20, WORDS])
+def test_a_model_that_does_not_read_is_right_by_chance(task: Any, words: int) -> None:
+    """Also where few words make the choice narrow: no word is the right one more often than others are."""
+    model: Any = Blind()
+    found = score_task(model, task, text_of(words=words), count=300, seed=0).measures["accuracy"]
+    assert abs(found.value - 1 / 8) < 3 * found.error < 0.08
+
+
 def test_the_needle_is_found_where_the_model_looks() -> None:
     question = len("\nThe value of is") + 1
     found = values(Needle(), Reader(question))
