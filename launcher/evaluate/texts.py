@@ -54,8 +54,8 @@ def _files(patterns: Sequence[str]) -> list[str]:
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [match for match in matches if Path(match).is_file()]
         if not files:
-            what = "is no file; name its files, such as" if matches else "matches no file; correct it, such as"
-            raise UsageError(f"--text={pattern} {what} '{pattern.rstrip('/*')}/*.txt'")
+            remedy = f"is no file; name its files, such as '{pattern.rstrip('/*')}/*.txt'"
+            raise UsageError(f"--text={pattern} {remedy if matches else 'matches no file; correct the path'}")
         found |= dict.fromkeys(files)
     return list(found)
 
