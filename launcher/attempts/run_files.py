@@ -7,6 +7,7 @@
     attempt                         fencing token: the number of the attempt that owns the folder
     .secret                         by which the ranks recognize each other
     metrics.jsonl                   metrics log: every point, whether MLflow has it or not
+    evaluations.jsonl               what `biroute evaluate` found, in the form of the metrics log
     tracking_state.json             how far the uploader has got
     mlflow_run.json                 which run of MLflow this is, apart from what changes every second
     loss_curve.png
@@ -28,6 +29,7 @@ JOURNAL = "attempts.jsonl"
 FENCING_TOKEN = "attempt"
 SECRET = ".secret"
 METRICS_LOG = "metrics.jsonl"
+EVALUATIONS_LOG = "evaluations.jsonl"
 UPLOAD_STATE = "tracking_state.json"
 MLFLOW_RUN = "mlflow_run.json"
 UPLOAD_LOCK = ".tracking.lock"

@@ -53,6 +53,10 @@ MOUNTED = {
         "biroute.launcher.cli.serve:serve_app",
         "Serve a trained model over HTTP, as OpenAI's completions and chat completions.",
     ),
+    "evaluate": Mount(
+        "biroute.launcher.cli.evaluate:evaluate_app",
+        "Measure a trained model: losses on held-out or given text and tasks made of it, into the run's MLflow run.",
+    ),
     "doctor": Mount(
         "biroute.launcher.doctor.command:doctor_app",
         "Check this machine, or the ranks that srun or torchrun started: run it first on a new cluster.",

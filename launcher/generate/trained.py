@@ -67,7 +67,7 @@ def open_trained(
     Raises:
         UsageError: there is no valid checkpoint, no tokenizer, no such device, or the model is bidirectional.
     """
-    run_dir = _run_dir(run)
+    run_dir = run_folder(run)
     place = choose_device(device)
     for checkpoint in _candidates(run_dir / CHECKPOINTS, step):
         meta = read_meta(checkpoint)
@@ -134,7 +134,7 @@ def find_tokenizer(run_dir: Path, config: RunConfig, meta: CheckpointMeta, given
     )
 
 
-def _run_dir(run: Path) -> Path:
+def run_folder(run: Path) -> Path:
     if run.suffix in (".yaml", ".yml") and run.is_file():
         run = load_config(run).train.run_dir
     if not (run / CHECKPOINTS).is_dir():

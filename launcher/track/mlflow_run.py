@@ -98,7 +98,7 @@ class MlflowRun:
         for point in points:
             for name, value in point.metrics.items():
                 if math.isfinite(value):
-                    metrics.append(Metric(_allowed_name(name), value, point.time_ms, point.step))
+                    metrics.append(Metric(allowed_name(name), value, point.time_ms, point.step))
                 else:  # MLflow would draw nan as a gap and inf as 1.8e308
                     self._nonfinite.setdefault(name, f"{name} {value:g} at step {point.step}")
         tags = [RunTag(_SENT_TAG, str(end_byte))]
@@ -250,7 +250,7 @@ class MlflowRun:
         if changed or "config.changed" in data.tags:
             tags["config.changed"] = changed
         entries = [
-            RunTag(_allowed_name(key), str(value)[: run_metadata.TAG_CHARACTERS]) for key, value in tags.items()
+            RunTag(allowed_name(key), str(value)[: run_metadata.TAG_CHARACTERS]) for key, value in tags.items()
         ]
         for start in range(0, len(parameters), _ENTRIES_PER_BATCH):
             self._client.log_batch(run_id, params=parameters[start : start + _ENTRIES_PER_BATCH])
@@ -299,7 +299,7 @@ class MlflowRun:
             return False
 
 
-def _allowed_name(name: str) -> str:
+def allowed_name(name: str) -> str:
     """Return a name that MLflow accepts: letters and digits of any script, and `_-. :/`, at most 250 characters."""
     return re.sub(r"[^/\w.\- :]", "_", name)[:NAME_CHARACTERS].strip("/ ") or "_"
 

@@ -27,6 +27,7 @@ from biroute.launcher.attempts.run_files import (
     shown_config,
 )
 from biroute.launcher.track.artifact_uploader import send_artifacts
+from biroute.launcher.track.evaluations import send_evaluations
 from biroute.launcher.track.mlflow_client import keep_library_logs, prepare_mlflow
 from biroute.launcher.track.mlflow_run import MlflowRun
 from biroute.launcher.track.upload_state import End, Status, TrackingState
@@ -62,7 +63,7 @@ def sync_run(run_dir: Path, say: Callable[[str], None]) -> Synced:
     if not config.tracking.enabled:
         raise UsageError(f"{run_dir}: tracking.enabled is off; switch it on in {run_dir / CONFIG}")
     attempts = read_attempts(run_dir)
-    if attempts and attempts[-1].ended is None and _is_alive(run_dir, attempts[-1]):
+    if is_training(run_dir, attempts):
         raise UsageError(f"{run_dir}: attempt {attempts[-1].number} is training and sends its points itself")
     try:
         with file_lock(run_dir / SYNC_LOCK, _LOCK_SECONDS, required=True):
@@ -89,6 +90,7 @@ def _sync(config: RunConfig, run_dir: Path, attempts: list[Attempt], say: Callab
         values = _send_points(log, state, run)
         files = send_artifacts(run_dir.absolute(), state, run, say)
         end = state.end or _end_of(attempts)
+        values += send_evaluations(run_dir, config, _CALL_SECONDS, say)
         run.update_note(end[2] if end is not None else "")
         if end is not None:
             run.terminate(*end)
@@ -127,9 +129,12 @@ def _send_points(log: Path, state: TrackingState, run: MlflowRun) -> int:
         sent += sum(len(point.metrics) for point in points)
 
 
-def _is_alive(run_dir: Path, attempt: Attempt) -> bool:
-    silent = seconds_since_heartbeat(log_dir(run_dir, attempt.number))
-    return (time.time() - attempt.began if silent is None else silent) < _ALIVE_SECONDS
+def is_training(run_dir: Path, attempts: list[Attempt]) -> bool:
+    """Return whether the last attempt has not ended and its ranks give signs of life."""
+    if not attempts or attempts[-1].ended is not None:
+        return False
+    silent = seconds_since_heartbeat(log_dir(run_dir, attempts[-1].number))
+    return (time.time() - attempts[-1].began if silent is None else silent) < _ALIVE_SECONDS
 
 
 def _end_of(attempts: list[Attempt]) -> End | None:

@@ -14,8 +14,8 @@ from biroute.configs.errors import DivergedError, FencedError, StoppedError
 from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.read.loader import Batch, MicrobatchLoader
 from biroute.launcher.attempts.watchdog import Watchdog
-from biroute.launcher.evaluate.heldout import heldout_metrics
 from biroute.launcher.ranks.stop_consensus import StopConsensus
+from biroute.launcher.train.heldout import heldout_metrics
 from biroute.launcher.train.hooks import TrainerHook
 from biroute.launcher.train.measurements import Measurements, is_log_point
 from biroute.launcher.train.schedule import learning_rate

@@ -49,8 +49,8 @@ def start_process_groups(layout: Layout, timeout: timedelta) -> ProcessGroupColl
 def groups_of_one(device: torch.device) -> ProcessGroupCollection:
     """Return the process groups of a whole model in this process alone; it needs no launcher, port or file.
 
-    Megatron-core's layers ask their groups for sizes and ranks; with one rank nothing is ever sent. They are made once:
-    torch never ends the threads of a group.
+    Megatron-core's layers ask their groups for sizes and ranks; with one rank nothing is ever sent. They are made
+    once, since torch never ends the threads of a group.
     """
     prepare_megatron(device)
     if not dist.is_initialized():

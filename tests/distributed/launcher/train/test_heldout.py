@@ -50,7 +50,7 @@ def test_bits_per_byte_are_those_of_the_text(ranks: Ranks, corpus: Path, tmp_pat
 def empty_targets_job() -> dict[str, float]:
     """Evaluate on targets that are 0 bytes long, as a held-out split of nothing but special tokens has."""
     from biroute.data_pipeline.read.loader import Batch
-    from biroute.launcher.evaluate.heldout import heldout_metrics
+    from biroute.launcher.train.heldout import heldout_metrics
 
     config = small_config()
     inputs, labels = (tokens.numpy() for tokens in tokens_of_step(config, 1))

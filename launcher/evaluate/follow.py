@@ -1,0 +1,79 @@
+"""Evaluate every checkpoint of a run, and new ones while it trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from biroute.configs.errors import UsageError
+from biroute.launcher.attempts.journal import read_attempts
+from biroute.launcher.attempts.run_files import CHECKPOINTS
+from biroute.launcher.evaluate.command import Request, evaluate, wanted_metrics
+from biroute.launcher.evaluate.results import Evaluation
+from biroute.launcher.generate.trained import run_folder
+from biroute.launcher.track.evaluations import evaluated
+from biroute.launcher.track.sync import is_training
+from biroute.parallel.checkpoint.survey import survey
+
+_LOOK_SECONDS = 5.0
+
+Say = Callable[[str], None]
+
+
+def evaluate_all(
+    request: Request, *, follow: bool, say: Say, wait: Callable[[float], None] = time.sleep
+) -> Iterator[Evaluation]:
+    """Yield the evaluation of each valid checkpoint that has none, oldest first.
+
+    A checkpoint that is damaged, or that the run removed before it was read, is said and passed over.
+
+    Args:
+        request: what to measure; its step is not used.
+        follow: wait for new checkpoints until the run ends: until its last attempt has ended and is not queued again.
+        say: called with a line about each thing that the user should know.
+        wait: waits so many seconds.
+
+    Raises:
+        UsageError: as in `evaluate`, where it concerns every checkpoint; or none is valid.
+    """
+    run_dir, done, valid = run_folder(request.run), set[int](), 0
+    wanted = wanted_metrics(request)
+    if wanted is None:
+        raise UsageError("--every-checkpoint with --text needs --name, by which results that exist are known")
+    while True:
+        ended = not _goes_on(run_dir)  # before looking: what was saved until then is seen
+        for step in _steps(run_dir):
+            if step in done:
+                continue
+            done.add(step)
+            if request.tracking and wanted <= evaluated(run_dir).get(step, {}).keys():
+                valid += 1
+                say(f"step {step} has its results already")
+                continue
+            try:
+                found = evaluate(replace(request, step=step), say)
+            except UsageError as error:
+                if step in _steps(run_dir) and "damaged checkpoint" not in str(error):
+                    raise
+                say(f"{error}; passed over")
+                continue
+            valid += 1
+            yield found
+        if ended or not follow:
+            break
+        wait(_LOOK_SECONDS)
+    if not valid:
+        raise UsageError(f"{run_dir / CHECKPOINTS}: no checkpoint is valid; restore one, or train again")
+
+
+def _steps(run_dir: Path) -> list[int]:
+    found = survey(run_dir / CHECKPOINTS, deep=False)
+    return sorted(one.meta.progress.step for one in found if one.meta is not None and not one.problem)
+
+
+def _goes_on(run_dir: Path) -> bool:
+    """Return whether the run trains, or its scheduler starts it again."""
+    attempts = read_attempts(run_dir)
+    return is_training(run_dir, attempts) or bool(attempts and attempts[-1].decision == "requeue")

@@ -1,0 +1,56 @@
+"""`biroute evaluate` on a run of two tensor ranks: training's own numbers, and each once in its MLflow run."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.corpus import small_run
+from helpers.job import points_of
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Path:
+    """The folder of a run of four steps, with checkpoints and evaluations of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tree = small_run(corpus, folder / "run", steps=4, parallel={"tensor": 2, "data": 1})
+    tree["train"]["evaluate_every"] = 2
+    del tree["tracking"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    done = command("train", folder / "run.yaml")
+    assert done.status == 0, done.err
+    return folder / "run"
+
+
+def in_mlflow(run: Path) -> list[tuple[int, float]]:
+    """Every point of the loss that MLflow has, and that there is only one run."""
+    with sqlite3.connect(run.parent / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)
+        return database.execute("select step, value from metrics where key = 'evaluate/heldout/loss'").fetchall()
+
+
+def test_the_loss_is_that_of_training_and_comes_once(
+    trained: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = command("evaluate", trained, "--every-checkpoint", "--follow", "--json", "--out", tmp_path / "out")
+    assert done.status == 0, done.err
+    found = json.loads(done.out)["evaluations"]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == found
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        ours = [(one["step"], one["sections"][0]["measures"][metric]["value"]) for one in found]
+        assert [step for step, _ in ours] == [2, 4]
+        assert ours == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in points_of(trained, f"heldout/{metric}")
+        ]
+    sent = in_mlflow(trained)
+    assert sorted(sent) == [(one["step"], one["sections"][0]["measures"]["loss"]["value"]) for one in found]
+    again = command("evaluate", trained, "--every-checkpoint")
+    assert again.status == 0 and again.err.count("has its results already") == 2 and not again.out
+    once_more = command("evaluate", trained, "--checkpoint", 4)
+    assert once_more.status == 0 and "loss_on_ar_hits" in once_more.out and "values sent" not in once_more.err
+    assert in_mlflow(trained) == sent
