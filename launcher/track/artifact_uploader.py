@@ -30,10 +30,17 @@ class ArtifactUploader(threading.Thread):
     """Uploads files and folders, again when they change. A version that is refused is given up, and that is said."""
 
     def __init__(
-        self, run_dir: Path, state: TrackingState, destination: FileDestination, say: Callable[[str], None]
+        self,
+        run_dir: Path,
+        state: TrackingState,
+        destination: FileDestination,
+        say: Callable[[str], None],
+        owned: Callable[[], bool],
     ) -> None:
+        """Nothing is sent or noted any more once `owned` is false, as another attempt is then responsible."""
         super().__init__(name="biroute-artifacts", daemon=True)
         self._run_dir, self._state, self._destination, self._say = run_dir, state, destination, say
+        self._owned = owned
         self._new: deque[Path] = deque()
         self._uploaded_at: dict[str, float] = {}
         self._failed: dict[str, tuple[str, int, float]] = {}  # path -> version, tries, when to try again
@@ -59,6 +66,9 @@ class ArtifactUploader(threading.Thread):
             self._wake.wait(_LOOK_SECONDS)
             self._wake.clear()
             last_pass = self._closing.is_set()
+            if not self._owned():
+                self._done.set()
+                return
             self._take_in()
             for key in list(self._state.artifacts):
                 self._send(key)

@@ -72,7 +72,7 @@ class Uploader(threading.Thread):
         super().__init__(name="biroute-tracking", daemon=True)  # daemon: a frozen server must not delay the exit
         self._metrics_log_path, self._state, self._destination, self._say = metrics_log_path, state, destination, say
         self._owned = owned
-        self._artifacts = ArtifactUploader(metrics_log_path.parent.absolute(), state, destination, say)
+        self._artifacts = ArtifactUploader(metrics_log_path.parent.absolute(), state, destination, say, owned)
         self._timeout, self._first_timeout = timeout_seconds, timeout_seconds
         self._metrics_per_call = _MOST_METRICS
         self._connected = False
@@ -96,6 +96,9 @@ class Uploader(threading.Thread):
 
         `end` is the final status, the time in ms and the cause. What is not sent then, waits in the run folder.
         """
+        if not self._owned():  # another attempt sends all from here on
+            self._given_up.set()
+            return
         start = time.monotonic()
         self._state.end = end
         with contextlib.suppress(OSError):  # a full disk; the pass may succeed all the same
