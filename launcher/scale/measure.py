@@ -17,9 +17,9 @@ from biroute.launcher.plan.workload import Execution, Workload
 from biroute.launcher.scale.study import Size
 from biroute.launcher.track.metrics_log import Point, read_points
 from biroute.launcher.track.upload_state import read_state
-from biroute.parallel.phase_clock import PHASES
 
 STEP = "time/step_seconds"
+_PHASES = ("data", "forward", "backward", "exchange", "optimizer")  # as `time/<phase>_seconds`
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def measure(size: Size) -> Measured:
     if not counted:
         raise UsageError(f"{size.run_dir / METRICS_LOG}: holds no step from {first} on; remove {size.run_dir}")
     seconds = [point.metrics[STEP] for point in counted]
-    phases = {name: _median(counted, f"time/{name}_seconds") for name in PHASES}
+    phases = {name: _median(counted, f"time/{name}_seconds") for name in _PHASES}
     phases["other"] = max(0.0, median(seconds) - sum(phases.values()))
     return Measured(
         size=size,

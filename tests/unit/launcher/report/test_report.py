@@ -109,7 +109,7 @@ def test_a_run_folder_is_only_an_address(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(f"tracking: {{uri: '{store.uri}'}}\n")
-    state = {"target": "", "run_key": "", "run_id": store.run("one")}
+    state = {"target": "", "run_key": "0" * 32, "run_id": store.run("one")}
     (folder / "tracking_state.json").write_text(json.dumps(state))
     (history,) = read_histories([str(folder)], None, METRICS)
     assert history.name == "one" and list(history.steps) == [1, 5, 10]
