@@ -36,6 +36,7 @@ def join_alone(config: RunConfig) -> Mesh:
         rendezvous = Path(_folders[-1].name) / "rendezvous"
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
         join_processes(find_rank_environment(), config.train)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, also of a group that somebody else has begun
     return build_mesh(resolve_layout(config, 1))
 
 
