@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.configs.messages import printable
 from biroute.launcher.chat.brief_routes import brief_routes
 from biroute.launcher.chat.conversation import Conversation
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.settings import Settings
 from biroute.launcher.generate.trained import Say, Trained, open_trained
 
@@ -24,12 +24,7 @@ Ctrl-C stops an answer. Anything else is said to the model."""
 class Request:
     """What `biroute chat` was asked for; the fields are its options."""
 
-    run: Path
-    step: int | None
-    device: str
-    precision: str
-    tokenizer: Path | None
-    fast: bool
+    model: ModelChoice
     system: str | None
 
 
@@ -44,10 +39,7 @@ def chat(request: Request, settings: Settings, say: Say) -> None:
     Raises:
         UsageError: as in `open_trained`.
     """
-    trained = open_trained(
-        request.run, step=request.step, device=request.device, precision=request.precision,
-        tokenizer=request.tokenizer, exact=False if request.fast else None, say=say,
-    )  # fmt: skip
+    trained = open_trained(request.model, say)
     say(f"{trained.checkpoint}: a base model, which continues a script of User and Assistant; /help, /quit")
     conversation = Conversation(trained, settings, request.system)
     if sys.stdin.isatty():

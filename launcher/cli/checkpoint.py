@@ -13,17 +13,16 @@ from biroute.configs.errors import EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
 from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.cli.echo import echo
-from biroute.launcher.cli.options import AsJson
+from biroute.launcher.cli.options import AsJson, RunOrConfig
 
 if TYPE_CHECKING:
     from biroute.parallel.checkpoint.survey import Found
 
 checkpoint_app = typer.Typer(no_args_is_help=True, help="List, verify and copy the checkpoints of a run.")
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="the run, by its folder or its configuration")]
 
 
 @checkpoint_app.command("list")
-def list_all(run: Run, as_json: AsJson = False) -> None:
+def list_all(run: RunOrConfig, as_json: AsJson = False) -> None:
     """Show each checkpoint: step, time, size, layout, who wrote it, and whether all of its files are there.
 
     Example: biroute checkpoint list runs/debug
@@ -32,7 +31,7 @@ def list_all(run: Run, as_json: AsJson = False) -> None:
 
 
 @checkpoint_app.command()
-def verify(run: Run, as_json: AsJson = False) -> None:
+def verify(run: RunOrConfig, as_json: AsJson = False) -> None:
     """As list, and compare every file with its checksum. Exit status 2 if a checkpoint is damaged.
 
     Example: biroute checkpoint verify runs/debug
@@ -43,7 +42,7 @@ def verify(run: Run, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command()
 def copy(
-    run: Run,
+    run: RunOrConfig,
     new_run_dir: Annotated[Path, typer.Argument(metavar="NEW_RUN_DIR", help="folder of the run that starts from it")],
     step: Annotated[int | None, typer.Option(min=0, help="step of the checkpoint; left out: the newest")] = None,
 ) -> None:

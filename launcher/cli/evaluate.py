@@ -12,14 +12,15 @@ import typer
 
 from biroute.configs.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, UsageError
 from biroute.launcher.cli.echo import echo
-from biroute.launcher.cli.options import AsJson
+from biroute.launcher.cli.options import AsJson, Checkpoint, Device, Precision, RunOrConfig, TokenizerFile
+from biroute.launcher.generate.model_choice import ModelChoice
 
 evaluate_app = typer.Typer(no_args_is_help=True)
 
 
 @evaluate_app.command("evaluate")
 def evaluate_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="the run, by its folder or configuration")],
+    run: RunOrConfig,
     text: Annotated[
         list[str] | None,
         typer.Option(help="text file, or pattern such as 'a/*.txt', instead of the held-out split; repeatable"),
@@ -27,7 +28,7 @@ def evaluate_run(
     tasks: Annotated[
         str, typer.Option(help="what to measure, with commas between: loss, needle, recall, cloze, or all")
     ] = "loss",
-    checkpoint: Annotated[int | None, typer.Option(help="step of the checkpoint; left out: the newest valid")] = None,
+    checkpoint: Checkpoint = None,
     every_checkpoint: Annotated[
         bool, typer.Option("--every-checkpoint", help="each valid checkpoint that has no result yet")
     ] = False,
@@ -57,11 +58,9 @@ def evaluate_run(
     no_tracking: Annotated[
         bool, typer.Option("--no-tracking", help="write nothing to the run folder, send nothing to MLflow")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="file of the tokenizer; left out: the run's, or its dataset's")
-    ] = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    tokenizer: TokenizerFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained model: losses on held-out or given text and tasks made of it, into the run's MLflow run.
@@ -81,9 +80,8 @@ def evaluate_run(
     from biroute.launcher.evaluate import command
 
     request = command.Request(
-        run, text or [], names, step=checkpoint, device=device, precision=precision, tokenizer=tokenizer,
-        limit=limit, window=window, window_tokens=window_tokens, stride=stride, seed=seed, name=name,
-        tracking=not no_tracking,
+        ModelChoice(run, checkpoint, device, precision, tokenizer), text or [], names, limit=limit, window=window,
+        window_tokens=window_tokens, stride=stride, seed=seed, name=name, tracking=not no_tracking,
     )  # fmt: skip
     try:
         if check:

@@ -9,7 +9,8 @@ import typer
 
 from biroute.configs.errors import EXIT_INTERRUPTED, UsageError
 from biroute.launcher.cli.echo import echo
-from biroute.launcher.cli.options import AsJson
+from biroute.launcher.cli.options import AsJson, Checkpoint, Device, Precision, RunOrConfig, TokenizerFile
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.routes.text_file import read_text
 
 routes_app = typer.Typer(no_args_is_help=True)
@@ -18,30 +19,27 @@ _DEFAULT_OUT = Path("routes.html")
 
 @routes_app.command("routes")
 def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR|CONFIG", help="the run, by its folder or configuration")],
+    run: RunOrConfig,
     text: Annotated[Path, typer.Option(help="the text, a UTF-8 file")],
-    checkpoint: Annotated[int | None, typer.Option(help="step of the checkpoint; left out: the newest valid")] = None,
+    checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None, typer.Option(help="the page to write; left out: routes.html, and none with --json")
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="show so many tokens of the text; left out: as many as the model takes")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="file of the tokenizer; left out: the run's, or its dataset's")
-    ] = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    tokenizer: TokenizerFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which regions each layer reads of a text: one HTML page, complete in itself, or JSON.
 
     Example: biroute routes runs/debug --text README.md --max-tokens 64
     """
+    model = ModelChoice(run, checkpoint, device, precision, tokenizer)
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"--max-tokens={max_tokens} is out of range; use at least 1")
-    if precision not in ("fp32", "bf16"):
-        raise UsageError(f"--precision={precision} is unknown; use fp32 or bf16")
     if out is None and not as_json:
         out = _DEFAULT_OUT
     if out is not None and not out.parent.is_dir():
@@ -52,10 +50,7 @@ def show(
     ignore_library_warnings()
     from biroute.launcher.routes.command import Request, show_routes
 
-    request = Request(
-        run, content, str(text), step=checkpoint, device=device, precision=precision, tokenizer=tokenizer,
-        max_tokens=max_tokens, out=out, as_json=as_json,
-    )  # fmt: skip
+    request = Request(model, content, str(text), max_tokens=max_tokens, out=out, as_json=as_json)
     try:
         answer = show_routes(request, lambda line: echo(line, err=True))
     except KeyboardInterrupt:

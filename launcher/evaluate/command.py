@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from biroute.configs.errors import UsageError
@@ -16,6 +15,7 @@ from biroute.launcher.evaluate.results import PREFIX, Evaluation, Section
 from biroute.launcher.evaluate.tasks.catalog import TASKS
 from biroute.launcher.evaluate.tasks.names import LOSS
 from biroute.launcher.evaluate.tasks.task import TaskText, score_task
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.trained import Trained, open_trained
 from biroute.launcher.track.evaluations import record_evaluation, send_evaluations
 
@@ -29,13 +29,9 @@ Say = Callable[[str], None]
 class Request:
     """What `biroute evaluate` was asked for; the fields are its options."""
 
-    run: Path
+    model: ModelChoice
     texts: Sequence[str]
     tasks: Sequence[str]
-    step: int | None = None
-    device: str = "auto"
-    precision: str = "fp32"
-    tokenizer: Path | None = None
     limit: int | None = None
     window: int | None = None
     window_tokens: int = 64
@@ -45,8 +41,6 @@ class Request:
     tracking: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"--precision={self.precision} is unknown; use fp32 or bf16")
         if self.stride is not None and not self.texts:
             raise UsageError(
                 f"--stride={self.stride} is for --text; held-out sequences are scored as training cuts them"
@@ -68,7 +62,7 @@ def evaluate(request: Request, say: Say) -> Evaluation:
     Raises:
         UsageError: as in `open_trained`, or what is to be measured does not fit the model or is not there.
     """
-    trained = _open(request, say)
+    trained = open_trained(request.model, say)
     window = _window(request.window, trained.config.model)
     material = _material(request, trained, say)
     text = TaskText(trained.tokenizer, material.pieces, trained.config.model.sequence_length)
@@ -82,7 +76,7 @@ def evaluate(request: Request, say: Say) -> Evaluation:
         else:
             count = request.limit or _QUESTIONS
             sections.append(_named(request, score_task(model, TASKS[name], text, count=count, seed=request.seed)))
-    settings = {"precision": request.precision, "window": window, "seed": request.seed}
+    settings = {"precision": request.model.precision, "window": window, "seed": request.seed}
     evaluation = Evaluation(str(trained.checkpoint), trained.meta.progress.step, settings, sections)
     if request.tracking:
         _record(trained, evaluation, say)
@@ -95,7 +89,7 @@ def check(request: Request, say: Say) -> tuple[str, bool]:
     Returns:
         The lines, and whether all tasks can run.
     """
-    trained = _open(request, say)
+    trained = open_trained(request.model, say)
     material = _material(request, trained, say)
     length = trained.config.model.sequence_length
     text = TaskText(trained.tokenizer, material.pieces, length)
@@ -116,13 +110,6 @@ def wanted_metrics(request: Request) -> set[str] | None:
     losses = {f"{PREFIX}{request.name or 'heldout'}/loss"}
     tasks = {f"{PREFIX}{_task_name(request, name)}/accuracy" for name in request.tasks if name != LOSS}
     return tasks | (losses if LOSS in request.tasks else set())
-
-
-def _open(request: Request, say: Say) -> Trained:
-    return open_trained(
-        request.run, step=request.step, device=request.device, precision=request.precision,
-        tokenizer=request.tokenizer, say=say,
-    )  # fmt: skip
 
 
 def _material(request: Request, trained: Trained, say: Say) -> Material:

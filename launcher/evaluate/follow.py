@@ -38,7 +38,7 @@ def evaluate_all(
     Raises:
         UsageError: as in `evaluate`, where it concerns every checkpoint; or none is valid.
     """
-    run_dir, done, valid = run_folder(request.run), set[int](), 0
+    run_dir, done, valid = run_folder(request.model.run), set[int](), 0
     wanted = wanted_metrics(request)
     if wanted is None:
         raise UsageError("--every-checkpoint with --text needs --name, by which results that exist are known")
@@ -53,7 +53,7 @@ def evaluate_all(
                 say(f"step {step} has its results already")
                 continue
             try:
-                found = evaluate(replace(request, step=step), say)
+                found = evaluate(replace(request, model=replace(request.model, step=step)), say)
             except UsageError as error:
                 if step in _steps(run_dir) and "damaged checkpoint" not in str(error):
                     raise

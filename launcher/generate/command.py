@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.generate.continuation import Continuation, Prompt, continue_prompts, encode_prompts
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.output import Terminal, as_json, summary
 from biroute.launcher.generate.settings import Settings
 from biroute.launcher.generate.trained import Say, Trained, open_trained
@@ -18,23 +18,16 @@ from biroute.launcher.generate.trained import Say, Trained, open_trained
 class Request:
     """What `biroute generate` was asked for, besides how tokens are chosen; the fields are its options."""
 
-    run: Path
+    model: ModelChoice
     texts: Sequence[str]
-    step: int | None
-    device: str
-    precision: str
-    tokenizer: Path | None
-    samples: int
-    batch_size: int
-    document_start: bool
-    truncate: bool
-    fast: bool
-    echo: bool
-    as_json: bool
+    samples: int = 1
+    batch_size: int = 8
+    document_start: bool = False
+    truncate: bool = False
+    echo: bool = False
+    as_json: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"--precision={self.precision} is unknown; use fp32 or bf16")
         for name, value in (("samples", self.samples), ("batch-size", self.batch_size)):
             if value < 1:
                 raise UsageError(f"--{name}={value} is out of range; use at least 1")
@@ -54,10 +47,7 @@ def generate(request: Request, settings: Settings, say: Say) -> str:
     Raises:
         UsageError: as in `open_trained` and `encode_prompts`.
     """
-    trained = open_trained(
-        request.run, step=request.step, device=request.device, precision=request.precision,
-        tokenizer=request.tokenizer, exact=False if request.fast else None, say=say,
-    )  # fmt: skip
+    trained = open_trained(request.model, say)
     prompts = _encode(request, settings, trained, say)
     terminal = Terminal(prompts, echo=request.echo)
     began = time.perf_counter()
@@ -94,7 +84,7 @@ def _about(
     return {
         "checkpoint": str(trained.checkpoint),
         "step": trained.meta.progress.step,
-        "precision": request.precision,
+        "precision": request.model.precision,
         "exact": trained.model.exact,
         "settings": asdict(settings),
     }

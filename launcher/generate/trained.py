@@ -20,6 +20,7 @@ from biroute.configs.schema import RunConfig
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.read.manifest import TOKENIZER_NAME
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, TOKENIZER
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.train.identity import TOKENIZER_FINGERPRINT, model_identity
 from biroute.model.decode.cached_model import CachedModel
 from biroute.model.language_model import LayerSequence, plan_layers
@@ -43,33 +44,19 @@ class Trained:
     model: CachedModel
 
 
-def open_trained(
-    run: Path,
-    *,
-    step: int | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    tokenizer: Path | None = None,
-    exact: bool | None = None,
-    say: Say = lambda _: None,
-) -> Trained:
+def open_trained(choice: ModelChoice, say: Say = lambda _: None) -> Trained:
     """Load a checkpoint of a run.
 
     Args:
-        run: the run's folder, or its configuration.
-        step: of the checkpoint; None: the newest one that is valid.
-        device: auto, cpu or cuda.
-        precision: fp32, in which checkpoints are stored, or bf16.
-        tokenizer: its file; None: the one that the run keeps, or else that of its dataset.
-        exact: as in `CachedModel`.
+        choice: which one, and how its model computes.
         say: called with a line about each thing that is not as expected and is passed over.
 
     Raises:
         UsageError: there is no valid checkpoint, no tokenizer, no such device, or the model is bidirectional.
     """
-    run_dir = run_folder(run)
-    place = choose_device(device)
-    for checkpoint in _candidates(run_dir / CHECKPOINTS, step):
+    run_dir = run_folder(choice.run)
+    place = choose_device(choice.device)
+    for checkpoint in _candidates(run_dir / CHECKPOINTS, choice.step):
         meta = read_meta(checkpoint)
         config = _config_of(run_dir, checkpoint, meta, say)
         if not config.model.causal:
@@ -77,30 +64,30 @@ def open_trained(
                 f"{checkpoint}: model.objective={config.model.objective} predicts masked tokens and cannot continue "
                 "a text; use a run with model.objective=causal"
             )
-        found = find_tokenizer(run_dir, config, meta, tokenizer)
+        found = find_tokenizer(run_dir, config, meta, choice.tokenizer)
         check_same_model(checkpoint, meta.model, model_identity(config, found.fingerprint))
         try:
             weights = dict(read_weights(checkpoint, verify=True))
         except UsageError as error:
-            if step is not None:
+            if choice.step is not None:
                 raise
             say(f"{error}; trying the one before it")
             continue
         layers = LayerSequence(plan_layers(config, groups_of_one(place)), place)
         load_weights(layers, weights)
-        model = CachedModel(layers.bfloat16() if precision == "bf16" else layers, config.model, exact=exact)
+        if choice.precision == "bf16":
+            layers = layers.bfloat16()
+        model = CachedModel(layers, config.model, exact=False if choice.fast else None)
         return Trained(config, checkpoint, meta, found, model)
     raise UsageError(f"{run_dir / CHECKPOINTS}: no checkpoint is valid; restore one, or train again")
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device of the model; auto: the GPU if there is one.
+    """Return the device of the model: auto (the GPU if there is one), cpu or cuda.
 
     Raises:
-        UsageError: a GPU is wanted and torch sees none, or there is no such device.
+        UsageError: a GPU is wanted and torch sees none.
     """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device={wanted} is unknown; use auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch sees no GPU here; use --device auto or cpu")
     return torch.device("cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda")

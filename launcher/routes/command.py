@@ -9,6 +9,7 @@ from typing import Any
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.trained import Say, Trained, open_trained
 from biroute.launcher.routes.page import page
 from biroute.launcher.routes.record import read_routes
@@ -19,16 +20,12 @@ from biroute.launcher.routes.report import layers_report, text_report
 class Request:
     """What `biroute routes` was asked for; the fields are its options. `out`: None writes no page."""
 
-    run: Path
+    model: ModelChoice
     text: str
     text_name: str
-    step: int | None
-    device: str
-    precision: str
-    tokenizer: Path | None
-    max_tokens: int | None
-    out: Path | None
-    as_json: bool
+    max_tokens: int | None = None
+    out: Path | None = None
+    as_json: bool = False
 
 
 def show_routes(request: Request, say: Say) -> str:
@@ -44,10 +41,7 @@ def show_routes(request: Request, say: Say) -> str:
     Raises:
         UsageError: as in `open_trained`, or the page cannot be written.
     """
-    trained = open_trained(
-        request.run, step=request.step, device=request.device, precision=request.precision,
-        tokenizer=request.tokenizer, say=say,
-    )  # fmt: skip
+    trained = open_trained(request.model, say)
     report = make_report(request, trained, say)
     if request.out is not None:
         try:
@@ -75,10 +69,10 @@ def make_report(request: Request, trained: Trained, say: Say) -> dict[str, Any]:
     shown = tokens[:longest]
     size = model.attention.region_size
     return {
-        "run": str(request.run),
+        "run": str(request.model.run),
         "checkpoint": str(trained.checkpoint),
         "step": trained.meta.progress.step,
-        "precision": request.precision,
+        "precision": request.model.precision,
         "text_name": request.text_name,
         "tokens_of_text": len(tokens),
         **text_report(shown, trained.tokenizer, size),

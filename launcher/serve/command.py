@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.trained import Say, open_trained
 from biroute.launcher.serve.metrics import Metrics
 from biroute.launcher.serve.server import LOOPBACK, Server
@@ -24,12 +24,7 @@ _SEND_SECONDS = 10.0
 class Request:
     """What `biroute serve` was asked for; the fields are its options."""
 
-    run: Path
-    step: int | None
-    device: str
-    precision: str
-    tokenizer: Path | None
-    fast: bool
+    model: ModelChoice
     host: str
     port: int
     max_batch: int
@@ -48,10 +43,7 @@ def serve(request: Request, say: Say) -> None:
     """
     stop = threading.Event()
     with _on_signals(stop.set):
-        trained = open_trained(
-            request.run, step=request.step, device=request.device, precision=request.precision,
-            tokenizer=request.tokenizer, exact=False if request.fast else None, say=say,
-        )  # fmt: skip
+        trained = open_trained(request.model, say)
         name = trained.checkpoint.resolve().parents[1].name
         metrics = Metrics()
         worker = Worker(trained.model, trained.tokenizer, request.max_batch, request.queue, metrics)

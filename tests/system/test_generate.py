@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.trained import open_trained
 
 
@@ -24,7 +25,7 @@ def test_tokens_and_probabilities_are_those_of_the_model_that_was_trained(
     assert done.status == 0, done.err
     answer = json.loads(done.out)
     assert answer["step"] == 2 and len(answer["texts"]) == 2
-    model = open_trained(trained)
+    model = open_trained(ModelChoice(trained))
     for text, prompt in zip(answer["texts"], prompts, strict=True):
         begun, ids = model.tokenizer.encode(prompt), [token["id"] for token in text["tokens"]]
         assert text["prompt_tokens"] == len(begun) and text["text"] == model.tokenizer.decode(ids)

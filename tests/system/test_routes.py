@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.trained import open_trained
 from biroute.launcher.routes.record import read_routes
 
@@ -24,7 +25,7 @@ def test_the_page_and_the_json_have_the_routes_of_the_model(
         r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "page.html").read_text()
     )
     assert json.loads(data) == found
-    model = open_trained(trained)
+    model = open_trained(ModelChoice(trained))
     tokens = model.tokenizer.encode(text)
     assert found["tokens_of_text"] == len(tokens) and found["tokens"] == tokens[: len(found["tokens"])]
     assert (len(found["tokens"]) < len(tokens)) == ("only the first" in done.err)

@@ -17,6 +17,7 @@ from biroute.launcher.chat.brief_routes import brief_routes
 from biroute.launcher.chat.conversation import Answer, Conversation
 from biroute.launcher.generate.chat_template import AnswerStream, Message, render
 from biroute.launcher.generate.continuation import Prompt, continue_prompts
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.settings import Settings
 from biroute.launcher.generate.trained import Trained
 
@@ -121,7 +122,7 @@ def test_the_commands(trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys:
     typed = b"/routes\n\n/help\n/what now\n\xff\nhello\n/routes\n/reset\n/routes\n/quit\nx\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
     said: list[str] = []
-    request = command.Request(Path("run"), None, "cpu", "fp32", None, False, None)
+    request = command.Request(ModelChoice(Path("run")), None)
     command.chat(request, Settings(max_tokens=8, seed=1), said.append)
     out = capsys.readouterr().out
     assert out.startswith(command.HELP) and len(out.splitlines()) > len(command.HELP.splitlines()) + 1

@@ -23,6 +23,7 @@ from biroute.launcher.evaluate.command import Request, check, evaluate, wanted_m
 from biroute.launcher.evaluate.forward import ForwardModel
 from biroute.launcher.evaluate.report import write_report
 from biroute.launcher.evaluate.results import table
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.track.evaluations import evaluated
 
 LENGTH = 32
@@ -47,7 +48,7 @@ def trained(tmp_path: Path, built: DataConfig, monkeypatch: pytest.MonkeyPatch) 
 
 
 def request(*texts: object, **options: Any) -> Request:
-    return Request(Path("run"), [str(one) for one in texts], options.pop("tasks", ["loss"]), **options)
+    return Request(ModelChoice(Path("run")), [str(one) for one in texts], options.pop("tasks", ["loss"]), **options)
 
 
 def test_heldout_sequences_are_those_of_training(trained: Any) -> None:

@@ -14,6 +14,7 @@ from biroute.launcher.attempts.journal import Attempt
 from biroute.launcher.evaluate import follow
 from biroute.launcher.evaluate.command import Request
 from biroute.launcher.evaluate.results import Evaluation
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.track.evaluations import record_evaluation
 
 
@@ -39,17 +40,17 @@ class Run:
         return SimpleNamespace(meta=meta, problem="torn" if self.problems.get(step) == "torn" else "")
 
     def _evaluate(self, request: Request, _: object) -> Evaluation:
-        assert request.step is not None
-        if problem := self.problems.get(request.step):
+        assert request.model.step is not None
+        if problem := self.problems.get(request.model.step):
             if problem == "pruned":
-                self.steps.remove(request.step)
+                self.steps.remove(request.model.step)
             raise UsageError(problem)
-        self.meanwhile(request.step)
-        record_evaluation(self.folder, request.step, {"evaluate/heldout/loss": 1.0}, self.said.append)
-        return Evaluation("c", request.step, {})
+        self.meanwhile(request.model.step)
+        record_evaluation(self.folder, request.model.step, {"evaluate/heldout/loss": 1.0}, self.said.append)
+        return Evaluation("c", request.model.step, {})
 
     def all(self, wait: Any = None, **options: Any) -> list[int]:
-        request = Request(self.folder, options.pop("texts", []), ["loss"], **options)
+        request = Request(ModelChoice(self.folder), options.pop("texts", []), ["loss"], **options)
         found = follow.evaluate_all(request, follow=wait is not None, say=self.said.append, wait=wait)
         return [one.step for one in found]
 

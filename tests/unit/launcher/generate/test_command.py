@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from biroute.launcher.generate.command import Request, _encode
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.generate.settings import Settings
 
 
@@ -20,10 +21,7 @@ class Letters:
 
 
 def request(truncate: bool) -> Request:
-    return Request(
-        Path("run"), ["p" * 40, "p" * 50], step=None, device="cpu", precision="fp32", tokenizer=None, samples=2,
-        batch_size=1, document_start=False, truncate=truncate, fast=False, echo=False, as_json=False,
-    )  # fmt: skip
+    return Request(ModelChoice(Path("run")), ["p" * 40, "p" * 50], samples=2, batch_size=1, truncate=truncate)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree, write_config
 from biroute.configs.schema import DataConfig, RunConfig
 from biroute.data_pipeline.prepare.tokenizer import load_tokenizer
-from biroute.launcher.generate.trained import choose_device, open_trained
+from biroute.launcher.generate.model_choice import ModelChoice
+from biroute.launcher.generate.trained import Trained, choose_device, open_trained
 from biroute.launcher.train.identity import model_identity
 from biroute.parallel.checkpoint.meta import META_NAME, CheckpointMeta, ParameterFiles, TrainingProgress
 from biroute.parallel.checkpoint.save import write_file
@@ -74,69 +76,73 @@ def damage(run: Path, step: int) -> None:
     path.write_bytes(data)
 
 
+def opened(run: Path, say: Callable[[str], None] = lambda _: None, **choice: Any) -> Trained:
+    return open_trained(ModelChoice(run, **choice), say)
+
+
 def test_the_newest_or_the_one_that_is_named(run: Path) -> None:
     said: list[str] = []
-    newest, first = open_trained(run, say=said.append), open_trained(run, step=1, say=said.append)
+    newest, first = opened(run, say=said.append), opened(run, step=1, say=said.append)
     assert [one.meta.progress.step for one in (newest, first)] == [2, 1] and not said
     norms = [dict(one.model.layers.named_weights())["norm.weight"] for one in (newest, first)]
     assert torch.allclose(norms[0] - norms[1], torch.ones(32), atol=1e-6)
     with pytest.raises(UsageError, match="no checkpoint of step 7; it has 2, 1"):
-        open_trained(run, step=7)
+        opened(run, step=7)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said_unless_it_is_named(run: Path) -> None:
     damage(run, 2)
     said: list[str] = []
-    assert open_trained(run, say=said.append).meta.progress.step == 1
+    assert opened(run, say=said.append).meta.progress.step == 1
     assert len(said) == 1 and "size or checksum differs" in said[0] and said[0].endswith("trying the one before it")
     with pytest.raises(UsageError, match="step-00000002: damaged checkpoint"):
-        open_trained(run, step=2)
+        opened(run, step=2)
     meta = run / "checkpoints" / "step-00000002" / META_NAME
     meta.write_text(meta.read_text()[:-9])
     with pytest.raises(UsageError, match=r"meta\.json is unreadable .*; choose another with --checkpoint"):
-        open_trained(run, step=2)
+        opened(run, step=2)
     damage(run, 1)
     with pytest.raises(UsageError, match="no checkpoint is valid; restore one"):
-        open_trained(run)
+        opened(run)
 
 
 def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nowhere has no folder checkpoints; name a run folder"):
-        open_trained(tmp_path / "nowhere")
+        opened(tmp_path / "nowhere")
     (run / "config.yaml").rename(run / "other.yaml")
     with pytest.raises(UsageError, match=r"has no config\.yaml, so its model is not known"):
-        open_trained(run)
+        opened(run)
     (run / "other.yaml").rename(run / "config.yaml")
-    assert open_trained(run / "config.yaml").meta.progress.step == 2  # a run by its configuration
+    assert opened(run / "config.yaml").meta.progress.step == 2  # a run by its configuration
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").mkdir()
     with pytest.raises(UsageError, match="has no complete checkpoint"):
-        open_trained(run)
+        opened(run)
 
 
 def test_the_tokenizer_is_the_runs_or_the_datasets_or_the_one_that_is_named(run: Path, built: DataConfig) -> None:
     (run / "tokenizer.model").rename(run / "elsewhere.model")
-    assert open_trained(run).tokenizer.encode("a")  # the dataset's
+    assert opened(run).tokenizer.encode("a")  # the dataset's
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["data"]["dir"] = str(run / "gone")
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(UsageError, match=r"\(\w{12}\) is missing: it is not in .*; name its file with"):
-        open_trained(run)
-    assert open_trained(run, tokenizer=run / "elsewhere.model").tokenizer.encode("a")
+        opened(run)
+    assert opened(run, tokenizer=run / "elsewhere.model").tokenizer.encode("a")
 
 
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
     path = next(iter((run / "checkpoints").glob("step-00000002"))) / META_NAME
     path.write_text(path.read_text().replace('"tokenizer fingerprint":"', '"tokenizer fingerprint":"0'))
     with pytest.raises(UsageError, match=r"is missing: .* is another one"):
-        open_trained(run)
+        opened(run)
 
 
 def test_settings_that_have_changed_since_are_those_of_the_checkpoint(run: Path, built: DataConfig) -> None:
     later = config_of(run, built, rope_base=500.0, dense_layers=[0], attention={"topk": 5})
     write_config(run / "config.yaml", later)
     said: list[str] = []
-    model = open_trained(run, say=said.append).config.model
+    model = opened(run, say=said.append).config.model
     assert (model.rope_base, model.dense_layers, model.attention.topk) == (10_000.0, (), 3)
     assert "model.attention.topk: 3, now 5" in said[0] and "those of the checkpoint are used" in said[0]
 
@@ -144,10 +150,10 @@ def test_settings_that_have_changed_since_are_those_of_the_checkpoint(run: Path,
 def test_a_tuple_of_the_checkpoint_is_read_back(tmp_path: Path, built: DataConfig) -> None:
     save(tmp_path, config_of(tmp_path, built, num_layers=2, dense_layers=[0, 1]), built, 1)
     write_config(tmp_path / "config.yaml", config_of(tmp_path, built, num_layers=2, dense_layers=[1]))
-    assert open_trained(tmp_path).config.model.dense_layers == (0, 1)
+    assert opened(tmp_path).config.model.dense_layers == (0, 1)
     shutil.rmtree(tmp_path / "checkpoints")
     save(tmp_path, config_of(tmp_path, built, num_layers=2, dense_layers=[0]), built, 1)
-    assert open_trained(tmp_path).config.model.dense_layers == (0,)
+    assert opened(tmp_path).config.model.dense_layers == (0,)
 
 
 def test_a_model_of_masked_tokens_cannot_continue(tmp_path: Path, built: DataConfig) -> None:
@@ -155,13 +161,15 @@ def test_a_model_of_masked_tokens_cannot_continue(tmp_path: Path, built: DataCon
     save(tmp_path, config, built, 1)
     write_config(tmp_path / "config.yaml", config)
     with pytest.raises(UsageError, match="objective=mlm predicts masked tokens and cannot continue"):
-        open_trained(tmp_path)
+        opened(tmp_path)
 
 
 def test_devices() -> None:
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(UsageError, match="--device=tpu is unknown; use auto, cpu or cuda"):
-        choose_device("tpu")
+        ModelChoice(Path("run"), device="tpu")
+    with pytest.raises(UsageError, match="--precision=fp8 is unknown; use fp32 or bf16"):
+        ModelChoice(Path("run"), precision="fp8")
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="--device=cuda: torch sees no GPU here"):
             choose_device("cuda")

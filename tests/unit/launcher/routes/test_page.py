@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.cli.routes import routes_app
+from biroute.launcher.generate.model_choice import ModelChoice
 from biroute.launcher.routes.command import Request, make_report
 from biroute.launcher.routes.page import page
 from biroute.launcher.routes.report import pieces
@@ -42,10 +43,7 @@ def report(text: str, said: list[str] | None = None, max_tokens: int | None = No
         config=config, tokenizer=Utf8(), model=cached_model(config), checkpoint=Path("run/step-00000003"),
         meta=SimpleNamespace(progress=SimpleNamespace(step=3)),
     )  # fmt: skip
-    request = Request(
-        Path("run"), text, "a<b>.txt", step=None, device="cpu", precision="fp32", tokenizer=None,
-        max_tokens=max_tokens, out=None, as_json=True,
-    )  # fmt: skip
+    request = Request(ModelChoice(Path("run")), text, "a<b>.txt", max_tokens=max_tokens, as_json=True)
     return make_report(request, trained, (said if said is not None else []).append)
 
 
