@@ -61,6 +61,7 @@ from biroute.data_pipeline.read.manifest import (
 
 _VERSION = 1  # changes all keys; to be raised when equal settings give different results
 _CHILD_FROM_BYTES = 1_000_000  # of a sample; a tokenizer of less is trained in a second
+_FEW_DOCUMENTS = 10_000  # are read again for an error's remedy
 _HELDOUT_DOCUMENTS = 5  # so many are expected to be held out with the fraction that an error proposes
 _TOKENIZER_RECORD = "tokenizer.json"
 
@@ -301,12 +302,34 @@ class _Build:
         if documents or (split == "heldout" and fraction == 0):
             return
         what = "no document for the held-out split" if split == "heldout" else "no document to train on"
-        enough = math.ceil(100 * min(0.5, _HELDOUT_DOCUMENTS / total)) / 100
-        remedy = f"raise it, such as to {enough:g} of these {total}" if split == "heldout" else "lower it"
         raise UsageError(
-            f"data.heldout_fraction={fraction} leaves {what}; {remedy}, give more documents, or lower "
-            "data.max_document_bytes so that long ones are split"
+            f"data.heldout_fraction={fraction} leaves {what}; {self._heldout_remedy(split, total)}, give more "
+            "documents, or lower data.max_document_bytes so that long ones are split"
         )
+
+    def _heldout_remedy(self, empty: Split, total: int) -> str:
+        """Return how to change the fraction so that both splits have documents."""
+        if total == 1:
+            return "set it to 0 to train without one" if empty == "heldout" else "set it to 0"
+        if total > _FEW_DOCUMENTS:
+            enough = math.ceil(1000 * _HELDOUT_DOCUMENTS / total) / 1000
+            return f"raise it, such as to {enough:g} of these {total}" if empty == "heldout" else "lower it"
+        # Which documents a fraction holds out is known: about a tenth of them, at least one, not all.
+        draws = sorted(
+            {
+                document.heldout_above
+                for source in self._data.sources
+                for document in read_documents(source, self._data, SourceCounts(), lambda _: None)
+            }
+        )
+        if len(draws) == 1:
+            return "set it to 0, since these documents are all the same one"
+        number = max(1, len(draws) // 10)
+        between = (draws[number - 1] + draws[number]) / 2
+        shortest = next(
+            round(between, n) for n in range(2, 18) if draws[number - 1] < round(between, n) < draws[number]
+        )
+        return f"set it to {shortest}, which holds out {number} of these {len(draws)}"
 
     def _total_bytes(self, sources: Iterable[SourceConfig]) -> int:
         return sum(file.size_bytes for source in sources for file in self._files[source.name])

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class Document(NamedTuple):
     text: str
     size_bytes: int  # size of the text in UTF-8
     heldout: bool
+    heldout_above: float  # a hash of the text, from 0 to 1: a larger data.heldout_fraction holds it out
     sample_rank: int  # a 64-bit hash of the text; the tokenizer is trained on the documents with the lowest ranks
 
 
@@ -111,11 +113,7 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
-            what = "is a folder; name its files, such as" if matches else "matches no file; correct it, such as"
-            if Path(pattern).name in (ENGLISH_NAME, CHINESE_NAME):
-                what = f"matches no file; `biroute data demo {shlex.quote(str(Path(pattern).parent))}` makes it"
-                raise UsageError(f"{where}: {pattern!r} {what}")
-            raise UsageError(f"{where}: {pattern!r} {what} '{pattern.rstrip('/*')}/*.txt'")
+            raise UsageError(f"{where}: {pattern!r} {why_no_file(pattern, folders=bool(matches))}")
         for name in files:
             _kind_of(name)
             try:
@@ -129,6 +127,24 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
             if seen.setdefault((stat.st_dev, stat.st_ino), name) == name:  # a link to a file is the same file
                 found[name] = SourceFile(name, stat.st_size, stat.st_mtime_ns)
     return list(found.values())
+
+
+def why_no_file(pattern: str, *, folders: bool) -> str:
+    """Say why a pattern names no file, and what to do; `folders`: it matches folders alone."""
+    if folders:
+        return f"is a folder; name its files, such as '{pattern.rstrip('/')}/*.txt'"
+    if Path(pattern).name in (ENGLISH_NAME, CHINESE_NAME):
+        return f"matches no file; `biroute data demo {shlex.quote(str(Path(pattern).parent))}` makes it"
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parent.parts)
+    folder = Path(*fixed)
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f"matches no file ({folder}: {error.strerror}); correct the path"
+    if not names:
+        return f"matches no file: the folder {folder} is empty; put text there, or name another"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"matches no file: {folder} holds {', '.join(names[:3])}{more}; correct the pattern"
 
 
 def with_heldout_fraction(data: DataConfig, total_bytes: int) -> DataConfig:
@@ -248,11 +264,12 @@ def _accept(text: str, cut: bool, data: DataConfig, counts: SourceCounts) -> Doc
         counts.short_documents += 1
         return None
     counts.documents += 1
-    digest = hashlib.blake2b(encoded, digest_size=16, key=_SPLIT_KEY).digest()
-    # The split depends on the content alone, so two copies of a text are always in the same split.
     fraction = _HELDOUT_FRACTION if data.heldout_fraction is None else data.heldout_fraction
-    heldout = int.from_bytes(digest[:8], "little") < fraction * 2.0**64
-    return Document(text, len(encoded), heldout, int.from_bytes(digest[8:], "little"))
+    # The split depends on the content alone, so two copies of a text are always in the same split.
+    digest = hashlib.blake2b(encoded, digest_size=16, key=_SPLIT_KEY).digest()
+    draw = int.from_bytes(digest[:8], "little")
+    heldout = draw < fraction * 2.0**64
+    return Document(text, len(encoded), heldout, draw / 2.0**64, int.from_bytes(digest[8:], "little"))
 
 
 def _jsonl_documents(

@@ -11,6 +11,7 @@ from pathlib import Path
 from biroute.configs.errors import UsageError
 from biroute.data_pipeline.prepare.json_lines import read_records
 from biroute.data_pipeline.prepare.source_file import open_bytes
+from biroute.data_pipeline.prepare.sources import why_no_file
 
 _JSON_LINES = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -54,8 +55,7 @@ def _files(patterns: Sequence[str]) -> list[str]:
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         files = [match for match in matches if Path(match).is_file()]
         if not files:
-            remedy = f"is no file; name its files, such as '{pattern.rstrip('/*')}/*.txt'"
-            raise UsageError(f"--text={pattern} {remedy if matches else 'matches no file; correct the path'}")
+            raise UsageError(f"--text={pattern} {why_no_file(pattern, folders=bool(matches))}")
         found |= dict.fromkeys(files)
     return list(found)
 

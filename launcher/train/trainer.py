@@ -131,8 +131,15 @@ class Trainer:
             values = self._values(report, rate, seconds)
             for hook in self.hooks:
                 hook.on_step(self.step, values)
+        limit = self.config.optim.max_skipped_steps
+        diverged = self._skipped_in_a_row >= limit
         if is_log_point(self.config.train, self.step):
             self._log(report, rate)
+        elif diverged:  # the point at which the run ends
+            for hook in self.hooks:
+                hook.on_point(self.step, self._values(report, rate, seconds))
+        if diverged:
+            raise DivergedError(self._explain_skipped(f"optim.max_skipped_steps={limit}"))
 
     def _count_skipped(self, report: StepReport, first: int) -> None:
         """Count a step that changed nothing, and say which sequences it had: `first` and those after it."""
@@ -141,13 +148,11 @@ class Trainer:
         self._unsound = report.skipped and not report.spike
         if not report.skipped:
             return
-        last, limit = first + self.config.train.global_batch_size - 1, self.config.optim.max_skipped_steps
+        last = first + self.config.train.global_batch_size - 1
         self._say(
             f"warning: step {self.step} is skipped, its gradient {_fault(report)} (loss {report.loss:g}, sequences "
             f"{first} to {last} of the training order)"
         )
-        if self._skipped_in_a_row >= limit:
-            raise DivergedError(self._explain_skipped(f"optim.max_skipped_steps={limit}"))
 
     def _explain_skipped(self, why: str) -> str:
         return (

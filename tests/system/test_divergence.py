@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def test_a_run_without_finite_gradients_ends(config_file: Path, run_dir: Path, c
     answer = command(
         "train", config_file, "optim.learning_rate=1e25", "train.steps=40",
         "optim.min_learning_rate=1e25", "checkpoint.every_steps=1", "checkpoint.keep=2", "optim.max_skipped_steps=4",
+        "train.log_every=40",
     )  # fmt: skip
     assert answer.status == 1, answer
     assert "no sound gradient in 4 steps in a row" in answer.err
@@ -32,7 +34,9 @@ def test_a_run_without_finite_gradients_ends(config_file: Path, run_dir: Path, c
     assert "no sound gradient in 4 steps in a row" in cause
     run, _ = only_run(run_dir)
     assert run.info.status == "FAILED"
-    assert points(run_dir)[-1]["metrics"]["optim/skipped_steps"] >= 3
+    last = points(run_dir)[-1]
+    assert last["step"] == int(re.findall(r"up to step (\d+)", cause)[0]), "the step at which it ends is logged"
+    assert last["metrics"]["optim/skipped_steps"] == 4
 
 
 def test_a_last_step_without_a_finite_gradient_is_no_finish(

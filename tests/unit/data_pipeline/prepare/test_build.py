@@ -24,7 +24,7 @@ from biroute.data_pipeline.prepare import build as build_module
 from biroute.data_pipeline.prepare import encode, shard_writer, source_build
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
-from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents, with_heldout_fraction
+from biroute.data_pipeline.prepare.sources import SourceCounts, read_documents
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.prepare.verify import verify_dataset
 from biroute.data_pipeline.read.manifest import WORK_NAME, Manifest, SourceEntry, SplitEntry, load_manifest, to_json
@@ -350,8 +350,8 @@ def test_full_disk_is_one_clear_line_and_the_build_continues(built: DataConfig, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heldout_fraction": 1e-9}, r"heldout_fraction=1e-09 leaves no document for the held-out split; raise it"),
-        ({"heldout_fraction": 1.0}, r"heldout_fraction=1.0 leaves no document to train on; lower it"),
+        ({"heldout_fraction": 1e-9}, r"heldout_fraction=1e-09 leaves no document for the held-out split; set it to"),
+        ({"heldout_fraction": 1.0}, r"heldout_fraction=1.0 leaves no document to train on; set it to"),
         ({"sources": []}, "data.sources is empty"),
         ({"sources": [{"name": "x", "paths": ["no-such/*.txt"]}]}, r"data.sources\[x\].paths: 'no-such/\*.txt'"),
         ({"tokenizer": {"vocab_size": 100_000}}, r"vocab_size=100000: the text yields only"),
@@ -401,15 +401,3 @@ def test_no_name_of_a_source_gets_in_the_way(tmp_path: Path) -> None:
     assert build_dataset(data, QUIET).rebuilt == names
     assert build_dataset(data, QUIET).rebuilt == ()
     verify_dataset(data.dir, deep=True)
-
-
-def test_of_little_text_a_tenth_is_held_out_and_of_much_a_hundredth(tmp_path: Path, built: DataConfig) -> None:
-    unset = built.model_copy(update={"dir": tmp_path / "dataset", "heldout_fraction": None})
-    manifest = build_dataset(unset, QUIET).manifest
-    assert manifest.settings["data.heldout_fraction"] == "0.1"
-    assert build_dataset(unset, QUIET).rebuilt == (), "the same on a second look"
-    assert fraction_of(9_999_999) == 0.1 and fraction_of(10_000_000) == 0.01
-
-
-def fraction_of(total_bytes: int) -> float | None:
-    return with_heldout_fraction(DataConfig(), total_bytes).heldout_fraction

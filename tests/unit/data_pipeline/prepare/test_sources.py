@@ -301,8 +301,11 @@ def test_source_without_documents_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing/*.txt", "matches no file"),
-        ("folder", "is a folder"),
+        ("nothing/*.txt", r"matches no file \(.*/nothing: No such file or directory\); correct the path"),
+        ("folder/*.txt", "matches no file: the folder .*/folder is empty; put text there, or name another"),
+        ("*.txt/a*", r"matches no file: \S+ holds a\.pdf, dangling\.txt, folder; correct the pattern"),
+        ("folder", r"is a folder; name its files, such as '.*/folder/\*\.txt'"),
+        ("fold*", r"is a folder; name its files, such as '.*/fold\*/\*\.txt'"),
         ("a.pdf", r"a\.pdf: unknown kind of file"),
         ("dangling.txt", r"dangling\.txt"),
     ],

@@ -196,7 +196,7 @@ def test_long_lines_are_not_lost() -> None:
 def test_sample_depends_on_the_documents_not_on_their_order() -> None:
     draw = random.Random(1)
     documents = [
-        Document(text, len(text.encode()), n % 10 == 0, draw.getrandbits(64)) for n, text in enumerate(TEXTS)
+        Document(text, len(text.encode()), n % 10 == 0, 0.5, draw.getrandbits(64)) for n, text in enumerate(TEXTS)
     ]
     samples = []
     for order in (documents, documents[::-1], draw.sample(documents, len(documents))):
