@@ -18,12 +18,15 @@ from pathlib import Path
 
 from biroute.configs.errors import EXIT_OK, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.load import load_config
+from biroute.configs.records import last_lines
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.failures import explain_end, format_first_failure
 from biroute.launcher.attempts.journal import FencingToken, Limits, begin_attempt, end_attempt, excluded_nodes
-from biroute.launcher.attempts.run_files import CONFIG, SUBMISSION, log_dir
+from biroute.launcher.attempts.run_files import CONFIG, LOGS, SUBMISSION, log_dir
 from biroute.launcher.ranks.environment import expand_nodes
 from biroute.launcher.track.tracker import close_after_crash
+
+_LINES = 1000  # of the job's output, which ranks do not write to
 
 
 def begin(run_dir: Path) -> int:
@@ -53,7 +56,7 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     config = job_config(run_dir)
     logs = log_dir(run_dir, attempt)
     nodes = expand_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
-    found = explain_end(logs, status, signal_name, nodes)
+    found = explain_end(logs, status, signal_name, nodes, said_during(run_dir, attempt))
     slurm = config.slurm
     limits = Limits(
         slurm.max_restarts, slurm.max_crashes_at_same_step, slurm.requeue, slurm.max_restarts_without_progress
@@ -65,6 +68,16 @@ def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:
     if decision == "stop" and found.crash:
         close_after_crash(FencingToken(run_dir, attempt))
     return decision or "stop"
+
+
+def said_during(run_dir: Path, attempt: int) -> list[str]:
+    """Return the lines that Slurm and the batch script wrote into the job's output during an attempt."""
+    try:
+        lines = last_lines(run_dir / LOGS / f"slurm-{os.environ.get('SLURM_JOB_ID', '')}.out", _LINES)
+    except OSError:
+        return []
+    begun = max((n for n, line in enumerate(lines) if f"] attempt {attempt} on " in line), default=0)
+    return lines[begun:]
 
 
 def job_config(run_dir: Path) -> RunConfig:

@@ -45,6 +45,9 @@ _WORDS_OF_SLURM = {
     "REQUEUED": "queued again by Slurm or an administrator",
     "CANCELLED": "scancel",
 }
+_OUT_OF_MEMORY = re.compile(r"oom[-_ ]?kill|out[- ]of[- ]memory|can't allocate memory|MemoryError", re.IGNORECASE)
+_OF_THE_GPU = re.compile(r"(CUDA|HIP) (error: )?out of memory", re.IGNORECASE)
+_LESS_MEMORY = "lower train.microbatch_size, or set train.activation_checkpointing=true"
 _RANKS_NAMED = 4
 _LINES_OF_LOG_SHOWN = 25
 _BRIEF_CHARACTERS = 300
@@ -183,7 +186,9 @@ def nodes_not_begun(logs: Path, nodes: Sequence[str]) -> dict[str, list[str]]:
     return {node: ["BiRoute's Python did not start there"] for node in missing} if begun & set(nodes) else {}
 
 
-def explain_end(logs: Path, status: int, signal_name: str = "", nodes: Sequence[str] = ()) -> End:
+def explain_end(
+    logs: Path, status: int, signal_name: str = "", nodes: Sequence[str] = (), said: Sequence[str] = ()
+) -> End:
     """Explain why an attempt ended with `status`.
 
     Args:
@@ -191,6 +196,7 @@ def explain_end(logs: Path, status: int, signal_name: str = "", nodes: Sequence[
         status: exit status of its ranks' launcher.
         signal_name: the signal that the job received, if any, and how Slurm ended it, such as `USR1 (TIMEOUT)`.
         nodes: all nodes of a Slurm job.
+        said: lines that Slurm wrote during the attempt.
     """
     signal_name, _, ended_by = signal_name.rstrip(")").partition(" (")
     signal_name = f"SIG{signal_name.removeprefix('SIG')}" if signal_name else ""
@@ -214,11 +220,11 @@ def explain_end(logs: Path, status: int, signal_name: str = "", nodes: Sequence[
         unknown = f"an error in the configuration or data, or Python did not start; see {logs}"
         return End(status, first.error if first is not None else unknown, step)
     if first is not None and first.kind != "peer":
-        return End(status, str(first), first.step, crash=True)
+        return End(status, f"{first}{_memory_remedy([first.error])}", first.step, crash=True)
     if signal_name and first is None:
         name = f"{words} ({signal_name})" if words else signal_name
         return End(status, f"{name}; the ranks ended before they could save", step)
-    return End(status, _cause_without_record(logs, status, first), step, crash=True)
+    return End(status, _cause_without_record(logs, status, first, said), step, crash=True)
 
 
 def format_first_failure(logs: Path) -> str:
@@ -263,15 +269,27 @@ def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
     return f"ranks {named}" + (f" and {more} more" if more > 0 else "")
 
 
-def _cause_without_record(logs: Path, status: int, first: Failure | None) -> str:
+def _cause_without_record(logs: Path, status: int, first: Failure | None, said: Sequence[str]) -> str:
     silent = silent_ranks(logs)
     if not silent:
-        return f"it {ending(status)} before any rank wrote a heartbeat"
+        return f"it {ending(status)} before any rank wrote a heartbeat{_memory_remedy(said)}"
     last = f"last seen at step {max(heartbeat.step for heartbeat in silent)}"
+    # slurmstepd writes into the output of the ranks that it kills, srun into that of the job.
+    if remedy := _memory_remedy([*said, *(tail_of_log(logs, one.rank) for one in silent[:_RANKS_NAMED])]):
+        return f"{name_ranks(silent)} ended without recording anything ({last}){remedy}"
     killed = f"{name_ranks(silent)} ended without recording anything, as after SIGKILL or the loss of a node ({last}"
     if first is None:
         return f"{killed}); the job {ending(status)}"
     return f"{killed}); the others lost their connection to it"
+
+
+def _memory_remedy(said: Sequence[str]) -> str:
+    """Return the words for a rank that got no more memory; "" if nothing that was said is about that."""
+    if any(_OF_THE_GPU.search(text) for text in said):
+        return f": the GPU's memory ran out; {_LESS_MEMORY}"
+    if any(_OUT_OF_MEMORY.search(text) for text in said):
+        return f": memory ran out; give the job more (memory_per_node of the cluster profile), or {_LESS_MEMORY}"
+    return ""
 
 
 def _brief(text: str) -> str:

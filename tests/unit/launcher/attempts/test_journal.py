@@ -40,6 +40,7 @@ from biroute.launcher.attempts.journal import (
     read_attempts,
 )
 from biroute.launcher.attempts.run_files import log_dir
+from biroute.slurm.job import said_during
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2, max_restarts_without_progress=10)
 
@@ -209,6 +210,33 @@ def test_cause_where_no_rank_recorded_anything(logs: Path, tmp_path: Path) -> No
     assert nothing.crash
 
 
+KILLED = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.1. Some of the step tasks have been OOM Killed."
+
+
+@pytest.mark.parametrize(("job", "rank"), [("srun: error: n1: task 1: Out Of Memory", ""), ("", KILLED)])
+def test_a_rank_that_got_no_more_memory(logs: Path, job: str, rank: str) -> None:
+    for number in (0, 2):
+        fail(logs, number, 1.0, "peer")
+    log_file(logs, 1).write_text(f"step 7\n{rank}\n")
+    cause = explain_end(logs, 137, said=["srun: n1: task 1: Killed", job]).cause
+    assert cause.startswith("rank 1 on n1 ended without recording anything (last seen at step 7): memory ran out; ")
+    log_file(logs, 0).write_text("a document about the OOM-killer\n")  # of a rank that was not killed
+    log_file(logs, 1).write_text("step 7\n")
+    assert "memory" not in explain_end(logs, 137, said=["srun: n1: task 1: Killed"]).cause
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "the GPU's memory ran out; lower train."),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you", "memory ran out; give the job more (mem"),
+    ],
+)
+def test_an_error_about_memory_has_a_remedy(logs: Path, error: str, remedy: str) -> None:
+    fail(logs, 1, 1.0, "error", error)
+    assert explain_end(logs, 1).cause.startswith(f"rank 1 on n1: {error}: {remedy}")
+
+
 def test_cause_of_a_stop(logs: Path) -> None:
     before = explain_end(logs, 75, "TERM")
     assert (before.cause, before.crash) == ("SIGTERM before training began", False)
@@ -294,3 +322,12 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert answer.returncode == 2
     assert len(answer.stderr.splitlines()) == 1
     assert "gone" in answer.stderr
+
+
+def test_what_slurm_said_is_that_of_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert said_during(tmp_path, 1) == []
+    (tmp_path / "logs").mkdir()
+    lines = [f"[job 7, start {n}] attempt {n} on n1, logs\nsrun: error: of {n}" for n in (1, 2)]
+    (tmp_path / "logs" / "slurm-7.out").write_text("\n".join(lines) + "\n")
+    assert [line[-4:] for line in said_during(tmp_path, 2)] == ["logs", "of 2"]

@@ -58,7 +58,7 @@ def test_lines_that_are_refused(tmp_path: Path, line: str, message: str) -> None
 
 
 def test_patterns_that_match_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="matches no file: the folder .* is empty; put text there"):
+    with pytest.raises(UsageError, match=r"matches no file: the folder .* is empty; put text there"):
         read_texts([str(tmp_path / "*.txt")], lambda _: None)
-    with pytest.raises(UsageError, match="is no file; name its files"):
+    with pytest.raises(UsageError, match="is a folder; name its files"):
         read_texts([str(tmp_path)], lambda _: None)
