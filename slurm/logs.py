@@ -13,7 +13,7 @@ from biroute.launcher.attempts.failures import bad_nodes, format_first_failure, 
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import LOGS, log_dir
 from biroute.slurm import client
-from biroute.slurm.reasons import in_words
+from biroute.slurm.reasons import why_it_waits
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 
@@ -108,9 +108,9 @@ def _waiting(run: RunFolder) -> str:
     """Say what a run without an attempt waits for; "" if it has no job."""
     with contextlib.suppress(UsageError):
         for job in run.jobs():
-            why = f": {in_words(job.reason, job.job_id)}" if job.reason else ""
-            begins = f", expected to begin {job.begins}" if job.begins else ""
-            return f"job {job.job_id} is {job.state.lower()}{why}{begins}; nothing is printed before it begins"
+            why = why_it_waits(job.reason, job.begins, job.job_id)
+            begun = f"job {job.job_id} is {job.state.lower()}"
+            return f"{begun}{': ' if why else ''}{why}; nothing is printed before it begins"
     return ""
 
 

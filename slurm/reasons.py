@@ -53,6 +53,12 @@ def in_words(reason: str, job_id: str = "JOB") -> str:
     return f"{found.words.replace('JOB', job_id)}{never}{name}"
 
 
+def why_it_waits(reason: str, begins: str, job_id: str) -> str:
+    """Say what a job waits for and when Slurm expects it to begin, as far as it says so."""
+    expected = f"expected to begin {begins}" if begins else ""
+    return ", ".join(part for part in (in_words(reason, job_id), expected) if part)
+
+
 def find(reason: str) -> Reason | None:
     """Return what a reason means; None for one that is not known here."""
     name = reason.strip("()").partition(",")[0]

@@ -17,7 +17,7 @@ from biroute.launcher.track.progress_line import duration
 from biroute.launcher.track.uploader import values_waiting
 from biroute.slurm import client
 from biroute.slurm.client import Job
-from biroute.slurm.reasons import in_words
+from biroute.slurm.reasons import why_it_waits
 from biroute.slurm.run_folder import RunFolder
 
 STATES = (
@@ -166,8 +166,7 @@ def run_state(
     if live:
         job = live[0]
         if job.state == "PENDING":
-            begins = f", expected to begin {job.begins}" if job.begins else ""
-            return "queued", f"{in_words(job.reason, job.job_id)}{begins}"
+            return "queued", why_it_waits(job.reason, job.begins, job.job_id)
         if job.state != "RUNNING":
             return "ending", job.state.lower()
         return ("running", "") if last is not None and last.ended is None else ("starting", "")

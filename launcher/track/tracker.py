@@ -49,7 +49,7 @@ def open_tracker(
     notify: Callable[[str], None] | None = None,
     fencing_token: FencingToken | None = None,
 ) -> Tracker:
-    """Open the tracker of a run, on rank 0. With `tracking.enabled=false` only the metrics log is written.
+    """Open the tracker of a run, on rank 0. With `tracking.enabled=false` nothing is sent.
 
     The first call in a process takes some seconds, to import mlflow and create a new SQLite file; it does not wait
     for a server.
@@ -74,9 +74,8 @@ def open_tracker(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics_log = MetricsLog(run_dir / METRICS_LOG)
-        if uri is None:
-            return Tracker(metrics_log, None, notify, flush_seconds=0.0, owned=owned)
-        target = f"{without_password(uri)} {experiment_name(config)}"
+        # What describes the run is kept even where it is not tracked, for a later `biroute track sync`.
+        target = f"{without_password(uri)} {experiment_name(config)}" if uri is not None else ""
         state = TrackingState.load(run_dir / UPLOAD_STATE, target, metrics_log.size_bytes, notify)
         state.attempt = fencing_token.attempt if fencing_token else state.attempt + 1
         state.tags, state.headline = dict(tags) or state.tags, headline or state.headline
@@ -85,6 +84,8 @@ def open_tracker(
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
         raise UsageError(f"train.run_dir={run_dir}: {reason}; use a writable folder") from None
+    if uri is None:
+        return Tracker(metrics_log, None, notify, flush_seconds=0.0, owned=owned)
     prepare_mlflow(uri, config.tracking.timeout_seconds)
     keep_library_logs(log_dir(run_dir, state.attempt) / LIBRARY_LOG)
     say = _with_address(uri, notify)

@@ -49,7 +49,7 @@ class TrackingState:
     """How far the metrics log is uploaded, and to which MLflow run. Saved atomically."""
 
     path: Path
-    target: str  # URI without password, and experiment
+    target: str  # URI without password, and experiment; "": never tracked so far
     run_key: _Id = field(default_factory=lambda: uuid.uuid4().hex)  # finds a run whose creation was not confirmed
     run_id: _Id | None = None
     run_name: str = ""  # as it was last set; a name that a person has given stays
@@ -67,7 +67,7 @@ class TrackingState:
 
     @classmethod
     def load(cls, path: Path, target: str, metrics_log_bytes: int, notify: Callable[[str], None]) -> TrackingState:
-        """Read the state, or create a new one.
+        """Read the state, or create a new one; with an empty target it is only kept, for a later `track sync`.
 
         For another experiment than before all is sent again, to a new run. At another address the run is looked for,
         since that may be another name of the same server.
@@ -85,10 +85,11 @@ class TrackingState:
             )
             return cls._new(path, target)
         state._settle(notify)
-        if state.target != target:
-            notify(f"earlier attempts were sent to {state.target}, this one goes to {target}, with all before it")
-            if state.target.partition(" ")[2] != target.partition(" ")[2]:
-                state.begin_new_run()
+        if target not in ("", state.target):
+            if state.target:
+                notify(f"earlier attempts were sent to {state.target}, this one goes to {target}, with all before it")
+                if state.target.partition(" ")[2] != target.partition(" ")[2]:
+                    state.begin_new_run()
             state.target, state.sent_bytes = target, 0
             state.artifacts = dict.fromkeys(state.artifacts, "")
         if state.sent_bytes > metrics_log_bytes:  # the metrics log was replaced

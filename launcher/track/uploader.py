@@ -250,6 +250,7 @@ def values_after(path: Path, start_byte: int) -> int:
 def values_waiting(run_dir: Path) -> int:
     """Return how many values of a run MLflow does not have yet; 0 if it is not tracked."""
     try:
-        return values_after(run_dir / METRICS_LOG, read_state(run_dir / UPLOAD_STATE).sent_bytes)
+        state = read_state(run_dir / UPLOAD_STATE)
+        return values_after(run_dir / METRICS_LOG, state.sent_bytes) if state.target else 0
     except (OSError, ValueError, TypeError):
         return 0

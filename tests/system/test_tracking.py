@@ -400,11 +400,11 @@ def test_another_uri_gets_the_whole_run(tmp_path: Path) -> None:
     assert len(logged(run_dir)) == 2
 
 
-def test_switched_off_tracking_writes_only_the_metrics_log(tmp_path: Path) -> None:
+def test_switched_off_tracking_writes_only_into_the_run_folder(tmp_path: Path) -> None:
     tracker = open_tracker(make_config(enabled=False), tmp_path / "run", tags={})
     tracker.log(1, {"train/loss": 1.0})
     tracker.log_artifact(tmp_path)
     tracker.close("FINISHED")
     assert [point.metrics for point in read_points(tmp_path / "run" / "metrics.jsonl")] == [{"train/loss": 1.0}]
     assert sorted(os.listdir(tmp_path)) == ["run"]
-    assert os.listdir(tmp_path / "run") == ["metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "mlflow_run.json", "tracking_state.json"]

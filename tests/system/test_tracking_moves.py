@@ -17,8 +17,10 @@ from biroute.launcher.attempts.failures import End, Heartbeat, write_heartbeat
 from biroute.launcher.attempts.journal import begin_attempt, end_attempt
 from biroute.launcher.attempts.run_files import log_dir
 from biroute.launcher.track import uploader
+from biroute.launcher.track.sync import sync_run
 from biroute.launcher.track.tracker import Tracker, open_tracker
 from biroute.launcher.track.upload_state import DatasetFacts
+from biroute.launcher.track.uploader import values_waiting
 
 from .conftest import Answer
 from .test_tracking import client_of, history, logged, make_config, state_of, troubles, until
@@ -194,3 +196,25 @@ def test_sync_sends_what_waits_and_says_where_it_is(database: Path, tmp_path: Pa
     again = command("track", "sync", run_dir)
     assert again.status == 0 and f"{run_dir}: 0 values and 0 files sent" in again.out
     assert "wait for MLflow" not in command("status", run_dir).out
+
+
+def test_what_was_not_tracked_can_be_sent_later(database: Path, tmp_path: Path) -> None:
+    run_dir, said = tmp_path / "run", list[str]()
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(
+        f"tracking: {{uri: '{uri_of(database)}'}}\ntrain: {{run_dir: '{run_dir}', steps: 100}}\n"
+    )
+    untracked = opened(database, run_dir, enabled=False)
+    log(untracked, range(1, 4))
+    untracked.close("FINISHED")
+    assert runs(database) == [] and values_waiting(run_dir) == 0
+    assert sync_run(run_dir, said.append).values == 6
+    (run,) = runs(database)
+    assert run.info.run_name == "run [data 2]" and run.inputs.dataset_inputs[0].dataset.name == "poems"
+    assert run.data.tags["mlflow.note.content"].startswith("1.5 M parameters\n")
+    untracked = opened(database, run_dir, enabled=False)
+    log(untracked, range(4, 6))
+    untracked.close("FINISHED")
+    assert sync_run(run_dir, said.append).values == 4 and len(runs(database)) == 1
+    assert history(uri_of(database), run_dir) == logged(run_dir) and len(logged(run_dir)) == 5
+    assert not [line for line in said if "earlier attempts" in line]
