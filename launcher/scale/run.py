@@ -144,10 +144,10 @@ def _config_of(
 def _send_rest(size: Size, say: Say) -> None:
     """Send what MLflow has not received of a size that has ended, for example because the machine went down."""
     try:
-        sent = read_state(size.run_dir / UPLOAD_STATE).sent_bytes
+        state = read_state(size.run_dir / UPLOAD_STATE)
     except (OSError, ValueError, TypeError):
-        return  # it was trained without tracking
-    if sent < (size.run_dir / METRICS_LOG).stat().st_size:
+        return
+    if state.target and state.sent_bytes < (size.run_dir / METRICS_LOG).stat().st_size:
         sync_run(size.run_dir, say)
 
 

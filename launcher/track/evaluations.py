@@ -111,6 +111,8 @@ def _state_of(run_dir: Path, uri: str, experiment: str, say: Callable[[str], Non
     try:
         state = read_state(run_dir / UPLOAD_STATE)
     except (OSError, ValueError, TypeError):
+        state = None
+    if state is None or not state.target:  # nothing was tracked so far
         say(f"{run_dir} has no MLflow run yet; {_LATER} {EVALUATIONS_LOG}")
         return None
     if state.run_id is None or state.target != f"{without_password(uri)} {experiment}":
