@@ -67,45 +67,10 @@ def run(
         write_atomically(config.train.run_dir / TOKENIZER, dataset.tokenizer.model_bytes)
         hooks = [Observer(config, layout, dataset, fencing_token, log), *hooks]
 
-    def say(text: str) -> None:
-        for hook in hooks:
-            hook.on_message(text)
-
     status: Status = "FAILED"
     cause = "an error on rank 0"
     try:
-        prepare_megatron(place.device)
-        for line in _first_lines(config, dataset, layout):
-            say(line)
-        mesh = build_mesh(layout, collective_timeout(config.train))
-        engine = build_engine(config, mesh, place.device)
-        stop_consensus.check_before_training()
-        checkpoints = config.train.run_dir / CHECKPOINTS
-        about = about_run(config, dataset) | {"layout": str(layout), "written_by": writer(fencing_token.attempt)}
-        progress = load_checkpoint(engine, checkpoints, about, say)
-        stop_consensus.check_before_training()
-        position = progress.sequences if progress else 0
-        loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
-        heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-        hosts = gather_messages(socket.gethostname())
-        system = SystemMetrics(hosts, place.rank, place.device)
-        measurements = Measurements(engine, system, Stragglers(layout, hosts, say))
-        trainer = Trainer(
-            config,
-            engine,
-            loader,
-            heldout,
-            checkpoints,
-            about,
-            stop_consensus,
-            watchdog,
-            measurements,
-            hooks,
-        )
-        if progress is not None:
-            trainer.resume(progress)
-        with loader:
-            trainer.fit()
+        _train(config, place, layout, dataset, fencing_token.attempt, stop_consensus, watchdog, hooks)
         status, cause = "FINISHED", explain_end(logs, EXIT_OK).cause
     except StoppedError:
         if place.rank == 0:
@@ -122,6 +87,47 @@ def run(
         for hook in hooks:
             hook.on_end(status, cause)
     dist.barrier()  # no rank leaves while another still needs it
+
+
+def _train(
+    config: RunConfig,
+    place: Place,
+    layout: Layout,
+    dataset: Dataset,
+    attempt: int,
+    stop_consensus: StopConsensus,
+    watchdog: Watchdog,
+    hooks: Sequence[TrainerHook],
+) -> None:
+    """Build the engine and its data, and train to the last step, from the newest checkpoint if there is one."""
+
+    def say(text: str) -> None:
+        for hook in hooks:
+            hook.on_message(text)
+
+    prepare_megatron(place.device)
+    for line in _first_lines(config, dataset, layout):
+        say(line)
+    mesh = build_mesh(layout, collective_timeout(config.train))
+    engine = build_engine(config, mesh, place.device)
+    stop_consensus.check_before_training()
+    checkpoints = config.train.run_dir / CHECKPOINTS
+    about = about_run(config, dataset) | {"layout": str(layout), "written_by": writer(attempt)}
+    progress = load_checkpoint(engine, checkpoints, about, say)
+    stop_consensus.check_before_training()
+    position = progress.sequences if progress else 0
+    loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
+    heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
+    hosts = gather_messages(socket.gethostname())
+    system = SystemMetrics(hosts, place.rank, place.device)
+    measurements = Measurements(engine, system, Stragglers(layout, hosts, say))
+    trainer = Trainer(
+        config, engine, loader, heldout, checkpoints, about, stop_consensus, watchdog, measurements, hooks
+    )
+    if progress is not None:
+        trainer.resume(progress)
+    with loader:
+        trainer.fit()
 
 
 def _first_lines(config: RunConfig, dataset: Dataset, layout: Layout) -> Iterator[str]:
