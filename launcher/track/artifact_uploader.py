@@ -44,6 +44,7 @@ class ArtifactUploader(threading.Thread):
         self._new: deque[Path] = deque()
         self._uploaded_at: dict[str, float] = {}
         self._failed: dict[str, tuple[str, int, float]] = {}  # path -> version, tries, when to try again
+        self._left_alone_until = 0.0  # what a busy server asked for, by time.monotonic()
         self._wake, self._closing, self._done = (threading.Event() for _ in range(3))
 
     def add(self, path: Path) -> None:
@@ -96,7 +97,7 @@ class ArtifactUploader(threading.Thread):
         if version in (None, self._state.artifacts.get(key)):
             return
         failed, _, again_at = self._failed.get(key, ("", 0, 0.0))
-        if failed == version and time.monotonic() < again_at:
+        if (failed == version and time.monotonic() < again_at) or time.monotonic() < self._left_alone_until:
             return
         try:
             self._destination.log_artifact(path.resolve())
@@ -113,13 +114,15 @@ class ArtifactUploader(threading.Thread):
         tries = tries + 1 if before == version else 1
         status = http_status(error)
         refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-        reason = self._destination.explain(error).reason
+        trouble = self._destination.explain(error)
+        reason = trouble.reason
         if refused:
             self._say(f"refuses the file {path} ({reason}); it stays there, and metrics are not affected")
         elif tries == 2:  # not after the first: the next try may succeed
             self._say(f"the file {path} is not uploaded yet ({reason}); it is tried again, metrics are not affected")
         pause = math.inf if refused else min(_LOOK_SECONDS * 2 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
         self._failed[key] = (version, tries, time.monotonic() + pause)
+        self._left_alone_until = time.monotonic() + trouble.retry_after
 
     def _save(self) -> None:
         try:

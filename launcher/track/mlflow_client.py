@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from biroute.configs.files import append_file, file_lock
+from biroute.launcher.track.mlflow_retry_after import note_retry_after
 from biroute.launcher.track.uri import sqlite_path
 
 _LOCK_SECONDS = 20.0
@@ -39,6 +40,8 @@ def prepare_mlflow(uri: str, timeout_seconds: float) -> None:
 
     if uri.startswith("http"):
         import mlflow.store.tracking.rest_store
+
+        note_retry_after()
     else:
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:

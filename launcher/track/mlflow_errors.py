@@ -28,6 +28,7 @@ class Trouble:
     reason: str
     permanent: bool = False  # waiting does not help: something has to be changed
     timed_out: bool = False
+    retry_after: float = 0.0  # seconds for which the server wants to be left alone
 
 
 def explain(error: Exception, uri: str) -> Trouble:

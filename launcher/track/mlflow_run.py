@@ -21,6 +21,7 @@ from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
 from biroute.launcher.track.mlflow_errors import MlflowStateError, Trouble, code_of, explain, is_refusal
 from biroute.launcher.track.mlflow_experiment import experiment_for_new_run
 from biroute.launcher.track.mlflow_note import note_tags
+from biroute.launcher.track.mlflow_retry_after import seconds_to_wait
 from biroute.launcher.track.run_summary import RunSummary
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uri import experiment_name, run_page
@@ -143,7 +144,7 @@ class MlflowRun:
 
     def explain(self, error: Exception) -> Trouble:
         """Explain an error of one of the calls above."""
-        return explain(error, self._uri)
+        return replace(explain(error, self._uri), retry_after=seconds_to_wait())
 
     def set_timeout(self, seconds: float) -> None:
         """Let each call wait so long for an answer."""

@@ -197,9 +197,11 @@ class Uploader(threading.Thread):
 
     def _what_follows(self) -> str:
         """Say what happens to the points after a failure."""
+        wish = self._trouble.retry_after
+        busy = f", and asks to be left alone for {wish:.0f} s" if wish else ""
         slow = f" (tracking.timeout_seconds={self._first_timeout:g}; calls now wait up to {self._timeout:g} s)"
         return (
-            f"{slow if self._trouble.timed_out else ''}; training continues, {self.waiting()} values wait in "
+            f"{busy}{slow if self._trouble.timed_out else ''}; training continues, {self.waiting()} values wait in "
             f"{self._metrics_log_path} and are sent later"
         )
 
@@ -219,10 +221,13 @@ class Uploader(threading.Thread):
         if self._trouble.permanent:
             pause = _PERMANENT_PAUSE_SECONDS
         pause *= random.uniform(0.75, 1.25)  # so that many runs do not come back at the same moment
+        left_alone_until = time.monotonic() + self._trouble.retry_after
         if self._closing.is_set():
-            self._given_up.wait(min(pause, _CLOSING_PAUSE_SECONDS))  # little time is left, so retry often
+            pause = min(pause, _CLOSING_PAUSE_SECONDS)  # little time is left, so retry often
         else:
-            self._closing.wait(pause)
+            self._closing.wait(max(pause, self._trouble.retry_after))
+            pause = 0.0
+        self._given_up.wait(max(pause, left_alone_until - time.monotonic()))
 
 
 def next_batch(path: Path, start_byte: int, most_metrics: int = _MOST_METRICS) -> tuple[list[Point], int]:

@@ -6,11 +6,14 @@ import errno
 import http.server
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 
+from biroute.launcher.track import mlflow_retry_after
 from biroute.launcher.track.mlflow_client import keep_library_logs, open_client, prepare_mlflow
 from biroute.launcher.track.mlflow_errors import Trouble, explain
 
@@ -19,10 +22,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """Answers with the status that the first part of the path names, and a page for people."""
 
     def do_GET(self) -> None:
-        name = self.path.split("/")[1]
+        name, asked = (*self.path.split("/")[1].split("+"), "")[:2]
         if name == "slow":
             self.server.stopped.wait(10)  # type: ignore[attr-defined]
         self.send_response(int(name) if name.isdigit() else 200)
+        if asked:
+            seconds = time.time() + float(asked.removeprefix("date"))
+            self.send_header("Retry-After", formatdate(seconds, usegmt=True) if "date" in asked else asked)
         self.end_headers()
         self.wfile.write(b"<html>Sign in</html>")
 
@@ -75,6 +81,18 @@ def test_what_a_server_answers(uri: str, words: str, permanent: bool, server: st
     assert words in found.reason
     assert found.permanent == permanent
     assert found.timed_out == ("timed out" in words)
+
+
+@pytest.mark.parametrize(
+    ("answer", "least", "most"),
+    [("503+7", 6, 7), ("429+date30", 28, 30), ("503", 0, 0), ("500+9", 0, 0), ("503+99999", 599, 600)],
+)
+def test_how_long_a_server_wants_to_be_left_alone(
+    answer: str, least: float, most: float, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_retry_after, "_left_alone_until", 0.0)
+    trouble_at(f"http://{server}/{answer}", tmp_path)
+    assert least <= mlflow_retry_after.seconds_to_wait() <= most
 
 
 def test_a_proxy_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Store:
         return False
 
     def explain(self, error: Exception) -> Trouble:
-        return Trouble(str(error), isinstance(error, PermissionError), isinstance(error, TimeoutError))
+        wish = 0.8 if isinstance(error, BlockingIOError) else 0.0
+        return Trouble(str(error), isinstance(error, PermissionError), isinstance(error, TimeoutError), wish)
 
     def set_timeout(self, seconds: float) -> None:
         self.timeout = seconds
@@ -164,6 +166,25 @@ def test_a_server_that_is_good_only_now_and_then_gets_everything(tmp_path: Path)
     until(lambda: len(store.points) == 2 * STEPS)
     uploader.finish(END, 20)
     assert store.ended == ["FINISHED"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_wants_to_be_left_alone_is_also_at_the_end(tmp_path: Path) -> None:
+    calls: list[float] = []
+
+    def busy(call: str, size: int) -> None:
+        calls.append(time.monotonic())
+        if len(calls) <= 3:
+            raise BlockingIOError("answers 503")
+
+    store = Store(busy)
+    uploader, said = begin(tmp_path, store)
+    uploader.start()
+    until(lambda: len(calls) == 2)
+    uploader.finish(END, 20)
+    assert store.ended == ["FINISHED"] and len(store.points) == 2 * STEPS
+    assert all(second - first >= 0.8 for first, second in pairwise(calls[:4]))
+    assert said[0].startswith("answers 503, and asks to be left alone for 1 s; training continues")
 
 
 def test_no_pause_is_longer_than_ten_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
