@@ -21,6 +21,7 @@ from torch import Tensor
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.core import AttentionState, CoreAttention
 from biroute.model.decode.attention import LayerCache, PromptAttention, TokenAttention
+from biroute.model.decode.step_layers import StepLayers
 from biroute.model.language_model import LayerSequence
 
 # Sequences of one step. MKL's products of 4 rows have the bits of those of 1,024, as in training; those of 1 and 2
@@ -63,6 +64,7 @@ class CachedModel:
         self.cores = [module for module in layers.modules() if isinstance(module, CoreAttention)]
         if not model.causal or any(core.shard is not None for core in self.cores):
             raise ValueError("a cache needs a causal model whose sequences are whole")
+        self._step_layers = StepLayers(layers)
         weight = next(layers.parameters())
         self.device = weight.device
         default = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -131,8 +133,8 @@ class CachedModel:
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
         tokens = [token for _, token in pairs] + [0] * (self.rows - len(pairs))
         with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs], self.exact)):
-            hidden_1BC = self.layers.hidden_states(torch.tensor(tokens, device=self.device)[:, None])
-        return self._logits(hidden_1BC[0][:, None])[: len(pairs)]
+            hidden_BC = self._step_layers.hidden_states(torch.tensor(tokens, device=self.device))
+        return self._step_layers.logits(hidden_BC)[: len(pairs)].float()
 
     def _logits(self, hidden_B1C: Tensor) -> Tensor:
         """Hidden states [B, 1, C] of up to `rows` tokens -> fp32 logits of as many, [B, V]."""
