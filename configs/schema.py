@@ -289,10 +289,10 @@ class TrainConfig(Section):
         description="precision of training; bf16 keeps fp32 master weights and accumulates gradients in fp32",
         json_schema_extra=RECIPE,
     )
-    exact_attention: bool = Field(
+    exact_sums: bool = Field(
         False,
-        description="on CPUs in fp32: compute attention in fp64 and round once; training then has, to the bit, the "
-        "routes and logits of `biroute generate`, for about a fifth more time",
+        description="on CPUs in fp32: sum matrix products and attention in fp64 and round once; training then has, "
+        "to the bit, the routes and logits of `biroute generate`, for about three quarters more time",
         json_schema_extra=RECIPE,
     )
     activation_checkpointing: bool = Field(
@@ -368,7 +368,7 @@ class RunConfig(Section):
                 "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed keeps fp32 master weights only from "
                 "ZeRO 1 on; set parallel.zero_stage=1 (with one data rank it shards nothing)"
             )
-        if self.train.exact_attention:
+        if self.train.exact_sums:
             for field, value in (
                 ("parallel.region", self.parallel.region if self.parallel.region > 1 else None),
                 ("train.precision", self.train.precision if self.train.precision != "fp32" else None),
@@ -376,8 +376,8 @@ class RunConfig(Section):
             ):
                 if value is not None:
                     raise ValueError(
-                        f"train.exact_attention with {field}={value}: it is for CPUs in fp32 that hold whole "
-                        f"sequences; leave {field} or train.exact_attention out"
+                        f"train.exact_sums with {field}={value}: it is for CPUs in fp32 that hold whole "
+                        f"sequences; leave {field} or train.exact_sums out"
                     )
         refusable = {name for name, kind in fields_on_resume(RunConfig) if kind == "identity"} | {DATASET}
         wrong = [name for name in self.train.accept_changes if name not in refusable]

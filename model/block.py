@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.sequence_shard import SequenceShard
+from biroute.model.exact_sums import ExactColumnParallelLinear, ExactRowParallelLinear
 from biroute.model.norm import RMSNorm
 
 
@@ -116,13 +117,13 @@ class Block(nn.Module):
         activation_checkpointing: bool = False,
         shard: SequenceShard | None = None,
         sequence_parallel: bool = False,
-        exact_attention: bool = False,
+        exact_sums: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.layer = TransformerLayer(
             megatron_config(model, groups.tp.size(), sequence_parallel),
-            _submodules(model, groups, shard, sequence_parallel, exact_attention),
+            _submodules(model, groups, shard, sequence_parallel, exact_sums),
             layer_number=layer + 1,
             pg_collection=groups,
         )
@@ -142,16 +143,18 @@ def _submodules(
     groups: ProcessGroupCollection,
     shard: SequenceShard | None,
     sequence_parallel: bool,
-    exact_attention: bool,
+    exact_sums: bool,
 ) -> TransformerLayerSubmodules:
     """Megatron-core's layer, all local modules, our norm and our core attention."""
     norm_of_a_share = ModuleSpec(RMSNorm, params={"partial_gradient_group": groups.tp})
     norm = norm_of_a_share if sequence_parallel else RMSNorm
     head_norm = norm_of_a_share if model.qk_norm else None
+    column = ExactColumnParallelLinear if exact_sums else ColumnParallelLinear
+    row = ExactRowParallelLinear if exact_sums else RowParallelLinear
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=partial(MegatronCoreAttention, model, groups.tp.rank(), shard, exact_attention),
-        linear_proj=RowParallelLinear,
+        linear_qkv=column,
+        core_attention=partial(MegatronCoreAttention, model, groups.tp.rank(), shard, exact_sums),
+        linear_proj=row,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
@@ -164,7 +167,7 @@ def _submodules(
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
         ),
         mlp_bda=get_bias_dropout_add,
     )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.block import Block, megatron_config
+from biroute.model.exact_sums import ExactColumnParallelLinear, exact_product
 from biroute.model.norm import RMSNorm
 
 
@@ -54,10 +55,10 @@ def plan_layers(
     model = config.model
     sequence_parallel = config.parallel.sequence_parallel and groups.tp.size() > 1
     common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
-    vocabulary = {**common, "vocab_size": config.padded_vocab_size}
     train = config.train
+    common |= {"exact_sums": train.exact_sums}
+    vocabulary = {**common, "vocab_size": config.padded_vocab_size}
     block = {**common, "activation_checkpointing": train.activation_checkpointing, "shard": shard}
-    block |= {"exact_attention": train.exact_attention}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
     norm |= {"partial_gradient_group": groups.tp} if sequence_parallel else {}
     plans: list[tuple[str, type[nn.Module], dict[str, Any]]] = [("embedding", Embedding, vocabulary)]
@@ -111,7 +112,12 @@ class Embedding(VocabParallelEmbedding):
     """
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection, sequence_parallel: bool
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        groups: ProcessGroupCollection,
+        sequence_parallel: bool,
+        exact_sums: bool = False,
     ) -> None:
         super().__init__(
             vocab_size,
@@ -121,13 +127,14 @@ class Embedding(VocabParallelEmbedding):
             config=megatron_config(model, groups.tp.size(), sequence_parallel),
             tp_group=groups.tp,
         )
+        self.product = exact_product if exact_sums else F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, S] int64 -> [S, B, C]; or hidden states [S, B, C] -> logits [S, B, V / T]."""
         scattered = self.reduce_scatter_embeddings
         if x.is_floating_point():
             every_token = gather_from_sequence_parallel_region if scattered else copy_to_tensor_model_parallel_region
-            return F.linear(every_token(x, group=self.tp_group), self.weight)
+            return self.product(every_token(x, group=self.tp_group), self.weight)
         # Where it scatters, Megatron-core itself puts the tokens first.
         return super().forward(x if scattered else x.t().contiguous())
 
@@ -136,10 +143,16 @@ class Head(nn.Module):
     """Untied output projection, [S, B, C] (`sequence_parallel`: [S / T, B, C]) -> logits [S, B, V / T]."""
 
     def __init__(
-        self, model: ModelConfig, vocab_size: int, groups: ProcessGroupCollection, sequence_parallel: bool
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        groups: ProcessGroupCollection,
+        sequence_parallel: bool,
+        exact_sums: bool = False,
     ) -> None:
         super().__init__()
-        self.projection = ColumnParallelLinear(
+        linear = ExactColumnParallelLinear if exact_sums else ColumnParallelLinear
+        self.projection = linear(
             model.hidden_size,
             vocab_size,
             config=megatron_config(model, groups.tp.size(), sequence_parallel),

@@ -1,11 +1,12 @@
-"""A trained model that continues sequences token by token, through the very layers that were trained.
+"""A trained model that continues sequences token by token, with the weights and the attention that were trained.
 
-There is no second definition of the model: `CachedModel` walks the modules of `LayerSequence`, and only replaces the
-attention of each layer, for the time of a call, by attention over its pages (`attention.py`).
+`PlainLayers` runs the layers; in place of its attention, each layer attends over its pages (`attention.py`) for the
+time of a call.
 
-What a sequence gets does not depend on the others in a call, to the bit. A prompt is computed by itself. A step takes
-`rows` sequences at a time, always that many, with padding where there are fewer: a matrix product of a fixed shape
-gives each row the same bits whatever the other rows hold. Attention takes one sequence at a time.
+What a sequence gets does not depend on the others in a call, to the bit. A prompt is computed by itself, and
+attention takes one sequence at a time. With exact sums a row has the same bits in any number of rows. Without, a step
+takes `rows` sequences at a time, always that many, with padding where there are fewer: a matrix product of a fixed
+shape gives each row the same bits whatever the other rows hold.
 
 Shapes: B sequences, S tokens, C hidden size, V padded vocabulary.
 """
@@ -21,12 +22,10 @@ from torch import Tensor
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.core import AttentionState, CoreAttention
 from biroute.model.decode.attention import LayerCache, PromptAttention, TokenAttention
-from biroute.model.decode.step_layers import StepLayers
+from biroute.model.decode.plain_layers import PlainLayers
 from biroute.model.language_model import LayerSequence
 
-# Sequences of one step. MKL's products of 4 rows have the bits of those of 1,024, as in training; those of 1 and 2
-# rows, by another algorithm, do not (tests/unit/model/decode/test_cached_model.py), but 1 row is faster.
-ROWS = 4
+ROWS = 4  # sequences of one step on a GPU
 
 
 class CachedSequence:
@@ -54,8 +53,9 @@ class CachedModel:
         Args:
             layers: of the model, with its weights.
             model: its configuration.
-            exact: attend in fp64, rounded once (`CoreAttention.attend_exactly`), so that where a prompt ends
-                changes no bit; otherwise that holds within rounding, and a CPU is faster. None: on a CPU in fp32.
+            exact: sum products and attention in fp64 and round once (`biroute.model.exact_sums`), so that where a
+                prompt ends changes no bit; otherwise that holds within rounding, with less time and memory. None: on
+                a CPU in fp32.
 
         Raises:
             ValueError: the model is bidirectional, or its layers share sequences with other ranks.
@@ -64,12 +64,12 @@ class CachedModel:
         self.cores = [module for module in layers.modules() if isinstance(module, CoreAttention)]
         if not model.causal or any(core.shard is not None for core in self.cores):
             raise ValueError("a cache needs a causal model whose sequences are whole")
-        self._step_layers = StepLayers(layers)
         weight = next(layers.parameters())
         self.device = weight.device
         default = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.exact = default if exact is None else exact
-        self.rows = 1 if weight.device.type == "cpu" and not self.exact else ROWS
+        self.rows = None if self.exact else 1 if weight.device.type == "cpu" else ROWS
+        self._plain_layers = PlainLayers(layers, exact=self.exact)
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
@@ -84,8 +84,8 @@ class CachedModel:
         Raises:
             ValueError: there is no token, or there are more than `sequence_length`.
         """
-        sequence, hidden_SBC = self._begin(tokens)
-        return sequence, self._logits(hidden_SBC[-1:].transpose(0, 1))[0]
+        sequence, hidden_SC = self._begin(tokens)
+        return sequence, self._logits(hidden_SC[-1:])[0]
 
     @torch.no_grad()
     def every_logit(self, tokens: Sequence[int]) -> Tensor:
@@ -94,21 +94,19 @@ class CachedModel:
         Raises:
             ValueError: as in `prefill`.
         """
-        _, hidden_SBC = self._begin(tokens)
-        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(self.rows)])
+        _, hidden_SC = self._begin(tokens)
+        return torch.cat([self._logits(part) for part in hidden_SC.split(self.rows or len(tokens))])
 
     def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
-        """Return a new sequence of the tokens, and their hidden states [S, 1, C]."""
+        """Return a new sequence of the tokens, and their hidden states [S, C]."""
         length, size = len(tokens), self.model.attention.region_size
         if not 1 <= length <= self.model.sequence_length:
             raise ValueError(f"{length} tokens: a prompt has 1 ... {self.model.sequence_length}")
         caches = [LayerCache(core) for core in self.cores]
-        # At least `ROWS` tokens, or matrix products would be of another kind.
-        whole = min(-(-max(length, ROWS) // size) * size, self.model.sequence_length)
-        padded = [*tokens, *[0] * (whole - length)]
+        padded = [*tokens, *[0] * (-length % size)]
         with self._attending(lambda layer: PromptAttention(caches[layer], length, self.exact)):
-            hidden_SBC = self.layers.hidden_states(torch.tensor([padded], device=self.device))
-        return CachedSequence(caches), hidden_SBC[:length]
+            hidden_BSC = self._plain_layers.hidden_states(torch.tensor([padded], device=self.device))
+        return CachedSequence(caches), hidden_BSC[0, :length]
 
     @torch.no_grad()
     def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
@@ -128,19 +126,21 @@ class CachedModel:
         longest = self.model.sequence_length
         if any(one.length >= longest for one in sequences):
             raise ValueError(f"a sequence has {longest} tokens, as many as the model takes")
-        return torch.cat([self._step(pairs[first : first + self.rows]) for first in range(0, len(pairs), self.rows)])
+        rows = self.rows or len(pairs)
+        return torch.cat([self._step(pairs[first : first + rows]) for first in range(0, len(pairs), rows)])
 
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
-        tokens = [token for _, token in pairs] + [0] * (self.rows - len(pairs))
+        padding = (self.rows or len(pairs)) - len(pairs)
+        tokens_BS = torch.tensor([[token] for _, token in pairs] + [[0]] * padding, device=self.device)
         with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs], self.exact)):
-            hidden_BC = self._step_layers.hidden_states(torch.tensor(tokens, device=self.device))
-        return self._step_layers.logits(hidden_BC)[: len(pairs)].float()
+            hidden_BSC = self._plain_layers.hidden_states(tokens_BS)
+        return self._logits(hidden_BSC[: len(pairs), 0])
 
-    def _logits(self, hidden_B1C: Tensor) -> Tensor:
-        """Hidden states [B, 1, C] of up to `rows` tokens -> fp32 logits of as many, [B, V]."""
-        padding = self.rows - hidden_B1C.shape[0]
-        padded_1BC = torch.nn.functional.pad(hidden_B1C.transpose(0, 1), (0, 0, 0, padding))
-        return self.layers.logits(padded_1BC)[0, : self.rows - padding].float()
+    def _logits(self, hidden_BC: Tensor) -> Tensor:
+        """Hidden states [B, C] of up to `rows` tokens -> fp32 logits of as many, [B, V]."""
+        padding = (self.rows or hidden_BC.shape[0]) - hidden_BC.shape[0]
+        padded = torch.nn.functional.pad(hidden_BC, (0, 0, 0, padding)) if padding else hidden_BC
+        return self._plain_layers.logits(padded)[: hidden_BC.shape[0]]
 
     @contextmanager
     def _attending(self, state_of: Callable[[int], AttentionState]) -> Iterator[None]:

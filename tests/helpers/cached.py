@@ -19,7 +19,7 @@ from biroute.parallel.mesh.megatron import groups_of_one
 VOCABULARY = 320
 
 
-def tiny_config(changes: dict[str, Any] | None = None, *, exact_attention: bool = False) -> RunConfig:
+def tiny_config(changes: dict[str, Any] | None = None, *, exact_sums: bool = False) -> RunConfig:
     """Two layers, four query heads in two groups, six regions of 8 tokens; `changes` are those of `model`."""
     changes = changes or {}
     attention = {"region_size": 8, "topk": 4, "descriptors_per_region": 1} | changes.get("attention", {})
@@ -27,7 +27,7 @@ def tiny_config(changes: dict[str, Any] | None = None, *, exact_attention: bool 
     # Weights large enough that tokens differ from one another, and with them their routes.
     model = sizes | {"init_std": 0.1} | changes | {"attention": attention}
     data = {"tokenizer": {"vocab_size": VOCABULARY}}
-    return config_from_tree({"model": model, "data": data, "train": {"exact_attention": exact_attention}}, "test")
+    return config_from_tree({"model": model, "data": data, "train": {"exact_sums": exact_sums}}, "test")
 
 
 def cached_model(config: RunConfig) -> CachedModel:

@@ -94,8 +94,8 @@ SHOWN_BY: dict[str, str] = {
     },
     "train.microbatch_size": f"{ENGINE}test_blocks_are_recomputed_and_microbatches_have_their_size",
     "train.activation_checkpointing": f"{ENGINE}test_blocks_are_recomputed_and_microbatches_have_their_size",
-    "train.exact_attention": (
-        "unit/model/decode/test_cached_model.py::test_training_with_exact_attention_has_the_bits_of_decoding"
+    "train.exact_sums": (
+        "unit/model/decode/test_cached_model.py::test_training_with_exact_sums_has_the_bits_of_decoding"
     ),
     "train.precision": "distributed/parallel/engine/test_precision.py::test_bf16_gradients_are_near_those_of_fp32",
     "train.seed": f"{ENGINE}test_the_seed_draws_the_weights",
@@ -110,7 +110,7 @@ SHOWN_BY: dict[str, str] = {
     "checkpoint.every_steps": RUN,
     "checkpoint.keep": RUN,
     "checkpoint.keep_every": "distributed/launcher/train/test_saving.py::test_a_save_is_tried_again",
-    "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_the_metrics_log",
+    "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_into_the_run_folder",
     "tracking.uri": RUN,
     "tracking.experiment": RUN,
     "tracking.run_name": RUN,

@@ -96,8 +96,8 @@ def test_schedules() -> None:
         ("train.device=cuda", {"train": {"device": "cuda"}}),
     ],
 )
-def test_exact_attention_is_refused_where_it_could_not_be(field: str, tree: dict[str, dict[str, object]]) -> None:
-    train = {"exact_attention": True, **tree.get("train", {})}
-    with pytest.raises(UsageError, match=f"train.exact_attention with {field}: .* leave .* out"):
+def test_exact_sums_is_refused_where_it_could_not_be(field: str, tree: dict[str, dict[str, object]]) -> None:
+    train = {"exact_sums": True, **tree.get("train", {})}
+    with pytest.raises(UsageError, match=f"train.exact_sums with {field}: .* leave .* out"):
         config_from_tree(tree | {"train": train}, "test")
-    assert config_from_tree({"train": {"exact_attention": True}}, "test").train.exact_attention
+    assert config_from_tree({"train": {"exact_sums": True}}, "test").train.exact_sums

@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("length", [48, 29, 1])
 def test_they_are_those_of_training(changes: dict[str, Any], length: int) -> None:
-    model = cached_model(tiny_config(changes, exact_attention=True))
+    model = cached_model(tiny_config(changes, exact_sums=True))
     tokens = random_tokens(length)
     with recorded_routes(model) as routes, torch.no_grad():
         model.layers(torch.tensor([tokens + random_tokens(48 - length, seed=9)]))

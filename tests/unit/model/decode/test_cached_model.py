@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers.cached import cached_model, random_tokens, recorded_routes, tiny_config
 from torch import Tensor
-from torch.nn.functional import linear
 
 from biroute.model.decode import pages
-from biroute.model.decode.cached_model import ROWS, CachedModel
+from biroute.model.decode.attention import TokenAttention
+from biroute.model.decode.cached_model import CachedModel
 
 KINDS: dict[str, dict[str, Any]] = {
     "a route a token": {},
@@ -88,8 +88,8 @@ def test_it_is_the_same_to_the_bit_where_a_prompt_ends(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a route a token", "a route for 4 tokens", "every kind of layer", "every region"])
-def test_training_with_exact_attention_has_the_bits_of_decoding(kind: str) -> None:
-    model = cached_model(tiny_config(KINDS[kind] | {"num_layers": 3}, exact_attention=True))
+def test_training_with_exact_sums_has_the_bits_of_decoding(kind: str) -> None:
+    model = cached_model(tiny_config(KINDS[kind] | {"num_layers": 3}, exact_sums=True))
     for tokens in (repeated_text(), random_tokens(48)):
         expected, routes = whole_forward(model, tokens)
         rows, found = decoded_after(model, tokens, 11)
@@ -153,15 +153,16 @@ def test_a_sequence_alone_has_the_bits_that_it_has_in_a_batch(kind: str, exact: 
             assert torch.equal(logits, alone[number]), f"sequence {number} among {together}"
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="it is a property of MKL's matrix products")
-@pytest.mark.parametrize("sizes", [(64, 96), (256, 1408), (704, 256), (2816, 512)], ids=str)
-def test_products_of_rows_have_the_bits_of_trainings(sizes: tuple[int, int]) -> None:
-    """Why a step has `ROWS` rows."""
-    inner, outer = sizes
-    x, weight = torch.randn(256, inner), torch.randn(outer, inner)
-    whole = linear(x, weight)
-    parts = [linear(rows, weight) for rows in x.split(ROWS)]
-    assert torch.equal(torch.cat(parts), whole)
+@pytest.mark.parametrize("kind", ["a route a token", "query and key norm, untied", "every kind of layer"])
+def test_fast_steps_have_the_bits_of_the_layers_themselves(kind: str) -> None:
+    """The layers straight from their weights, against Megatron-core's modules in the same shapes."""
+    begun = cached_model(tiny_config(KINDS[kind]))
+    model, tokens = CachedModel(begun.layers, begun.model, exact=False), random_tokens(30)
+    ours, theirs = (model.prefill(tokens[:20])[0] for _ in range(2))
+    for token in tokens[20:]:
+        logits = model.step([ours], [token])
+        with model._attending(lambda layer: TokenAttention([theirs.layers[layer]], False)), torch.no_grad():
+            assert torch.equal(logits, model.layers(torch.tensor([[token]]))[0])
 
 
 @pytest.mark.parametrize("kind", ["a route for 2 tokens", "a descriptor a key", "random"])
