@@ -45,4 +45,5 @@ class KeySmear(nn.Module):
         if before is None:
             before = torch.zeros_like(k[:, :, :1])
         share_G1D = self.share.view(k.shape[1], 1, k.shape[3])
-        return k + share_G1D * torch.cat((before, k[:, :, :-1]), 2)
+        preceding = before if k.shape[2] == 1 else torch.cat((before, k[:, :, :-1]), 2)
+        return k + share_G1D * preceding

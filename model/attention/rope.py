@@ -57,16 +57,16 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _rotate(x.detach(), cosines, sines, 1.0)
+        return rotate(x.detach(), cosines, sines)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cosines, sines = ctx.saved_tensors
-        return _rotate(dout, cosines, sines, -1.0), None, None
+        return rotate(dout, cosines, sines, -1.0), None, None
 
 
-def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
-    """Rotate by the angles, or by their negatives with `direction` -1."""
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float = 1.0) -> Tensor:
+    """Rotate as `apply_rotary` does, without autograd; by the negative angles with `direction` -1."""
     # Products and sums are separate operations, each rounded: whether a fused one is used would depend on the memory
     # layout.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -159,7 +159,7 @@ def choose_regions(
 ) -> Tensor:
     """Choose the regions of consecutive query blocks from the descriptors of both sides.
 
-    Training calls it for many blocks, decoding for one: a block gets the same route from both.
+    A block gets the same route alone and among others.
 
     Args:
         queries_BGND: fp32 [B, G, N, D], as from `query_descriptors`.
@@ -193,8 +193,6 @@ def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
     # Products in fp64, rounded to fp32, are the same for every chunk shape (see `_exact_mean`). One descriptor of
     # every region is taken at a time, because a maximum over many short rows takes longer than the products.
     queries_BGND = queries_BGND.double()
-    if queries_BGND.shape[2] == 1:  # decoding, where the number of operations is what takes time
-        return (queries_BGND @ keys_nBGDR).amax(0).float()
     best_BGNR = queries_BGND @ keys_nBGDR[0]
     for keys_BGDR in keys_nBGDR[1:]:
         torch.maximum(best_BGNR, queries_BGND @ keys_BGDR, out=best_BGNR)
@@ -225,12 +223,12 @@ def select_regions(affinity_BGNR: Tensor, own_N: Tensor, rule: RouteRule) -> Ten
     if rule.attention_sink:
         bias_NR[:, 0] = torch.inf
     slots = min(rule.topk, num_regions)
-    route_BGNK = _top_regions(affinity_BGNR + bias_NR, slots)
+    route_BGNK = top_regions(affinity_BGNR + bias_NR, slots)
     padding = rule.topk - slots
     return torch.nn.functional.pad(route_BGNK, (0, padding), value=-1) if padding else route_BGNK
 
 
-def _top_regions(score_BGNR: Tensor, slots: int) -> Tensor:
+def top_regions(score_BGNR: Tensor, slots: int) -> Tensor:
     """Return the best `slots` regions with a score above -inf, ascending; the lower region wins a tie."""
     num_regions = score_BGNR.shape[-1]
     value, route = score_BGNR.topk(min(slots + 1, num_regions), sorted=True)

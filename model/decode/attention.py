@@ -17,7 +17,7 @@ from torch import Tensor
 
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.core import CoreAttention
-from biroute.model.attention.rope import apply_rotary, rotary_tables
+from biroute.model.attention.rope import rotary_tables, rotate
 from biroute.model.decode.pages import Candidates, Pages
 
 
@@ -78,14 +78,20 @@ class TokenAttention:
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend q [B, H, 1, D], k and v [B, G, 1, D], before RoPE, to themselves and what came before."""
+        if q.shape[0] == 1:
+            return self._attend_row(core, self.caches[0], q, k, v)
         out = torch.zeros_like(q, memory_format=torch.contiguous_format)
         for b, cache in enumerate(self.caches):
             row = slice(b, b + 1)
-            rotated_q, keys_GXD, values_GXD = _seen_by_token(core, cache, q[row], k[row], v[row])
-            if self.exact:
-                rotated_q, keys_GXD, values_GXD = rotated_q.double(), keys_GXD.double(), values_GXD.double()
-            out[row] = _softmax_attention(rotated_q, keys_GXD, values_GXD)
+            out[row] = self._attend_row(core, cache, q[row], k[row], v[row])
         return out
+
+    def _attend_row(self, core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend the token of one sequence, [1, heads, 1, D] each; gives [1, H, 1, D]."""
+        rotated_q, keys_GXD, values_GXD = _seen_by_token(core, cache, q, k, v)
+        if not self.exact:
+            return _softmax_attention(rotated_q, keys_GXD, values_GXD)
+        return _softmax_attention(rotated_q.double(), keys_GXD.double(), values_GXD.double()).to(q.dtype)
 
 
 def _seen_by_token(
@@ -97,8 +103,13 @@ def _seen_by_token(
     """
     pages, token = cache.pages, cache.pages.length
     smeared = k if core.key_smear is None else core.key_smear(k, pages.last_key)
-    pages.last_key = k.clone()
-    rotated_q, rotated_k = (_rotate(x, token, core.model) for x in (q, smeared))
+    pages.last_key = k
+    # Rows of one table for all positions, which is what training uses, and is computed once.
+    model = core.model
+    tables = rotary_tables(model.sequence_length, 0, model.head_size, model.rope_base, q.device)
+    cosines, sines = (table[token : token + 1] for table in tables)
+    rotated = rotate(torch.cat((q, smeared), 1), cosines, sines)
+    rotated_q, rotated_k = rotated.split((q.shape[1], k.shape[1]), 1)
     pages.append(rotated_k, v)
     if core.kind == "dense":
         return rotated_q, *pages.everything()
@@ -131,12 +142,6 @@ def sliding_window(model: ModelConfig, token: int, device: torch.device) -> Tens
     own = token // attention.region_size
     region_K = torch.arange(attention.topk, device=device) + max(0, own - attention.topk + 1)
     return region_K.masked_fill(region_K > own, -1)
-
-
-def _rotate(x: Tensor, token: int, model: ModelConfig) -> Tensor:
-    # Rows of one table for all positions, which is what training uses, and is computed once.
-    tables = rotary_tables(model.sequence_length, 0, x.shape[3], model.rope_base, x.device)
-    return apply_rotary(x, *(table[token : token + 1] for table in tables))
 
 
 def _softmax_attention(q: Tensor, keys_GXD: Tensor, values_GXD: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from biroute.model.attention.routing import (
     route_query_blocks,
 )
 from biroute.model.attention.rule import RouteRule
+from biroute.model.decode.block_route import route_of_block
 
 
 class Pages:
@@ -100,7 +101,7 @@ class Pages:
 class Candidates:
     """The descriptors of one sequence's complete regions in one layer, and the choice between them.
 
-    On the CPU they are kept in fp64, in which affinities are computed, so that nothing is converted for each token.
+    They are in fp32, as they are defined.
     """
 
     def __init__(self, rule: RouteRule, longest: int, first_kv_head: int = 0) -> None:
@@ -108,19 +109,28 @@ class Candidates:
         self.rule, self.first_kv_head = rule, first_kv_head
         self._most = longest // rule.region_size
         self.num_regions = 0
-        self._pending: Tensor | None = None  # [1, G, S % L, D] keys of the region that is not complete
-        self._found: Tensor | None = None  # fp64 [n * G, R, D], or fp32 [G, R, n * D] for the GPU's router
+        self._pending: Tensor | None = None  # [1, G, L, D] keys of the region that is not complete,
+        self._num_pending = 0  # of which so many are there
+        self._largest_norm = 0.0  # of a descriptor
+        self._found: Tensor | None = None  # fp32 [n * G, R, D], or [G, R, n * D] for the GPU's router
 
     def add(self, k: Tensor) -> None:
         """Add the keys [1, G, S, D] of the next tokens, smeared, before or after RoPE as configured."""
-        size, count = self.rule.region_size, self.rule.descriptors_per_region
-        k = k if self._pending is None else torch.cat((self._pending, k), 2)
-        complete = k.shape[2] // size
-        # A copy: a view would keep the keys of a whole prompt.
-        self._pending = k[:, :, complete * size :].clone()
-        if complete:
-            found_GRnD = key_descriptors(k[:, :, : complete * size], size, count)[0].unflatten(1, (-1, count))
-            self._store(found_GRnD, complete)
+        size = self.rule.region_size
+        if self._pending is None:
+            self._pending = k.new_empty((1, k.shape[1], size, k.shape[3]))
+        while k.shape[2]:
+            if self._num_pending == 0 and k.shape[2] >= size:
+                complete = k.shape[2] // size * size
+                self._store(k[:, :, :complete])
+                k = k[:, :, complete:]
+                continue
+            taken = min(size - self._num_pending, k.shape[2])
+            self._pending[:, :, self._num_pending : self._num_pending + taken] = k[:, :, :taken]
+            self._num_pending, k = self._num_pending + taken, k[:, :, taken:]
+            if self._num_pending == size:
+                self._store(self._pending)
+                self._num_pending = 0
 
     def choose(self, q: Tensor, token: int) -> Tensor:
         """Choose the route of the query block that begins at `token`; q [1, H, 1, D] is its first token's query.
@@ -138,22 +148,29 @@ class Candidates:
             descriptors = self._descriptors()[:, : own + 1].unflatten(2, (rule.descriptors_per_region, -1))
             block = q.expand(-1, -1, rule.query_block_size, -1)
             return route_query_blocks(block, descriptors.flatten(1, 2)[None], rule, first_token=token, **place)
-        keys_nBGRD = self._descriptors().unflatten(0, (rule.descriptors_per_region, 1, groups))
         queries = query_descriptors(q, groups, 1, causal=True)
-        return choose_regions(queries, keys_nBGRD, rule, first_block=token // rule.query_block_size, **place)
+        keys_nGRD = self._descriptors().unflatten(0, (rule.descriptors_per_region, groups))
+        if rule.router == "affinity":
+            return route_of_block(queries[0, :, 0], keys_nGRD[:, :, : own + 1], rule, self._largest_norm)
+        number = token // rule.query_block_size
+        return choose_regions(queries, keys_nGRD[:, None], rule, first_block=number, **place)
 
     def size_bytes(self) -> int:
         """Return the bytes that the descriptors take so far, without what is kept free."""
         stored = self._found
         return 0 if stored is None else stored[:, : self.num_regions].numel() * stored.element_size()
 
-    def _store(self, found_GRnD: Tensor, complete: int) -> None:
-        first, self.num_regions = self.num_regions, self.num_regions + complete
+    def _store(self, k: Tensor) -> None:
+        """Keep the descriptors of the keys [1, G, S, D] of whole regions."""
+        size, count = self.rule.region_size, self.rule.descriptors_per_region
+        found_GRnD = key_descriptors(k, size, count)[0].unflatten(1, (-1, count))
+        first, self.num_regions = self.num_regions, self.num_regions + found_GRnD.shape[1]
         self._reserve(self.num_regions)
         if self._fused():
             self._descriptors()[:, first : self.num_regions] = found_GRnD.flatten(2)
-        else:
-            self._descriptors()[:, first : self.num_regions] = found_GRnD.permute(2, 0, 1, 3).flatten(0, 1).double()
+            return
+        self._descriptors()[:, first : self.num_regions] = found_GRnD.permute(2, 0, 1, 3).flatten(0, 1)
+        self._largest_norm = max(self._largest_norm, float(found_GRnD.norm(dim=3).max()))
 
     def _reserve(self, regions: int) -> None:
         assert self._pending is not None
@@ -162,7 +179,7 @@ class Candidates:
         if self._fused():
             like = self._pending.new_empty((groups, 0, count * size), dtype=torch.float32)
         else:
-            like = self._pending.new_empty((count * groups, 0, size), dtype=torch.float64)
+            like = self._pending.new_empty((count * groups, 0, size), dtype=torch.float32)
         self._found = grown(self._found, like, regions, 1, self._most)
 
     def _descriptors(self) -> Tensor:

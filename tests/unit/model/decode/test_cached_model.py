@@ -227,6 +227,6 @@ def test_a_cache_grows_with_its_tokens_and_not_with_the_models_length() -> None:
         model.step([sequence], [token])
         sizes.append(sequence.size_bytes())
     keys_and_values = 2 * 2 * 2 * 16 * 4  # layers, both, groups, head size, bytes: of one token
-    descriptors = 2 * 2 * 16 * 8  # layers, groups, head size, bytes: of one region
+    descriptors = 2 * 2 * 16 * 4  # layers, groups, head size, bytes: of one region
     assert sizes[0] == 9 * keys_and_values + descriptors
     assert sizes[-1] == 24 * keys_and_values + 3 * descriptors
