@@ -153,7 +153,7 @@ def fused_route(
     keys = keys.reshape(heads, num_regions, descriptors, head_size).permute(2, 0, 1, 3).to(dtype).contiguous()
     route = torch.full((heads, num_blocks, rule.topk), -1, dtype=torch.int32, device=queries.device)
     first_block = first_token // rule.query_block_size
-    for first_tile, tiles, columns in _stretches(num_blocks, first_block, num_regions, rule):
+    for first_tile, tiles, columns in stretches(num_blocks, first_block, num_regions, rule):
         width = max(16, triton.next_power_of_2(columns))
         programs = min(PROGRAMS, tiles * heads)
         rows = torch.empty(programs * BLOCKS * width, dtype=torch.float32, device=queries.device)
@@ -167,7 +167,7 @@ def fused_route(
     return route.view(batch, groups, num_blocks, rule.topk).long()
 
 
-def _stretches(num_blocks: int, first_block: int, num_regions: int, rule: RouteRule) -> list[tuple[int, int, int]]:
+def stretches(num_blocks: int, first_block: int, num_regions: int, rule: RouteRule) -> list[tuple[int, int, int]]:
     """Runs of tiles that need about equally many regions: first tile, tiles, regions that are candidates or forced.
 
     A causal block looks back only, so each run looks at twice as many regions as the one before it at most.

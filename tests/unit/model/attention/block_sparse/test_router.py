@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.block_sparse.router import _stretches, fused_route
+from biroute.model.attention.block_sparse.router import stretches, fused_route
 from biroute.model.attention.routing import key_descriptors, query_descriptors, route_query_blocks
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
@@ -73,7 +73,7 @@ def test_half_precision_rounds_the_descriptors() -> None:
 
 def test_stretches_cover_every_tile_once_and_reach_every_region() -> None:
     rule = RouteRule(64, 1, 32, True)
-    stretches = _stretches(131_072, 0, 2048, rule)
+    stretches = stretches(131_072, 0, 2048, rule)
     assert [first for first, _, _ in stretches] == [
         0,
         *torch.tensor([n for _, n, _ in stretches]).cumsum(0)[:-1].tolist(),
