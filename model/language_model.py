@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.block import Block, megatron_config
+from biroute.model.cross_entropy import chunked_cross_entropy
 from biroute.model.norm import RMSNorm
 
 
@@ -163,11 +164,15 @@ def loss_function(config: ModelConfig, region_ranks: int = 1) -> Loss:
 
     The mean is over the targets that every sequence has by construction, never over those counted, so that the
     mean over microbatches and ranks is the exact global mean: also where `region_ranks` share a sequence, and with it
-    its targets, unevenly.
+    its targets, unevenly. On a GPU the gradient takes the logits' memory (`cross_entropy.py`).
     """
     targets_per_sequence = (config.sequence_length if config.causal else config.masked_tokens) / region_ranks
 
     def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        if logits.device.type != "cpu":
+            weights = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask.float()
+            weights = weights / (targets_per_sequence * labels.shape[0])
+            return chunked_cross_entropy(logits, labels.t(), weights.t())
         losses = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
         if loss_mask is not None:
             losses = losses * loss_mask.t()
