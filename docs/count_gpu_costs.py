@@ -196,9 +196,7 @@ def count_router(q: Tensor, k: Tensor, route: Tensor, block: int, descriptors: i
         keys = key_descriptors(k, REGION, descriptors)
         queries = query_descriptors(q, GROUPS, block, causal=True)
         router.fused_route(queries, keys, rule, dtype=torch.bfloat16)
-    kernel = cost.router_cost(
-        route, rule, head_size=HEAD_SIZE, element_size=2, num_regions=q.shape[2] // REGION
-    )
+    kernel = cost.router_cost(route, rule, head_size=HEAD_SIZE, element_size=2, num_regions=q.shape[2] // REGION)
     return {"launches": meter.launches, "moved": meter.moved, "route_blocks": vars(kernel)}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
-from biroute.model.block import Block, megatron_config
+from biroute.model.block import Block, drawn_on_cpu, megatron_config
 from biroute.model.cross_entropy import chunked_cross_entropy
 from biroute.model.norm import RMSNorm
 
@@ -43,7 +43,7 @@ class LayerPlan:
     def build(self) -> nn.Module:
         """The module, its weights drawn from its own seed: the same whatever stage it lands on."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # the CPU's; a GPU's goes on undisturbed
             return self.module_class(**self.arguments)
 
 
@@ -117,7 +117,7 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(
             vocab_size,
             model.hidden_size,
-            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
             reduce_scatter_embeddings=sequence_parallel,
             config=megatron_config(model, groups.tp.size(), sequence_parallel),
             tp_group=groups.tp,
@@ -144,7 +144,7 @@ class Head(nn.Module):
             model.hidden_size,
             vocab_size,
             config=megatron_config(model, groups.tp.size(), sequence_parallel),
-            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
             bias=False,
             tp_group=groups.tp,
         )

@@ -248,9 +248,7 @@ def _add_extra_units(call: Call, launch: Launch) -> Cost:
     cost = _programs(call.regions, launch.segments, call.sizes.parts)
     gradients = 2 * call.sizes.region * call.q.shape[3] * 4
     owners = int((extras > 0).sum())
-    return cost + Cost(
-        read=8 * cost.programs + (owners + int(extras.sum())) * gradients, written=owners * gradients
-    )
+    return cost + Cost(read=8 * cost.programs + (owners + int(extras.sum())) * gradients, written=owners * gradients)
 
 
 def _tiles(call: Call, rows_of_product: int, dots: int) -> Cost:

@@ -57,9 +57,7 @@ def loss_job(tensor: int, dtype: torch.dtype) -> tuple[float, float, int, int]:
 
 
 @pytest.mark.parametrize(("tensor", "dtype", "tolerance"), [(1, torch.float32, 1e-6), (2, torch.bfloat16, 2e-2)])
-def test_the_loss_in_chunks_is_cross_entropy(
-    ranks: Ranks, tensor: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_the_loss_in_chunks_is_cross_entropy(ranks: Ranks, tensor: int, dtype: torch.dtype, tolerance: float) -> None:
     for loss, gradient, largest, bound in ranks(tensor).run(loss_job, tensor, dtype):
         assert loss < 1e-4
         assert gradient < tolerance
