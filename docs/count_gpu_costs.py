@@ -1,10 +1,10 @@
-"""Count what a routed layer does on a GPU, for the routes of a trained model; write docs/benchmarks/gpu_on_paper.json.
+"""Count what a routed layer does on a GPU, for routes of a trained model; write docs/benchmarks/gpu_on_paper.json.
 
     python docs/count_gpu_costs.py RUN TEXT
 
-RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file; from the
-queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken for those of
-one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of route is drawn at
+RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file; from
+the queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken for those
+of one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of route is drawn at
 random: what neighbours share is then least. The kernels are not run: their work follows from the route
 (`model/attention/block_sparse/cost.py`), and torch's own operations are counted as they are called.
 """
@@ -166,7 +166,7 @@ def count(route: Tensor, block: int) -> dict[str, Any]:
 
 
 def torch_operations(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> dict[str, Any]:
-    """Torch's own operations around the kernels, and the peak memory of both passes, inputs and gradients included."""
+    """Torch's own operations around the kernels, and the peak memory of both passes with inputs and gradients."""
     found: dict[str, Any] = {}
     meter = Meter()
     v, dout = torch.empty_like(k), torch.empty_like(q)

@@ -1,8 +1,7 @@
-"""Write docs/benchmarks/gpu_on_paper.md from the counted costs beside it: `make docs`. The same tree, the same bytes."""
+"""Write docs/benchmarks/gpu_on_paper.md from the counts beside it: `make docs`. The same tree gives the same bytes."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

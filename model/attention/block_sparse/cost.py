@@ -1,8 +1,8 @@
 """What the kernels compute and move for a route, counted from the plan that they follow.
 
-A cost counts what programs ask for: operations of matrix products with all padding and masked elements, and bytes that
-loads and stores name, whether a cache serves them or not. The same arrays decide here and on the GPU, so the counts
-are exact for a route; a test counts them in Triton's interpreter.
+A cost counts what programs ask for: operations of matrix products with all padding and masked elements, and bytes
+that loads and stores name, whether a cache serves them or not. The same arrays decide here and on the GPU, so the
+counts are exact for a route; a test counts them in Triton's interpreter.
 
 Tensors of q, k and v may be on torch's meta device, which has sizes and no memory: only the route is read.
 
