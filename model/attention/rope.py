@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biroute.model.attention.grid import KERNEL_DEVICES
+
 
 @lru_cache(maxsize=8)
 def rotary_tables(
@@ -67,6 +69,10 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float) -> Tensor:
     """Rotate by the angles, or by their negatives with `direction` -1."""
+    if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and x.dim() == 4:
+        from biroute.model.attention.block_sparse.rotary import rotate
+
+        return rotate(x, cosines, sines, direction)
     # Products and sums are separate operations, each rounded: whether a fused one is used would depend on the memory
     # layout.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
