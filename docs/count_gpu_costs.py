@@ -171,7 +171,7 @@ def torch_operations(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> d
     meter = Meter()
     v, dout = torch.empty_like(k), torch.empty_like(q)
     with no_kernels(), meter:
-        kept = route.long().clone()  # what autograd keeps
+        kept = route.clone()  # int32, what autograd keeps
         for x in (q, k, v):
             meter.hold(x)
         meter.launches = meter.moved = 0
