@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.block_sparse.router import fused_route, stretches
+from biroute.model.attention.block_sparse.router import BLOCKS, fused_route, stretches
 from biroute.model.attention.routing import key_descriptors, query_descriptors, route_query_blocks
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
@@ -78,7 +78,7 @@ def test_stretches_cover_every_tile_once_and_reach_every_region() -> None:
         0,
         *torch.tensor([n for _, n, _ in found]).cumsum(0)[:-1].tolist(),
     ]
-    assert sum(tiles for _, tiles, _ in found) * 32 == 131_072
+    assert sum(tiles for _, tiles, _ in found) * BLOCKS == 131_072
     assert [columns for _, _, columns in found] == [256, 512, 1024, 2048]
 
 
