@@ -2,11 +2,11 @@
 
     python docs/count_gpu_costs.py RUN TEXT
 
-RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file; from
-the queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken for those
-of one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of route is drawn at
-random: what neighbours share is then least. The kernels are not run: their work follows from the route
-(`model/attention/block_sparse/cost.py`), and torch's own operations are counted as they are called.
+RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file;
+from the queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken
+for those of one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of
+route is drawn at random: what neighbours share is then least. The kernels are not run: their work follows from the
+route (`model/attention/block_sparse/cost.py`), and torch's own operations are counted as they are called.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from biroute.model.attention.grid import RegionGrid
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
 # Partial results of one launch: large enough to hide the launches, small compared with a layer's activations. No more
-# than half of what the queries take, unless that is little.
-SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 512 << 20, 64 << 20
+# than three eighths of what the queries take, unless that is little.
+SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 384 << 20, 64 << 20
 # Query rows of one product: 64 fill the tensor cores without spilling registers, 128 where a tile is one large block.
 FORWARD_ROWS, BLOCK_ROWS, BACKWARD_ROWS = 64, 128, 64
 # Query rows that one program streams past a region: fewer balance better, more add up fewer parts of a gradient.
@@ -222,7 +222,7 @@ class Call:
 
     def _launches(self, bytes_per_block: int, unit_size: int, kept: Tensor | None) -> Iterator[Launch]:
         heads, num_blocks, slots = self.route.shape
-        scratch = min(SCRATCH_BYTES, max(LEAST_SCRATCH_BYTES, self.q.nbytes // 2))
+        scratch = min(SCRATCH_BYTES, max(LEAST_SCRATCH_BYTES, self.q.nbytes * 3 // 8))
         blocks, at_once = cut_segments(heads, num_blocks, bytes_per_block, self.sizes.tile, scratch)
         chunks = triton.cdiv(num_blocks, blocks)
         visits = None

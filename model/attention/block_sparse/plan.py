@@ -28,7 +28,7 @@ SHARED_FRACTION = 1 / 4
 # Elements of a region's keys that a program holds on chip; a larger region is cut into parts.
 KEYS_ON_CHIP = 64 * 128
 # Pairs that are sorted together: bounds the memory of the plan.
-PAIRS_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)

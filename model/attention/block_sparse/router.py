@@ -163,7 +163,8 @@ def fused_route(
             SLOTS=rule.topk, DESCRIPTORS=descriptors, BLOCK=rule.query_block_size, REGION=rule.region_size,
             D=head_size, DIM=max(16, triton.next_power_of_2(head_size)), BLOCKS=BLOCKS, REGIONS=REGIONS, WIDTH=width,
             AT_ONCE=max(1, min(BLOCKS, SELECTED_AT_ONCE // width)), CAUSAL=rule.causal, OWN=rule.force_own,
-            PREVIOUS=rule.force_previous, SINK=rule.attention_sink, PRECISION=precision, num_warps=WARPS, num_stages=2,
+            PREVIOUS=rule.force_previous, SINK=rule.attention_sink, PRECISION=precision, num_warps=WARPS,
+            num_stages=2,
         )  # fmt: skip
     return route.view(batch, groups, num_blocks, rule.topk).long()
 
