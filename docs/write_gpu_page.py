@@ -261,20 +261,20 @@ inputs and gradients, in GiB; dense: the same tensors of dense attention without
 """
 MISSED = """## What is not met, and what limits it
 
-- *A route per token at 131,072 and 32,768 tokens*. Of the time at 131,072, selecting the k best regions, the reads
-  of descriptors, queries and upstream gradients in random order (75 GB backward), and partial results written and
-  read again are most. With more of a tile's pairs shared there would be more products, and their keys and values
-  come from the cache at two thirds of what dense attention's products take: a tile of 64 query rows is small for
-  that.
+- *A route per token*. At 131,072 tokens on the H200, in ms: gathering queries and upstream gradients of each region's
+  visitors, backward, 39; keys and values of shared regions from the cache, 15 in each direction (a tile of 64 query
+  rows is small: in forward this takes half as long again as its products); partial results written and read again, 13
+  forward and as many backward; selecting the k best regions 10, reading descriptors 10; torch's sorts and sums that
+  make the plan 5 in each direction, as forward's plan is not kept for backward.
 - *Short sequences*. At 8,192 tokens 32 regions are a quarter of the sequence, and tiles of 16 tokens visit most
   regions anyway; the kernels then do dense attention's work at a lower rate. `path="auto"` calls dense attention
   only where *every* region is routed, as another result would be wrong. Where sequences are that short, a route
   per region (`query_block_size` equal to `region_size`) or dense layers are faster.
 - *Backward of a route per region at 32,768*: counted with the rate at which single tokens were gathered; blocks of
   64 tokens lie together, so this is a careful figure.
-- *Peak memory*: more than 1.3 times dense attention's tensors, less than those with the buffers of a
-  FlashAttention-2 backward (fp32 gradients of queries; those of keys and values for each query head). Which of the
-  two PyTorch needs depends on the backend that it chooses.
+- *Peak memory* of short sequences: scratch of at least 64 MiB counts there (1.41 at 8,192 tokens). Compared with
+  dense attention's tensors alone; the backward of FlashAttention-2 needs more (fp32 gradients of queries; those of
+  keys and values for each query head), and whether PyTorch calls it depends on the backend that it chooses.
 - Not counted: region ranks (their parts use the same kernels), whole training steps, and anything about time that
   a profiler would show: occupancy, latency, the balance of programs.
 """
