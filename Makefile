@@ -88,6 +88,7 @@ docs: $(INSTALLED) ## make generated pages and pictures anew: configuration, pac
 	$(BIN)/python docs/draw_packages.py
 	$(BIN)/python docs/draw_run.py
 	$(BIN)/python docs/write_plan_page.py
+	$(BIN)/python docs/write_gpu_page.py
 
 docs-check: $(INSTALLED) ## run the commands of the documentation, and check its links and YAML
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_packages.py \

@@ -6,7 +6,9 @@ C hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ def megatron_config(
     model: ModelConfig, tensor_parallel_size: int, sequence_parallel: bool = False
 ) -> TransformerConfig:
     """Our model configuration in Megatron-core's terms. DeepSpeed owns the pipeline, so that size stays 1."""
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -57,6 +59,25 @@ def megatron_config(
         use_cpu_initialization=True,  # the whole weight from one seed, then sliced: every layout starts equal
         params_dtype=torch.float32,
     )
+    for name in ("init_method", "output_layer_init_method"):
+        setattr(config, name, drawn_on_cpu(getattr(config, name)))
+    return config
+
+
+def drawn_on_cpu(draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """Return an initialisation that draws fp32 numbers on the CPU, wherever the weight lies and whatever it is.
+
+    Under ZeRO-3 DeepSpeed makes every new tensor one of the run's precision on the rank's device: other random
+    numbers than those that the other layouts draw.
+    """
+
+    def fill(weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            drawn = weight.new_empty(weight.shape, dtype=torch.float32, device="cpu")
+            draw(drawn)
+            return weight.copy_(drawn)
+
+    return fill
 
 
 class MegatronCoreAttention(CoreAttention):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
-from biroute.model.block import Block, megatron_config
+from biroute.model.block import Block, drawn_on_cpu, megatron_config
+from biroute.model.cross_entropy import chunked_cross_entropy
 from biroute.model.exact_sums import ExactColumnParallelLinear, exact_product
 from biroute.model.norm import RMSNorm
 
@@ -43,7 +44,7 @@ class LayerPlan:
     def build(self) -> nn.Module:
         """The module, its weights drawn from its own seed: the same whatever stage it lands on."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # the CPU's; a GPU's goes on undisturbed
             return self.module_class(**self.arguments)
 
 
@@ -122,7 +123,7 @@ class Embedding(VocabParallelEmbedding):
         super().__init__(
             vocab_size,
             model.hidden_size,
-            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
             reduce_scatter_embeddings=sequence_parallel,
             config=megatron_config(model, groups.tp.size(), sequence_parallel),
             tp_group=groups.tp,
@@ -156,7 +157,7 @@ class Head(nn.Module):
             model.hidden_size,
             vocab_size,
             config=megatron_config(model, groups.tp.size(), sequence_parallel),
-            init_method=partial(nn.init.normal_, mean=0.0, std=model.init_std),
+            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
             bias=False,
             tp_group=groups.tp,
         )
@@ -176,11 +177,15 @@ def loss_function(config: ModelConfig, region_ranks: int = 1) -> Loss:
 
     The mean is over the targets that every sequence has by construction, never over those counted, so that the
     mean over microbatches and ranks is the exact global mean: also where `region_ranks` share a sequence, and with it
-    its targets, unevenly.
+    its targets, unevenly. On a GPU the gradient takes the logits' memory (`cross_entropy.py`).
     """
     targets_per_sequence = (config.sequence_length if config.causal else config.masked_tokens) / region_ranks
 
     def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        if logits.device.type != "cpu":
+            weights = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask.float()
+            weights = weights / (targets_per_sequence * labels.shape[0])
+            return chunked_cross_entropy(logits, labels.t(), weights.t())
         losses = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
         if loss_mask is not None:
             losses = losses * loss_mask.t()

@@ -31,4 +31,7 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if self.partial_gradient_group is not None:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.partial_gradient_group)
+        if x.device.type != "cpu" and x.dtype == weight.dtype:
+            # PyTorch's kernel sums in fp32 whatever the inputs are, and keeps no copy of them in fp32.
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)

@@ -52,7 +52,8 @@ class Execution:
             hidden=frozenset({"region", "data"} if stage == 3 else {"region"}),
             # Without ZeRO there is no copy of the weights; with it there is one in fp32, also of fp32 weights.
             state_bytes=(element, 4.0, 8.0 if stage == 0 else 12.0),
-            logit_bytes=element + 4.0 if bf16 else 4.0,  # the logits, and the softmax in fp32
+            # The gradient takes the logits' memory. In bf16 a CPU keeps the softmax in fp32, too.
+            logit_bytes=element + 4.0 if bf16 and config.train.device == "cpu" else element,
             reduces_each_microbatch=stage >= 2,
             reduction="reduce_scatter" if stage == 3 else "all_reduce",
             # F.rms_norm in fp32 of a bf16 input: a copy to fp32, the norm, a copy back.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -84,6 +85,27 @@ def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
     if isinstance(answer, str):
         raise UsageError(answer)
     return answer
+
+
+def leave_processes(backend: str, close: Callable[[], None], seconds: float = 30.0) -> bool:
+    """Close NCCL's communicators at the end of a run, so that a rank that ends first does not fail the others.
+
+    Closing waits for the other ranks, one of which may hang by now. gloo needs none of that.
+
+    Args:
+        backend: of the process group.
+        close: `dist.destroy_process_group`.
+        seconds: to wait at most.
+
+    Returns:
+        Whether nothing is left open.
+    """
+    if backend != "nccl":
+        return True
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(seconds)
+    return not closing.is_alive()
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

@@ -19,7 +19,7 @@ from biroute.launcher.attempts.journal import FencingToken
 from biroute.launcher.attempts.run_files import CHECKPOINTS, CONFIG, TOKENIZER, log_dir
 from biroute.launcher.attempts.watchdog import Watchdog
 from biroute.launcher.ranks.agreement import check_same
-from biroute.launcher.ranks.rendezvous import Place, collective_timeout
+from biroute.launcher.ranks.rendezvous import Place, collective_timeout, leave_processes
 from biroute.launcher.ranks.stop_consensus import StopConsensus
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.track.tracker import Status
@@ -87,6 +87,7 @@ def run(
         for hook in hooks:
             hook.on_end(status, cause)
     dist.barrier()  # no rank leaves while another still needs it
+    leave_processes(dist.get_backend(), dist.destroy_process_group)
 
 
 def _train(

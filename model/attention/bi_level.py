@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from biroute.model.attention.grid import AttentionPath, RegionGrid
+from biroute.model.attention.grid import AttentionPath, RegionGrid, uses_kernels
 from biroute.model.attention.masked import MaskedAttention, prefers_mask
 from biroute.model.attention.partial import (
     attention_delta,
@@ -129,7 +129,9 @@ class _BiLevelAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> tuple[Tensor, Tensor]:
         # Detached: views of what requires a gradient are slower to make.
         out, lse = partial_attention(q.detach(), k.detach(), v.detach(), route, grid)
-        ctx.save_for_backward(q, k, v, route, out, lse)
+        # The kernels take 32 bits: half the memory, for as long as the layer waits for backward.
+        kept = route.int() if uses_kernels(grid, q) else route
+        ctx.save_for_backward(q, k, v, kept, out, lse)
         ctx.grid = grid
         ctx.set_materialize_grads(False)
         return out, lse

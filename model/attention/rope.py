@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biroute.model.attention.grid import KERNEL_DEVICES
+
 
 @lru_cache(maxsize=8)
 def rotary_tables(
@@ -67,6 +69,10 @@ class _Rotation(torch.autograd.Function):
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float = 1.0) -> Tensor:
     """Rotate as `apply_rotary` does, without autograd; by the negative angles with `direction` -1."""
+    if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and x.dim() == 4:
+        from biroute.model.attention.block_sparse import rotary
+
+        return rotary.rotate(x, cosines, sines, direction)
     # Products and sums are separate operations, each rounded: whether a fused one is used would depend on the memory
     # layout.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)

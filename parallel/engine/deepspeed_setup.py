@@ -71,7 +71,8 @@ def deepspeed_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "gradient_clipping": config.optim.gradient_clip if stage > 0 else 0.0,  # stage 0: Engine._clip_gradients
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        # immediate: a bf16 gradient goes as soon as it is added to the fp32 one, rather than after the step.
+        "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # DeepSpeed's default would sum over data ranks in bf16
         "steps_per_print": None,

@@ -24,8 +24,9 @@ from biroute.model.attention.grid import RegionGrid
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
-# Partial results of one launch: large enough to hide the launches, small compared with a layer's activations.
-SCRATCH_BYTES = 512 << 20
+# Partial results of one launch: large enough to hide the launches, small compared with a layer's activations. No more
+# than three eighths of what the queries take, unless that is little.
+SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 384 << 20, 64 << 20
 # Query rows of one product: 64 fill the tensor cores without spilling registers, 128 where a tile is one large block.
 FORWARD_ROWS, BLOCK_ROWS, BACKWARD_ROWS = 64, 128, 64
 # Query rows that one program streams past a region: fewer balance better, more add up fewer parts of a gradient.
@@ -49,7 +50,7 @@ def sparse_attention(
     Returns:
         out [B, H, S, D] and its natural log-sum-exp, fp32 [B, H, S] (0 and -inf for a query without a visible key).
     """
-    call = _Call.of(q, k, v, route, grid)
+    call = Call.of(q, k, v, route, grid)
     out = torch.empty_like(call.q, dtype=out_dtype)
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     for launch in call.forward_launches():
@@ -84,14 +85,16 @@ def sparse_attention_backward(
     Returns:
         dq, dk, dv, shaped like q, k and v.
     """
-    call = _Call.of(q, k, v, route, grid)
+    call = Call.of(q, k, v, route, grid)
     upstream = dout.contiguous(), lse.contiguous(), delta.contiguous()
     dq = torch.empty_like(call.q, dtype=out_dtype)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (call.k, call.v))
     for launch in call.backward_launches():
         _region_backward(call, launch, upstream, dk, dv)
         _query_backward(call, launch, upstream, dq)
-    return dq, dk.to(out_dtype or k.dtype), dv.to(out_dtype or v.dtype)
+    del launch, call  # their scratch memory, before the gradients are rounded into new memory, one after the other
+    dk = dk.to(out_dtype or k.dtype)
+    return dq, dk, dv.to(out_dtype or v.dtype)
 
 
 def output_delta(out: Tensor, dout: Tensor) -> Tensor:
@@ -106,7 +109,7 @@ def output_delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """Some segments: which, their scattered (or all) pairs sorted by region, and memory for partial results."""
 
     first: int  # the first segment
@@ -119,7 +122,7 @@ class _Launch:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call: contiguous inputs, the plan, and the sizes that the kernels are compiled for."""
 
     q: Tensor
@@ -131,7 +134,7 @@ class _Call:
     grid: RegionGrid
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> _Call:
+    def of(q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid) -> Call:
         check_sizes(q, k)
         sizes = Blocking.of(
             heads=q.shape[1] // k.shape[1],
@@ -141,7 +144,7 @@ class _Call:
         )
         route = route.flatten(0, 1).int().contiguous()
         plan = plan_tiles(route, k.shape[2] // grid.region_size, sizes)
-        return _Call(q.contiguous(), k.contiguous(), v.contiguous(), route, plan, sizes, grid)
+        return Call(q.contiguous(), k.contiguous(), v.contiguous(), route, plan, sizes, grid)
 
     @property
     def regions(self) -> int:
@@ -182,7 +185,7 @@ class _Call:
             "num_stages": 2,
         }
 
-    def tiles(self, launch: _Launch, most_rows: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    def tiles(self, launch: Launch, most_rows: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
         """Programs of a kernel that goes tile by tile, and what it is compiled for."""
         rows = self.sizes.tile * self.sizes.rows
         of_program = max(16, min(most_rows, triton.next_power_of_2(rows)))
@@ -200,13 +203,13 @@ class _Call:
         """Elements of the partial results of a query block's scattered pairs, for one element of a head."""
         return 0 if self.sizes.all_shared else self.route.shape[2] * self.sizes.parts * self.sizes.rows
 
-    def forward_launches(self) -> Iterator[_Launch]:
+    def forward_launches(self) -> Iterator[Launch]:
         """The launches of forward, with the visits of scattered pairs."""
         bytes_per_block = self.results() * (self.q.shape[3] * self.q.element_size() + 4)
         kept = None if self.sizes.all_shared else self.plan.scattered
         yield from self._launches(bytes_per_block, max(1, FORWARD_UNIT_ROWS // self.sizes.rows), kept)
 
-    def backward_launches(self) -> Iterator[_Launch]:
+    def backward_launches(self) -> Iterator[Launch]:
         """The launches of backward, with the visits of all pairs."""
         head_size, unit = self.q.shape[3], max(1, BACKWARD_UNIT_ROWS // self.sizes.rows)
         bytes_per_block = self.results() * head_size * self.q.element_size()
@@ -217,9 +220,10 @@ class _Call:
             bytes_per_block + self.route.shape[2] * bytes_of_unit // unit, unit, self.route >= 0
         )
 
-    def _launches(self, bytes_per_block: int, unit_size: int, kept: Tensor | None) -> Iterator[_Launch]:
+    def _launches(self, bytes_per_block: int, unit_size: int, kept: Tensor | None) -> Iterator[Launch]:
         heads, num_blocks, slots = self.route.shape
-        blocks, at_once = cut_segments(heads, num_blocks, bytes_per_block, self.sizes.tile, SCRATCH_BYTES)
+        scratch = min(SCRATCH_BYTES, max(LEAST_SCRATCH_BYTES, self.q.nbytes * 3 // 8))
+        blocks, at_once = cut_segments(heads, num_blocks, bytes_per_block, self.sizes.tile, scratch)
         chunks = triton.cdiv(num_blocks, blocks)
         visits = None
         if kept is not None:
@@ -230,7 +234,12 @@ class _Call:
         part = self.q.new_empty(results * self.q.shape[3])
         part_lse = self.q.new_empty(results, dtype=torch.float32)
         for first in range(0, heads * chunks, at_once):
-            yield _Launch(first, min(at_once, heads * chunks - first), blocks, chunks, visits, part, part_lse)
+            yield Launch(first, min(at_once, heads * chunks - first), blocks, chunks, visits, part, part_lse)
+
+
+def rows_of_product(sizes: Blocking) -> int:
+    """Return the most query rows of a product of `query_forward`."""
+    return BLOCK_ROWS if sizes.tile == 1 else FORWARD_ROWS
 
 
 def check_sizes(q: Tensor, k: Tensor) -> None:
@@ -241,7 +250,7 @@ def check_sizes(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"head size {q.shape[3]}; the kernels take at most {LARGEST_HEAD}")
 
 
-def _region_forward(call: _Call, launch: _Launch) -> None:
+def _region_forward(call: Call, launch: Launch) -> None:
     visits = launch.visits
     assert visits is not None
     units = visits.unit_region.shape[1]
@@ -252,8 +261,8 @@ def _region_forward(call: _Call, launch: _Launch) -> None:
     )  # fmt: skip
 
 
-def _query_forward(call: _Call, launch: _Launch, out: Tensor, lse: Tensor) -> None:
-    programs, constants = call.tiles(launch, BLOCK_ROWS if call.sizes.tile == 1 else FORWARD_ROWS)
+def _query_forward(call: Call, launch: Launch, out: Tensor, lse: Tensor) -> None:
+    programs, constants = call.tiles(launch, rows_of_product(call.sizes))
     plan = call.plan
     forward.query_forward[programs](
         call.q, call.k, call.v, plan.listed, plan.members, plan.counts, plan.scattered, launch.part, launch.part_lse,
@@ -263,7 +272,7 @@ def _query_forward(call: _Call, launch: _Launch, out: Tensor, lse: Tensor) -> No
 
 
 def _region_backward(
-    call: _Call, launch: _Launch, upstream: tuple[Tensor, Tensor, Tensor], dk: Tensor, dv: Tensor
+    call: Call, launch: Launch, upstream: tuple[Tensor, Tensor, Tensor], dk: Tensor, dv: Tensor
 ) -> None:
     visits, sizes = launch.visits, call.sizes
     assert visits is not None
@@ -283,7 +292,7 @@ def _region_backward(
         )  # fmt: skip
 
 
-def _query_backward(call: _Call, launch: _Launch, upstream: tuple[Tensor, Tensor, Tensor], dq: Tensor) -> None:
+def _query_backward(call: Call, launch: Launch, upstream: tuple[Tensor, Tensor, Tensor], dq: Tensor) -> None:
     programs, constants = call.tiles(launch, BACKWARD_ROWS)
     plan = call.plan
     backward.query_backward[programs](

@@ -21,13 +21,14 @@ from torch.nn.functional import pad
 
 # Query rows of a tile: as many as one product of the tensor cores takes without spilling registers.
 ROWS_OF_TILE = 64
-# A region is shared by a tile if at least this fraction of the tile's blocks chose it. A shared region costs a whole
-# tile's product; a scattered pair costs a partial output written and read again: 3 pairs of 16 cost about as much.
-SHARED_FRACTION = 3 / 16
+# A region is shared by a tile if at least this fraction of the tile's blocks chose it. A shared region costs the tile
+# its keys and values from the cache and a whole product; a scattered pair costs its queries and a partial output,
+# written and read again. By counted work 4 pairs of 16 cost about as much (docs/gpu.md).
+SHARED_FRACTION = 1 / 4
 # Elements of a region's keys that a program holds on chip; a larger region is cut into parts.
 KEYS_ON_CHIP = 64 * 128
 # Pairs that are sorted together: bounds the memory of the plan.
-PAIRS_AT_ONCE = 1 << 22
+PAIRS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def plan_tiles(route: Tensor, num_regions: int, sizes: Blocking) -> TilePlan:
         found = _shared_of_tiles(pairs, num_regions, slots, sizes.shared_from, width)
         listed[part], members[part], counts[part] = found[:3]
         scattered[part] = found[3].view(-1, tiles * sizes.tile, slots)
-    return TilePlan(listed, members, counts, scattered[:, :num_blocks])
+    # Kernels find a head's pairs by the number of its blocks, so what pads its last tile must not stay between heads.
+    return TilePlan(listed, members, counts, scattered[:, :num_blocks].contiguous())
 
 
 def _shared_of_tiles(

@@ -24,12 +24,13 @@ from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
 Precision = Literal["ieee", "tf32x3", "bf16x3"]
 
-# Query blocks of one product, and regions of one product.
-BLOCKS, REGIONS = 32, 32
-# Elements of a row of affinities that one program holds in registers while it selects: 16 for each of 128 threads.
-SELECTED_AT_ONCE = 2048
-# Programs of a launch: two for each multiprocessor of an H100, so that most of their scratch stays in its L2 cache.
-PROGRAMS = 264
+# Query blocks of one product, each time that the descriptors of all regions are read; and regions of one product.
+BLOCKS, REGIONS = 64, 32
+# Elements of a row of affinities that one program holds in registers while it selects: 16 for each of its threads.
+WARPS = 8
+SELECTED_AT_ONCE = 16 * 32 * WARPS
+# Programs of a launch: one for each multiprocessor of an H100, so that most of their scratch stays in its L2 cache.
+PROGRAMS = 132
 _FORCED = tl.constexpr(2147483647)
 _EXCLUDED = tl.constexpr(-2147483648)
 
@@ -153,7 +154,7 @@ def fused_route(
     keys = keys.reshape(heads, num_regions, descriptors, head_size).permute(2, 0, 1, 3).to(dtype).contiguous()
     route = torch.full((heads, num_blocks, rule.topk), -1, dtype=torch.int32, device=queries.device)
     first_block = first_token // rule.query_block_size
-    for first_tile, tiles, columns in _stretches(num_blocks, first_block, num_regions, rule):
+    for first_tile, tiles, columns in stretches(num_blocks, first_block, num_regions, rule):
         width = max(16, triton.next_power_of_2(columns))
         programs = min(PROGRAMS, tiles * heads)
         rows = torch.empty(programs * BLOCKS * width, dtype=torch.float32, device=queries.device)
@@ -162,12 +163,13 @@ def fused_route(
             SLOTS=rule.topk, DESCRIPTORS=descriptors, BLOCK=rule.query_block_size, REGION=rule.region_size,
             D=head_size, DIM=max(16, triton.next_power_of_2(head_size)), BLOCKS=BLOCKS, REGIONS=REGIONS, WIDTH=width,
             AT_ONCE=max(1, min(BLOCKS, SELECTED_AT_ONCE // width)), CAUSAL=rule.causal, OWN=rule.force_own,
-            PREVIOUS=rule.force_previous, SINK=rule.attention_sink, PRECISION=precision, num_warps=4, num_stages=2,
+            PREVIOUS=rule.force_previous, SINK=rule.attention_sink, PRECISION=precision, num_warps=WARPS,
+            num_stages=2,
         )  # fmt: skip
     return route.view(batch, groups, num_blocks, rule.topk).long()
 
 
-def _stretches(num_blocks: int, first_block: int, num_regions: int, rule: RouteRule) -> list[tuple[int, int, int]]:
+def stretches(num_blocks: int, first_block: int, num_regions: int, rule: RouteRule) -> list[tuple[int, int, int]]:
     """Runs of tiles that need about equally many regions: first tile, tiles, regions that are candidates or forced.
 
     A causal block looks back only, so each run looks at twice as many regions as the one before it at most.

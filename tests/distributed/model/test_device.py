@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from helpers import emulated_device
-from helpers.emulated_device import COUNTS, Emulation, to_device
+from helpers.emulated_device import COUNTS, EmulatedTensor, Emulation, to_device
 from helpers.pool import WorkerPool
 from torch import Tensor
 
 from biroute.configs.load import config_from_tree
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import rotary_tables
+from biroute.model.block import drawn_on_cpu
 
 Ranks = Callable[[int], WorkerPool]
 
@@ -67,7 +69,7 @@ def layer_job(sizes: Sizes, attention: dict[str, Any]) -> tuple[int, dict[str, i
 
 
 # Launches of forward and backward together. A launch costs the host some 5 us, whatever its size.
-BUDGETS = {"bi_level": 200, "sliding_window": 180, "dense": 60}
+BUDGETS = {"bi_level": 175, "sliding_window": 150, "dense": 42}
 
 
 @pytest.mark.parametrize("kind", BUDGETS)
@@ -80,6 +82,25 @@ def test_a_layer_waits_nowhere_and_keeps_its_budget_of_launches(ranks: Ranks, ki
 def test_launches_do_not_grow_with_the_input(ranks: Ranks) -> None:
     small, large = (ranks(1).run(layer_job, sizes, {}) for sizes in (SMALL, LARGE))
     assert small == large
+
+
+def weights_job() -> tuple[Tensor, Tensor, str]:
+    """A weight of another precision on the device, the same in fp32 on the CPU, and where the first one lies now."""
+    emulated_device.activate()
+    fill = drawn_on_cpu(partial(torch.nn.init.normal_, std=0.1))
+    expected = torch.nn.init.normal_(torch.empty(40, 8), std=0.1, generator=torch.Generator().manual_seed(7))
+    with Emulation():
+        weight = to_device(torch.empty(40, 8, dtype=torch.float64))
+        torch.default_generator.manual_seed(7)
+        fill(weight)
+    assert isinstance(weight, EmulatedTensor)
+    return weight.inner, expected, weight.device.type
+
+
+def test_weights_on_a_device_are_those_of_the_cpu(ranks: Ranks) -> None:
+    ((weight, expected, device),) = ranks(1).run(weights_job)
+    assert device == emulated_device.TYPE
+    assert weight.equal(expected.double())
 
 
 def mixing_job() -> str:

@@ -165,7 +165,7 @@ def test_seconds_of_a_time_limit(time: str, seconds: int | None) -> None:
     assert seconds_of(time) == seconds
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "example"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "h100", "example"])
 def test_shipped_profiles_are_valid_and_survive_writing(name: str, tmp_path: Path) -> None:
     profile = load_profile(name)
     (tmp_path / "copy.yaml").write_text(dump_profile(profile))

@@ -69,3 +69,23 @@ def test_bf16_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
     for layout in LAYOUTS:
         found = difference(gradients(ranks, layout, "bf16"), exact)
         assert 1e-4 < found < 0.05, (layout, found)
+
+
+def gradient_bytes_job() -> tuple[int, int]:
+    """Bytes of bf16 gradients when AdamW steps, and of the weights."""
+    config = small_config(parallel=LAYOUTS["ZeRO 1"], train={"precision": "bf16", "microbatch_size": 8})
+    engine = start_engine(config)
+    parameters = [parameter for _, parameter in engine.named_parameters()]
+    held: list[int] = []
+    engine._adam.register_step_pre_hook(
+        lambda *_: held.append(sum(0 if x.grad is None else x.grad.nbytes for x in parameters))
+    )
+    engine.train_step([Microbatch(*tokens_of_step(config, 1))], 1e-3)
+    return held[0], sum(x.nbytes for x in parameters)
+
+
+def test_bf16_gradients_are_gone_before_the_step(ranks: Ranks) -> None:
+    """docs/gpu.md counts 6 bytes for a parameter that ZeRO 1 does not divide; with them it would be 8."""
+    ((held, weights),) = ranks(1).run(gradient_bytes_job)
+    assert weights > 0
+    assert held == 0

@@ -14,11 +14,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from biroute.model.attention.block_sparse import attention, backward, forward, router
+from biroute.model.attention.block_sparse import attention, backward, forward, rotary, router
 from biroute.model.attention.block_sparse.plan import Blocking
 
 INTEGERS = ("order", "start", "unit_region", "unit_first", "extra_first", "listed", "members", "counts", "route")
-FP32 = ("lse", "part_lse", "delta", "dk", "dv", "extra_dk", "extra_dv", "rows")
+FP32 = ("cosines", "sines", "lse", "part_lse", "delta", "dk", "dv", "extra_dk", "extra_dv", "rows")
 
 
 def pointer(name: str) -> str:
@@ -31,7 +31,7 @@ def report(kernel: Any, constants: dict[str, Any], warps: int) -> None:
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else pointer(name) if name.endswith("_ptr")
-        else "fp32" if name.startswith("scale") else "i32"
+        else "fp32" if name.startswith(("scale", "direction")) else "i32"
         for name in names
     }  # fmt: skip
     aligned = [name for name in names if name.endswith(("_ptr", "_tokens"))]
@@ -72,12 +72,13 @@ def main() -> None:
     report(backward.query_backward, block | {"ROWS": attention.BACKWARD_ROWS}, 4)
     report(backward.add_extra_units, constants, 4)
     report(backward.output_delta, {"D": 128, "DIM": 128, "ROWS": 32}, 4)
+    report(rotary.rotate_rows, {"HALF": 64, "WIDTH": 64, "ROWS": rotary.ROWS}, 4)
     for width in (256, 2048):
         rule = {"SLOTS": 32, "DESCRIPTORS": 8, "BLOCK": 1, "REGION": 64, "D": 128, "DIM": 128, "PRECISION": "ieee"}
         forced = {"CAUSAL": True, "OWN": True, "PREVIOUS": True, "SINK": False}
         rows = {"BLOCKS": router.BLOCKS, "REGIONS": router.REGIONS, "WIDTH": width}
         at_once = min(router.BLOCKS, router.SELECTED_AT_ONCE // width)
-        report(router.route_blocks, rule | forced | rows | {"AT_ONCE": at_once}, 4)
+        report(router.route_blocks, rule | forced | rows | {"AT_ONCE": at_once}, router.WARPS)
 
 
 if __name__ == "__main__":

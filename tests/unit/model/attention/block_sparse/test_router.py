@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.block_sparse.router import _stretches, fused_route
+from biroute.model.attention.block_sparse.router import BLOCKS, fused_route, stretches
 from biroute.model.attention.routing import key_descriptors, query_descriptors, route_query_blocks
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
@@ -73,13 +73,13 @@ def test_half_precision_rounds_the_descriptors() -> None:
 
 def test_stretches_cover_every_tile_once_and_reach_every_region() -> None:
     rule = RouteRule(64, 1, 32, True)
-    stretches = _stretches(131_072, 0, 2048, rule)
-    assert [first for first, _, _ in stretches] == [
+    found = stretches(131_072, 0, 2048, rule)
+    assert [first for first, _, _ in found] == [
         0,
-        *torch.tensor([n for _, n, _ in stretches]).cumsum(0)[:-1].tolist(),
+        *torch.tensor([n for _, n, _ in found]).cumsum(0)[:-1].tolist(),
     ]
-    assert sum(tiles for _, tiles, _ in stretches) * 32 == 131_072
-    assert [columns for _, _, columns in stretches] == [256, 512, 1024, 2048]
+    assert sum(tiles for _, tiles, _ in found) * BLOCKS == 131_072
+    assert [columns for _, _, columns in found] == [256, 512, 1024, 2048]
 
 
 def test_too_many_regions_are_refused() -> None:

@@ -1,0 +1,217 @@
+"""Count what a routed layer does on a GPU, for routes of a trained model; write docs/benchmarks/gpu_on_paper.json.
+
+    python docs/count_gpu_costs.py RUN TEXT
+
+RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file;
+from the queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken
+for those of one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of
+route is drawn at random: what neighbours share is then least. The kernels are not run: their work follows from the
+route (`model/attention/block_sparse/cost.py`), and torch's own operations are counted as they are called.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+COSTS = ROOT / "docs" / "benchmarks" / "gpu_on_paper.json"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from helpers.emulated_device import FREE  # noqa: E402
+
+from biroute.launcher.generate.trained import open_trained  # noqa: E402
+from biroute.model.attention.block_sparse import attention, backward, cost, forward, router  # noqa: E402
+from biroute.model.attention.grid import RegionGrid  # noqa: E402
+from biroute.model.attention.routing import key_descriptors, query_descriptors, route_regions  # noqa: E402
+from biroute.model.attention.rule import RouteRule  # noqa: E402
+
+HEADS, GROUPS, HEAD_SIZE, REGION, TOPK = 32, 8, 128, 64, 32
+LENGTHS = (8_192, 32_768, 131_072)
+BLOCKS = (1, 64)
+SORT_PASSES = 4  # a radix sort of 16 bits reads and writes twice
+
+
+class Meter(TorchDispatchMode):
+    """Counts torch's operations that start kernels, the bytes of their arguments and results, and memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.moved = self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = operation._schema.name.split("::")[-1]
+        if name not in FREE:
+            self.launches += 1
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.moved += sum(x.nbytes for x in tensors) * (SORT_PASSES if name == "sort" else 1)
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.hold(x)
+        return result
+
+    def hold(self, x: Tensor) -> None:
+        """Count the memory of a tensor for as long as it lives."""
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _NotRun:
+    """In the place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def no_kernels() -> Iterator[None]:
+    """Inside, kernels are launched without effect."""
+    places = [
+        (forward, "region_forward"), (forward, "query_forward"), (backward, "output_delta"),
+        (backward, "region_backward"), (backward, "query_backward"), (backward, "add_extra_units"),
+        (router, "route_blocks"),
+    ]  # fmt: skip
+    kept = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, _NotRun())
+        yield
+    finally:
+        for (module, name), kernel in zip(places, kept, strict=True):
+            setattr(module, name, kernel)
+
+
+def trained_routes(run: Path, text: Path) -> dict[int, Tensor]:
+    """Routes int32 [1, G, N, K] of the longest sequence by tokens of a query block."""
+    trained = open_trained(run, device="cpu")
+    tokens = trained.tokenizer.encode(text.read_text(encoding="utf-8"))
+    if len(tokens) < LENGTHS[-1]:
+        raise SystemExit(f"{text}: {len(tokens)} tokens; a text of {LENGTHS[-1]} is needed")
+    found: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
+    for core in trained.model.cores:
+
+        def choose(q: Tensor, k: Tensor, core: Any = core) -> Tensor:
+            for block in BLOCKS:
+                rule = RouteRule(REGION, block, TOPK, True, descriptors_per_region=core.rule.descriptors_per_region)
+                found[block].append(route_regions(q, k, rule).int())
+            sys.stderr.write(f"layer {core.layer}: routed\n")
+            return route_regions(q, k, core.rule)
+
+        core.router = choose
+    with torch.no_grad():
+        trained.model.layers.hidden_states(torch.tensor([tokens[: LENGTHS[-1]]]))
+    return {block: torch.cat(routes, 1)[:, :GROUPS] for block, routes in found.items()}
+
+
+def random_route(tokens: int, block: int) -> Tensor:
+    """The own region, the one before, and others of the past at random: int32 [1, G, N, K], every head the same."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for first in range(0, tokens // block, 4096):
+        own = torch.arange(first, min(first + 4096, tokens // block)) * block // REGION
+        regions = torch.arange(tokens // REGION)
+        score = torch.rand(len(own), len(regions), generator=generator)
+        score += ((own[:, None] - regions) >> 1 == 0) * 2.0  # own and previous
+        score.masked_fill_(regions > own[:, None], -1.0)
+        value, route = score.topk(min(TOPK, len(regions)))
+        parts.append(route.masked_fill(value < 0, len(regions)).sort(-1).values.int())
+    route = torch.cat(parts)
+    return route.masked_fill(route == tokens // REGION, -1).expand(1, GROUPS, -1, -1)
+
+
+def count(route: Tensor, block: int) -> dict[str, Any]:
+    """Everything that a layer with this route does."""
+    tokens = route.shape[2] * block
+    grid = RegionGrid(REGION, block, True, HEAD_SIZE**-0.5, path="block_sparse")
+    q, k = (torch.empty(1, n, tokens, HEAD_SIZE, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS))
+    call = attention.Call.of(q, k, k, route, grid)
+    kernels = {"forward": cost.forward_cost(call), "backward": cost.backward_cost(call)}
+    needed = cost.needed_flops(call)
+    tiles = call.plan.counts.numel()
+    shared, scattered, pairs = (int(x.sum()) for x in (call.plan.counts, call.plan.scattered, route >= 0))
+    del call
+    return {
+        "tokens": tokens,
+        "block": block,
+        "tiles": tiles,
+        "shared_regions_of_a_tile": shared / tiles,
+        "scattered_pairs": scattered / pairs,
+        "needed_flops": {"forward": needed[0], "backward": needed[1]},
+        "kernels": {side: {name: vars(one) for name, one in costs.items()} for side, costs in kernels.items()},
+        "torch": torch_operations(q, k, route, grid),
+        "router": {str(n): count_router(q, k, route, block, n) for n in (1, 8)},
+    }
+
+
+def torch_operations(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> dict[str, Any]:
+    """Torch's own operations around the kernels, and the peak memory of both passes with inputs and gradients."""
+    found: dict[str, Any] = {}
+    meter = Meter()
+    v, dout = torch.empty_like(k), torch.empty_like(q)
+    with no_kernels(), meter:
+        kept = route.clone()  # int32, what autograd keeps
+        for x in (q, k, v):
+            meter.hold(x)
+        meter.launches = meter.moved = 0
+        out, lse = attention.sparse_attention(q, k, v, kept, grid)
+        found["forward"] = {"launches": meter.launches, "moved": meter.moved}
+        meter.launches = meter.moved = 0
+        meter.hold(dout)
+        delta = attention.output_delta(out, dout)
+        gradients = attention.sparse_attention_backward(q, k, v, kept, grid, dout=dout, lse=lse, delta=delta)
+        found["backward"] = {"launches": meter.launches, "moved": meter.moved}
+    found["peak_bytes"] = meter.peak
+    # Dense attention holds its inputs, output, log-sum-exps and all gradients at once, too.
+    found["dense_bytes"] = sum(x.nbytes for x in (q, k, v, out, lse, dout, *gradients))
+    return found
+
+
+def count_router(q: Tensor, k: Tensor, route: Tensor, block: int, descriptors: int) -> dict[str, Any]:
+    """The router with the descriptors that it compares, in bf16."""
+    rule = RouteRule(REGION, block, TOPK, True, descriptors_per_region=descriptors)
+    meter = Meter()
+    with no_kernels(), meter:
+        keys = key_descriptors(k, REGION, descriptors)
+        queries = query_descriptors(q, GROUPS, block, causal=True)
+        router.fused_route(queries, keys, rule, dtype=torch.bfloat16)
+    kernel = cost.router_cost(route, rule, head_size=HEAD_SIZE, element_size=2, num_regions=q.shape[2] // REGION)
+    return {"launches": meter.launches, "moved": meter.moved, "route_blocks": vars(kernel)}
+
+
+def main() -> None:
+    run, text = (Path(name) for name in sys.argv[1:3])
+    of_model = trained_routes(run, text)
+    rows = []
+    for tokens in LENGTHS:
+        for block in BLOCKS:
+            trained = of_model[block][:, :, : tokens // block].contiguous()
+            for kind, route in (("trained", trained), ("random", random_route(tokens, block))):
+                rows.append({"route": kind, **count(route, block)})
+                sys.stderr.write(f"{kind}, {tokens} tokens, blocks of {block}: counted\n")
+    COSTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

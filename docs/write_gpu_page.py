@@ -1,0 +1,322 @@
+"""Write docs/benchmarks/gpu_on_paper.md from the counts beside it: `make docs`. One tree, always the same bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from biroute.launcher.plan.hardware import HardwareProfile, load_hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks" / "gpu_on_paper.md"
+COSTS = PAGE.with_suffix(".json")
+
+HEADS, GROUPS, HEAD_SIZE, REGION, ELEMENT = 32, 8, 128, 64, 2
+LAUNCH_SECONDS = 5e-6
+
+# Dense attention (PyTorch's), bf16, H 32, G 8, D 128, causal, on one NVIDIA H200, 2026-11-26, in ms: forward, and
+# forward and backward together.
+DENSE_H200 = {8_192: (0.93, 3.57), 32_768: (13.9, 53.5), 131_072: (260.0, 880.0)}
+# What earlier kernels reached there, at 131,072 tokens: bytes (or operations, or affinities) and milliseconds.
+DENSE_FLOPS = 2 * 131_072**2 * HEADS * HEAD_SIZE
+MEASURED = {
+    "products": (DENSE_FLOPS, 260.0, "dense attention, forward: {:.0f} TFLOP/s"),
+    "cache": (1.1e12, 194.0, "a kernel that reads each query's keys and values anew, from the cache: {:.1f} TB/s"),
+    "stream": (69e9, 22.0, "region by region, forward: {:.1f} TB/s of memory"),
+    "back": (103e9, 44.0, "the same, backward: {:.1f} TB/s"),
+    "merge": (35e9, 21.4, "joining the partial results of each query: {:.1f} TB/s"),
+    "held": (1.43e9, 10.0, "selecting: {:.2f} * 10^12 affinities held on chip per second"),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a part of the work takes its time from; per second."""
+
+    products: float  # operations of matrix products
+    cache: float  # bytes that come from the second cache
+    stream: float  # bytes of memory: kernels that stream
+    back: float  # the same, with the gradients of keys and values held in registers
+    merge: float  # the same, many short pieces
+    held: float  # affinities selected from
+
+    @staticmethod
+    def expected(profile: HardwareProfile) -> Rates:
+        """The rates measured on an H200, those of memory in proportion to its bandwidth."""
+        memory = profile.memory_gb_per_second / load_hardware("h200").memory_gb_per_second
+        peak = profile.peak_tflops_bf16 / load_hardware("h200").peak_tflops_bf16
+        found = {name: amount / (ms / 1e3) for name, (amount, ms, _) in MEASURED.items()}
+        for name in found:
+            found[name] *= memory if name in ("stream", "back", "merge") else peak
+        return Rates(**found)
+
+
+def layer_seconds(row: dict[str, Any], rates: Rates, descriptors: str = "8") -> dict[str, float]:
+    """Expected seconds of the parts of a layer: router, forward, backward."""
+    kernels, torch = row["kernels"], row["torch"]
+    partials = kernels["forward"].get("region_forward", {}).get("written", 0)
+    partial_dq = partials * HEAD_SIZE * ELEMENT / (HEAD_SIZE * ELEMENT + 4)
+
+    def launched(side: str) -> float:
+        number = sum(kernel["launches"] for kernel in kernels[side].values()) + torch[side]["launches"]
+        return number * LAUNCH_SECONDS + torch[side]["moved"] / rates.stream
+
+    def tiles(kernel: dict[str, int], merged: float) -> float:
+        shared = max(kernel["flops"] / rates.products, (kernel["read"] - merged) / rates.cache)
+        return shared + merged / rates.merge + kernel["written"] / rates.stream
+
+    forward = launched("forward") + tiles(kernels["forward"]["query_forward"], partials)
+    if partials:
+        region = kernels["forward"]["region_forward"]
+        forward += max(region["flops"] / rates.products, (region["read"] + region["written"]) / rates.stream)
+    backward = launched("backward") + tiles(kernels["backward"]["query_backward"], partial_dq)
+    region = kernels["backward"]["region_backward"]
+    backward += max(region["flops"] / rates.products, (region["read"] + region["written"]) / rates.back)
+    for name in ("output_delta", "add_extra_units"):
+        kernel = kernels["backward"].get(name, {"read": 0, "written": 0})
+        backward += (kernel["read"] + kernel["written"]) / rates.stream
+    router = row["router"][descriptors]
+    chosen = router["route_blocks"]
+    routing = router["moved"] / rates.stream + (router["launches"] + chosen["launches"]) * LAUNCH_SECONDS
+    routing += max(chosen["flops"] / rates.products, (chosen["read"] + chosen["written"]) / rates.cache)
+    routing += chosen["held"] / rates.held
+    return {"router": routing, "forward": forward, "backward": backward}
+
+
+def least_seconds(row: dict[str, Any], profile: HardwareProfile) -> dict[str, float]:
+    """What no kernel that follows this plan can beat: peak rates, each input read once, nothing but partial results
+    written besides; no launches."""
+    tokens, memory = row["tokens"], 1e9 * profile.memory_gb_per_second
+    rows = tokens * HEADS * HEAD_SIZE * ELEMENT
+    keys = 2 * tokens * GROUPS * HEAD_SIZE * ELEMENT
+    partials = row["kernels"]["forward"].get("region_forward", {}).get("written", 0)
+    moved = {"forward": 2 * rows + keys + 2 * partials, "backward": 4 * rows + 2 * keys + 2 * partials}
+    found = {}
+    for side in ("forward", "backward"):
+        flops = sum(kernel["flops"] for kernel in row["kernels"][side].values())
+        found[side] = max(flops / (1e12 * profile.peak_tflops_bf16), moved[side] / memory)
+    chosen = row["router"]["8"]["route_blocks"]
+    found["router"] = max(chosen["flops"] / (1e12 * profile.peak_tflops_bf16), (rows + keys / 2) / memory)
+    return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A layer with trained routes beside dense attention: how many times as fast it is expected to be."""
+
+    forward: float
+    both: float
+    descriptors: float  # time with 8 descriptors over time with 1, both directions
+    router: float  # share of both directions
+    memory: float  # peak over what dense attention holds
+    memory_of_flash: float  # the same, with the buffers of FlashAttention-2's backward
+
+    @staticmethod
+    def of(row: dict[str, Any], profile: HardwareProfile) -> Compared:
+        dense_forward, dense_both = (ms / 1e3 for ms in DENSE_H200[row["tokens"]])
+        rates = Rates.expected(profile)
+        parts, single = layer_seconds(row, rates), sum(layer_seconds(row, rates, "1").values())
+        total = sum(parts.values())
+        # fp32 gradients of the queries; those of keys and values for every query head.
+        buffers = row["tokens"] * HEADS * HEAD_SIZE * (4 + 2 * ELEMENT)
+        peak, dense = row["torch"]["peak_bytes"], row["torch"]["dense_bytes"]
+        return Compared(
+            forward=dense_forward / (parts["router"] + parts["forward"]),
+            both=dense_both / total,
+            descriptors=total / single,
+            router=parts["router"] / total,
+            memory=peak / dense,
+            memory_of_flash=peak / (dense + buffers),
+        )
+
+
+# What is asked for: text, tokens, tokens of a query block, value, at least or at most, what it is compared with.
+TARGETS: list[tuple[str, int, int, str, str, float]] = [
+    ("forward, times as fast as dense", 131_072, 1, "forward", ">=", 5.0),
+    ("forward + backward", 131_072, 1, "both", ">=", 9.0),
+    ("forward", 32_768, 1, "forward", ">=", 1.5),
+    ("forward + backward", 32_768, 1, "both", ">=", 2.5),
+    ("forward", 131_072, 64, "forward", ">=", 12.0),
+    ("forward + backward", 131_072, 64, "both", ">=", 12.0),
+    ("forward", 32_768, 64, "forward", ">=", 4.0),
+    ("forward + backward", 32_768, 64, "both", ">=", 4.0),
+    ("never slower than dense: forward + backward", 8_192, 1, "both", ">=", 1 / 1.05),
+    ("the same", 8_192, 64, "both", ">=", 1 / 1.05),
+    ("8 descriptors over 1, time", 131_072, 1, "descriptors", "<=", 1.2),
+    ("router, share of the time", 131_072, 1, "router", "<=", 0.25),
+    ("peak memory over dense attention's tensors", 131_072, 1, "memory", "<=", 1.3),
+    ("peak memory, dense with FlashAttention-2's buffers", 131_072, 1, "memory_of_flash", "<=", 1.3),
+]
+
+
+def _find(rows: list[dict[str, Any]], tokens: int, block: int, route: str = "trained") -> dict[str, Any]:
+    return next(row for row in rows if (row["tokens"], row["block"], row["route"]) == (tokens, block, route))
+
+
+def _target_row(rows: list[dict[str, Any]], target: tuple[str, int, int, str, str, float]) -> list[str]:
+    text, tokens, block, name, sign, asked = target
+    h200, h100, scattered = (
+        getattr(Compared.of(_find(rows, tokens, block, route), load_hardware(gpu)), name)
+        for gpu, route in (("h200", "trained"), ("h100", "trained"), ("h200", "random"))
+    )
+    met = h200 >= asked if sign == ">=" else h200 <= asked
+    return [
+        text, f"{tokens:,}", str(block), f"{sign} {asked:.3g}", f"{h200:.2f} (paper)", f"{h100:.2f} (paper)",
+        f"{scattered:.2f} (paper)", "yes" if met else "**no**",
+    ]  # fmt: skip
+
+
+def _time_row(row: dict[str, Any]) -> list[str]:
+    cells = [f"{row['tokens']:,}", str(row["block"]), row["route"]]
+    for gpu in ("h200", "h100"):
+        parts = layer_seconds(row, Rates.expected(load_hardware(gpu)))
+        cells += [f"{1e3 * parts[name]:.1f}" for name in ("router", "forward", "backward")]
+    least = least_seconds(row, load_hardware("h200"))
+    forward, both = DENSE_H200[row["tokens"]]
+    return [*cells, f"{1e3 * (least['router'] + least['forward']):.1f} / {1e3 * sum(least.values()):.1f}",
+            f"{forward:g} / {both:g}"]  # fmt: skip
+
+
+def _count_rows(row: dict[str, Any]) -> list[list[str]]:
+    found = []
+    router = {"router": {"route_blocks": row["router"]["8"]["route_blocks"]}, **row["kernels"]}
+    extra = {"router": row["router"]["8"], **{side: row["torch"][side] for side in ("forward", "backward")}}
+    for side, kernels in router.items():
+        flops, read, written, launches = (
+            sum(kernel[name] for kernel in kernels.values()) for name in ("flops", "read", "written", "launches")
+        )
+        padding = "" if side == "router" else f"{1 - row['needed_flops'][side] / flops:.0%}"
+        found.append([
+            f"{row['tokens']:,}", str(row["block"]), row["route"], side, f"{flops / 1e12:.2f}", padding,
+            f"{read / 1e9:.1f}", f"{written / 1e9:.1f}", f"{extra[side]['moved'] / 1e9:.1f}",
+            f"{launches} + {extra[side]['launches']}",
+        ])  # fmt: skip
+    return found
+
+
+def _tile_row(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['tokens']:,}", str(row["block"]), row["route"], f"{row['tiles']:,}",
+        f"{row['shared_regions_of_a_tile']:.1f}", f"{row['scattered_pairs']:.0%}",
+        f"{row['torch']['peak_bytes'] / 2**30:.2f}", f"{row['torch']['dense_bytes'] / 2**30:.2f}",
+    ]  # fmt: skip
+
+
+def _table(header: list[str], rows: list[list[str]], text_columns: tuple[int, ...] = (0,)) -> str:
+    rule = ["---" if place in text_columns else "--:" for place in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def _rates() -> str:
+    lines = []
+    for amount, ms, text in MEASURED.values():
+        lines.append("- " + text.format(amount / (ms / 1e3) / 1e12))
+    return "\n".join(lines)
+
+
+INTRODUCTION = """# The GPU kernels on paper
+
+Made by `docs/write_gpu_page.py` from `gpu_on_paper.json`; do not edit. **No figure of today's kernels on this page
+was measured**: the authors had no GPU when they were written. Dense attention's times were: PyTorch's own, one
+NVIDIA H200, 2026-11-26.
+
+A causal layer, bf16, one sequence, 32 query heads, 8 key/value heads of size 128, regions of 64 tokens, routes of
+32 regions; with its router (8 descriptors where nothing else is said), without projections. Operations, bytes,
+launches and tiles are *counted*: from a route follows everything that the kernels do
+(`model/attention/block_sparse/cost.py`), and a test counts the same in Triton's interpreter, to the last byte.
+`docs/count_gpu_costs.py` did that for two kinds of route:
+
+- *trained*: a model of 3.4 M parameters (hidden size 256, 4 layers, 8 heads, 2 key/value heads, 500 steps of 4,096
+  tokens of the demo's text, routes of 8 of 32 regions) read 131,072 tokens of English; the route of 32 regions
+  that its queries and keys give, in 4 layers x 2 heads, stands for that of the 8 heads. Shorter sequences are its
+  beginning.
+- *random*: the own region, the one before, and 30 others at random: neighbours share least.
+
+## Targets
+"""
+TIMES = """## Expected time of a layer, in ms
+
+Each kernel takes as long as its products, its reads from the cache or its bytes of memory, whichever is slowest;
+kernels and torch's operations follow one another, and each launch adds 5 us. The rates are those that *earlier
+versions of the kernels* and dense attention reached on that H200, at 131,072 tokens:
+"""
+AFTER_RATES = """\
+For an H100, rates of memory are lower in proportion to its bandwidth (3.35 of 4.8 TB/s), the others equal. *At
+least*: data-sheet rates of the H200, each input read once, no launch: what no tuning of these kernels can beat,
+forward / forward + backward.
+"""
+COUNTS = """## Counted
+
+*Padding*: operations that the route does not ask for: masked and empty places of products, shared regions that not
+all of a tile chose; backward, two of seven products, as each of its kernels computes the scores for itself.
+*torch*: bytes of torch's own operations, which make the plan, descriptors and delta. Launches: of kernels + of
+torch's operations; they grow with S only through pieces of 384 MiB of partial results and of 2^23 pairs.
+"""
+TILES = """\
+A tile is 64 query rows (a block of 64 tokens: 256). *Shared*: regions that a tile attends as one product;
+*scattered*: pairs of a query block and a region that are attended region by region. Peak: both directions, with
+inputs and gradients, in GiB; dense: the same tensors of dense attention without any buffer of its kernels.
+"""
+MISSED = """## What is not met, and what limits it
+
+- *A route per token*. At 131,072 tokens on the H200, in ms: gathering queries and upstream gradients of each region's
+  visitors, backward, 39; keys and values of shared regions from the cache, 15 in each direction (a tile of 64 query
+  rows is small: in forward this takes half as long again as its products); partial results written and read again, 13
+  forward and as many backward; selecting the k best regions 10, reading descriptors 10; torch's sorts and sums that
+  make the plan 5 in each direction, as forward's plan is not kept for backward.
+- *Short sequences*. At 8,192 tokens 32 regions are a quarter of the sequence, and tiles of 16 tokens visit most
+  regions anyway; the kernels then do dense attention's work at a lower rate. `path="auto"` calls dense attention
+  only where *every* region is routed, as another result would be wrong. Where sequences are that short, a route
+  per region (`query_block_size` equal to `region_size`) or dense layers are faster.
+- *Backward of a route per region at 32,768*: counted with the rate at which single tokens were gathered; blocks of
+  64 tokens lie together, so this is a careful figure.
+- *Peak memory* of short sequences: scratch of at least 64 MiB counts there (1.41 at 8,192 tokens). Compared with
+  dense attention's tensors alone; the backward of FlashAttention-2 needs more (fp32 gradients of queries; those of
+  keys and values for each query head), and whether PyTorch calls it depends on the backend that it chooses.
+- Not counted: region ranks (their parts use the same kernels), whole training steps, and anything about time that
+  a profiler would show: occupancy, latency, the balance of programs.
+"""
+
+
+def text() -> str:
+    """The page as Markdown."""
+    rows = json.loads(COSTS.read_text(encoding="utf-8"))
+    long = [row for row in rows if row["tokens"] > 8_192]
+    parts = [
+        INTRODUCTION,
+        _table(
+            ["target", "S", "Lq", "asked", "H200", "H100", "H200, random routes", "met on paper, H200"],
+            [_target_row(rows, target) for target in TARGETS],
+            (0, 3, 7),
+        ),
+        TIMES,
+        _rates(),
+        AFTER_RATES,
+        _table(
+            ["S", "Lq", "routes", "H200 router", "forward", "backward", "H100 router", "forward", "backward",
+             "at least (paper)", "dense, H200, measured"],
+            [_time_row(row) for row in rows],
+            (2,),
+        ),
+        "All columns but the last are on paper.",
+        COUNTS,
+        _table(
+            ["S", "Lq", "routes", "part", "TFLOP", "padding", "GB read", "GB written", "GB torch", "launches"],
+            [cells for row in long for cells in _count_rows(row)],
+            (2, 3),
+        ),
+        TILES,
+        _table(
+            ["S", "Lq", "routes", "tiles", "shared of a tile", "scattered", "peak", "dense"],
+            [_tile_row(row) for row in rows],
+            (2,),
+        ),
+        MISSED,
+    ]  # fmt: skip
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text(), encoding="utf-8")
