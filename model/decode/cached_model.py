@@ -86,13 +86,20 @@ class CachedModel:
         return sequence, self._logits(hidden_SBC[-1:].transpose(0, 1))[0]
 
     @torch.no_grad()
-    def every_logit(self, tokens: Sequence[int]) -> Tensor:
-        """Return the fp32 logits [S, V] after each token of a text: the bits that `prefill` and `step` give.
+    def every_logit(self, tokens: Sequence[int], first: int = 0) -> Tensor:
+        """Return the fp32 logits after each token of a text: the bits that `prefill` and `step` give.
+
+        Args:
+            tokens: of the text, 1 ... `sequence_length` of them.
+            first: leave out those after the tokens before this one.
+
+        Returns:
+            [S - first, V].
 
         Raises:
             ValueError: as in `prefill`.
         """
-        _, hidden_SBC = self._begin(tokens)
+        hidden_SBC = self._begin(tokens)[1][first:]
         return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(self.rows)])
 
     def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
