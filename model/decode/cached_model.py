@@ -99,8 +99,10 @@ class CachedModel:
         Raises:
             ValueError: as in `prefill`.
         """
-        hidden_SBC = self._begin(tokens)[1][first:]
-        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(self.rows)])
+        # In the same groups of rows whatever is left out.
+        skipped = first - first % self.rows
+        hidden_SBC = self._begin(tokens)[1][skipped:]
+        return torch.cat([self._logits(part_B1C) for part_B1C in hidden_SBC.split(self.rows)])[first - skipped :]
 
     def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
         """Return a new sequence of the tokens, and their hidden states [S, 1, C]."""

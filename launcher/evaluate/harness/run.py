@@ -24,6 +24,7 @@ from biroute.launcher.generate.trained import Trained
 
 DOCUMENTS = "documents"  # a measure that every task has
 _FEWSHOT_SEED = 1234  # lm-eval's own, so that few-shot examples are those of other people's results
+_NO_VERSION = "Yaml"  # what lm-eval says where a task says nothing
 _BOOTSTRAPS = 1000  # of the standard errors of metrics that are no means, such as BLEU
 
 
@@ -88,7 +89,11 @@ def _section(
     about = f"lm-eval {version('lm_eval')}, {used} of {there} documents"
     if (shots := found["n-shot"].get(name)) is not None:
         about += f", {shots}-shot"
-    if (number := found["versions"].get(name)) not in (None, "N/A"):
+    if (number := found["versions"].get(name)) not in (
+        None,
+        "N/A",
+        "Yaml",
+    ):  # what lm-eval says where a task says nothing
         about += f", task version {number}"
     for counter, words in (
         (model.cut, "contexts were longer than the model's sequences and lost their beginnings"),
