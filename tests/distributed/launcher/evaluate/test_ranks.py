@@ -62,7 +62,7 @@ def measured_job() -> Any:
         if ranks.rank == 1:
             raise UsageError("no such file")
 
-    with pytest.raises(UsageError, match="^no such file$"):
+    with pytest.raises(UsageError, match=r"^no such file$"):
         ranks.all_or_none(fail_on_one)
     assert ranks.from_first(ranks.rank) == 0
     return found(ranks), found(EvaluationRanks())
