@@ -9,7 +9,7 @@ from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.run_files import CHECKPOINTS
+from biroute.launcher.attempts.run_files import CANCELLED, CHECKPOINTS, SUBMISSION
 from biroute.launcher.evaluate.command import Request, evaluate, wanted_metrics
 from biroute.launcher.evaluate.ranks import EvaluationRanks
 from biroute.launcher.evaluate.results import Evaluation
@@ -79,4 +79,6 @@ def _steps(run_dir: Path) -> list[int]:
 def _goes_on(run_dir: Path) -> bool:
     """Return whether the run trains, or its scheduler starts it again."""
     attempts = read_attempts(run_dir)
-    return is_training(run_dir, attempts) or bool(attempts and attempts[-1].decision == "requeue")
+    waits = bool(attempts and attempts[-1].decision == "requeue")
+    cancelled = (run_dir / SUBMISSION / CANCELLED).exists()  # perhaps while it waited
+    return is_training(run_dir, attempts) or (waits and not cancelled)
