@@ -127,8 +127,8 @@ def _submit_evaluation(run_dir: Path, job_id: str) -> str | None:
 
 def _warn_of_evaluation(run_dir: Path, error: Exception) -> None:
     echo(
-        f"warning: no job evaluates this run ({error}); `biroute evaluate {run_dir} --every-checkpoint --follow` does "
-        "it by hand",
+        f"warning: no job evaluates this run ({error}); `biroute evaluate {run_dir} --every-checkpoint --follow` "
+        "does it by hand",
         err=True,
     )
 

@@ -24,7 +24,7 @@ from biroute.configs.slurm_section import SlurmTime
 from biroute.launcher.attempts.run_files import EVALUATE_SCRIPT, EVALUATIONS, LOGS, SUBMISSION
 from biroute.launcher.evaluate.tasks.names import task_names
 from biroute.slurm import client
-from biroute.slurm.script import JobRequest, container_options, render, sbatch_options
+from biroute.slurm.script import JobRequest, Quoted, container_options, render, sbatch_options
 
 TEMPLATE = "evaluate.sbatch.j2"
 _LOOK_SECONDS = 30
@@ -66,7 +66,7 @@ def parse_arguments(text: str) -> tuple[str, ...]:
             raise UsageError(f"--evaluate-options: {name} is set by the job, or of no use to it; leave it out")
         if name == "--text" and "--name" not in " ".join(words):
             raise UsageError("--evaluate-options: --text needs --name, by which results that exist are known")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--tasks" or word.startswith("--tasks="):
             task_names(word.partition("=")[2] or following)
     return tuple(words)
@@ -95,7 +95,7 @@ def render_evaluation(request: EvaluationRequest, look_seconds: int = _LOOK_SECO
         script=str(request.script),
         run_dir=str(request.training.run_dir),
         options=list(_options(request)),
-        look_seconds=look_seconds,
+        look_seconds=Quoted(look_seconds),
         cpus=str(profile.cpus_per_rank),
         environment=sorted(profile.environment.items()),
         setup=profile.setup,
@@ -126,7 +126,6 @@ def _options(request: EvaluationRequest) -> Iterator[str]:
         profile,
         {
             "job-name": f"{training.job_name}-evaluate",
-            "partition": profile.partition,
             "nodes": 1,
             "ntasks-per-node": 1,
             "cpus-per-task": profile.cpus_per_rank,

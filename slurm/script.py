@@ -64,11 +64,11 @@ def render_job(request: JobRequest) -> str:
         run_dir=str(request.run_dir),
         options=list(_options(request)),
         requeue=request.requeue,
-        max_restarts=_Quoted(request.max_restarts),
+        max_restarts=Quoted(request.max_restarts),
         python=request.python,
         journal_python=(request.host_python,) if container_options(profile) else request.python,
         cpus_per_rank=str(profile.cpus_per_rank),
-        signal_seconds=_Quoted(request.signal_seconds),
+        signal_seconds=Quoted(request.signal_seconds),
         network_interface=profile.network_interface,
         environment=sorted(profile.environment.items()),
         setup=profile.setup,
@@ -96,7 +96,6 @@ def _options(request: JobRequest) -> Iterator[str]:
         profile,
         {
             "job-name": request.job_name,
-            "partition": profile.partition,
             "nodes": request.nodes,
             "ntasks-per-node": request.ranks_per_node,
             "cpus-per-task": profile.cpus_per_rank,
@@ -117,29 +116,30 @@ def _options(request: JobRequest) -> Iterator[str]:
 
 
 def sbatch_options(profile: ClusterProfile, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield `values` as sbatch's options, and those that all jobs on a cluster share; None is left out."""
-    shared = {"account": profile.account, "qos": profile.qos, "constraint": profile.constraint}
-    shared |= {"reservation": profile.reservation}
-    yield from (f"--{name}={value}" for name, value in {**values, **shared}.items() if value is not None)
+    """Yield a job's name, what all jobs on a cluster share, and its other `values` as options; None is left out."""
+    fields = ("account", "partition", "qos", "constraint", "reservation")
+    shared = {name: getattr(profile, name) for name in fields}
+    found = {"job-name": values["job-name"], **shared, **values}
+    yield from (f"--{name}={value}" for name, value in found.items() if value is not None)
 
 
-class _Quoted(str):
+class Quoted(str):
     """Text that a filter has quoted for its place in the template."""
 
 
-def _sh(value: str) -> _Quoted:
-    return _Quoted(shlex.quote(value))
+def _sh(value: str) -> Quoted:
+    return Quoted(shlex.quote(value))
 
 
-def _directive(option: str) -> _Quoted:
+def _directive(option: str) -> Quoted:
     """Quote one option for an #SBATCH line, where sbatch accepts double quotes and backslashes but no line break."""
     if re.fullmatch(r"[\w./:,=@%+&|*\[\]()-]+", option, re.ASCII):
-        return _Quoted(option)
-    return _Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
+        return Quoted(option)
+    return Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
 
 
-def _comment(value: str) -> _Quoted:
-    return _Quoted(_one_line(value))
+def _comment(value: str) -> Quoted:
+    return Quoted(_one_line(value))
 
 
 def _one_line(value: str) -> str:
@@ -147,7 +147,7 @@ def _one_line(value: str) -> str:
 
 
 def _refuse_unquoted(value: Any) -> Any:
-    if not isinstance(value, _Quoted | jinja2.Undefined):
+    if not isinstance(value, Quoted | jinja2.Undefined):
         raise TypeError(f"{value!r} is put into the script without a filter that quotes it")
     return value
 
@@ -163,6 +163,6 @@ def _template(name: str) -> jinja2.Template:
         autoescape=False,  # that is for HTML
     )
     # verbatim is for the profile's own lines of shell.
-    environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": _Quoted}
+    environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": Quoted}
     text = resources.files("biroute.slurm").joinpath(name).read_text(encoding="utf-8")
     return environment.from_string(text)
