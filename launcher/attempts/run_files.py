@@ -15,7 +15,7 @@
     logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
     logs/attempt-0001/shown/        config.yaml without passwords, for MLflow
     logs/attempt-0001/preflight/    findings by node
-    logs/slurm-<job>.out
+    logs/slurm-<job>.out, logs/evaluate-<job>.out
     submission/                     what `biroute submit` froze: configuration, profile, script, jobs
 """
 
