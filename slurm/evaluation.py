@@ -27,7 +27,7 @@ from biroute.slurm import client
 from biroute.slurm.script import JobRequest, Quoted, container_options, render, sbatch_options
 
 TEMPLATE = "evaluate.sbatch.j2"
-_LOOK_SECONDS = 30
+_PAUSE_SECONDS = 2.0  # of 15 between two looks at the queue
 _SIGNAL_SECONDS = 60
 
 
@@ -86,7 +86,7 @@ def check_time_limit(time_limit: str | None) -> None:
         raise UsageError(f"--evaluate-time={time_limit} is no time of Slurm's; use one such as 4:00:00") from None
 
 
-def render_evaluation(request: EvaluationRequest, look_seconds: int = _LOOK_SECONDS) -> str:
+def render_evaluation(request: EvaluationRequest, pause_seconds: float = _PAUSE_SECONDS) -> str:
     """Render the job's batch script; equal requests give equal text."""
     profile = request.training.profile
     return render(
@@ -95,7 +95,7 @@ def render_evaluation(request: EvaluationRequest, look_seconds: int = _LOOK_SECO
         script=str(request.script),
         run_dir=str(request.training.run_dir),
         options=list(_options(request)),
-        look_seconds=Quoted(look_seconds),
+        pause_seconds=Quoted(pause_seconds),
         cpus=str(profile.cpus_per_rank),
         environment=sorted(profile.environment.items()),
         setup=profile.setup,

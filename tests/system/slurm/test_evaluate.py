@@ -1,4 +1,4 @@
-"""The job of `biroute submit --evaluate` on a real cluster: each checkpoint is evaluated, and it ends with the run."""
+"""The job of `biroute submit --evaluate` on a real cluster: it evaluates each checkpoint, and ends with the run."""
 
 from __future__ import annotations
 

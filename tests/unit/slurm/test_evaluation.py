@@ -50,9 +50,9 @@ class Job:
             (programs / name).chmod(0o755)
         python = str(programs / "python")
         training = request(run_dir=self.run_dir, working_dir=folder, python=(python,))
-        script = render_evaluation(EvaluationRequest(training, ("--tasks", "loss,recall")), look_seconds=0)
+        script = render_evaluation(EvaluationRequest(training, ("--tasks", "loss,recall")), pause_seconds=0.01)
         self.script = self.run_dir / "submission" / "evaluate.sbatch"
-        self.script.write_text(script.replace("    sleep 0 &", "    sleep 0.1 &"))
+        self.script.write_text(script)
         self.environment = {
             "PATH": f"{programs}:{os.environ['PATH']}", "LOG": str(self.log), "PYTHON": python,
             "RUN": str(self.run_dir), "GONE": str(self.gone), "SLURM_JOB_ID": "9",
