@@ -54,14 +54,19 @@ class UnclearError(UsageError):
     """Slurm was asked for something and gave no clear answer, so that it may have done it."""
 
 
-def submit(script: Path) -> str:
+def submit(script: Path, after: str | None = None) -> str:
     """Submit a batch script and return the job's id. After an unclear answer, the job of this script is looked for.
+
+    Args:
+        script: the script.
+        after: id of a job; this one begins not before that has begun, or was cancelled.
 
     Raises:
         UsageError: Slurm is not available or refuses the job.
         UnclearError: the job may have been queued.
     """
-    command = ["sbatch", "--parsable", str(script)]
+    options = [] if after is None else [f"--dependency=after:{after}"]
+    command = ["sbatch", "--parsable", *options, str(script)]
     try:
         answer = _call(command, environment=_own_environment(), seconds=SUBMIT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -311,7 +316,7 @@ def _call(
 
 def _script(command: str) -> Path | None:
     """Extract the batch script from a command: squeue reports its path, sacct the whole sbatch line."""
-    words = command.removeprefix("sbatch --parsable ").strip()
+    words = re.sub(r"^sbatch --parsable (--dependency=\S+ )?", "", command).strip()
     return Path(words) if words.startswith("/") else None
 
 

@@ -35,6 +35,16 @@ def submit(
     partition: Partition = None,
     time_limit: TimeLimit = None,
     nodes: Nodes = None,
+    evaluate: Annotated[
+        bool,
+        typer.Option("--evaluate", help="add a job of one node that evaluates each checkpoint beside the training"),
+    ] = False,
+    evaluate_options: Annotated[
+        str | None, typer.Option(help="of its `biroute evaluate`, such as '--tasks loss,recall --limit 8'")
+    ] = None,
+    evaluate_time: Annotated[
+        str | None, typer.Option(help="its time limit; left out: the training's. It is queued again at the limit")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and say what would be submitted; write nothing")
     ] = False,
@@ -54,9 +64,12 @@ def submit(
     the profile.
     """
     from biroute.slurm import client
-    from biroute.slurm.submit import check_request, prepare, submit_run
+    from biroute.slurm.submit import check_request, prepare, submit_run, with_evaluation
 
+    arguments = _evaluate_arguments(evaluate, evaluate_options, evaluate_time)
     submission = prepare(config, _with_limits(overrides, time_limit, nodes), Path.cwd(), partition)
+    if evaluate:
+        submission = with_evaluation(submission, arguments, evaluate_time)
     request = submission.request
     answer: dict[str, Any] = {
         "run_id": request.job_name,
@@ -77,13 +90,47 @@ def submit(
         echo(json.dumps(answer | {"verdict": verdict}) if as_json else verdict)
         return
     answer["job_id"] = submit_run(submission)
+    if evaluate:
+        answer["evaluation_job_id"] = _submit_evaluation(request.run_dir, answer["job_id"])
     if as_json:
         echo(json.dumps(answer))
         return
     echo(f"job {answer['job_id']}, {_in_words(submission)}")
+    if answer.get("evaluation_job_id"):
+        echo(f"job {answer['evaluation_job_id']} evaluates its checkpoints")
     if waits := _why_it_waits(answer["job_id"]):
         echo(waits)
     echo(f"follow it with: biroute logs --follow {request.run_dir}")
+
+
+def _evaluate_arguments(wanted: bool, options: str | None, time_limit: str | None) -> tuple[str, ...]:
+    """Check what a job that evaluates is given."""
+    from biroute.slurm.evaluation import check_time_limit, parse_arguments
+
+    for name, value in (("options", options), ("time", time_limit)):
+        if value is not None and not wanted:
+            raise UsageError(f"--evaluate-{name}={value} is for --evaluate; give both")
+    check_time_limit(time_limit)
+    return parse_arguments(options or "")
+
+
+def _submit_evaluation(run_dir: Path, job_id: str) -> str | None:
+    """Submit the job that evaluates; the training is submitted, whatever becomes of it."""
+    from biroute.slurm.evaluation import submit_evaluation
+
+    try:
+        return submit_evaluation(run_dir, job_id)
+    except (UsageError, OSError) as error:
+        _warn_of_evaluation(run_dir, error)
+        return None
+
+
+def _warn_of_evaluation(run_dir: Path, error: Exception) -> None:
+    echo(
+        f"warning: no job evaluates this run ({error}); `biroute evaluate {run_dir} --every-checkpoint --follow` "
+        "does it by hand",
+        err=True,
+    )
 
 
 def _with_limits(overrides: list[str] | None, time_limit: str | None, nodes: int | None) -> list[str]:
@@ -122,6 +169,7 @@ def _why_it_waits(job_id: str) -> str:
 def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool, verbose: bool) -> None:
     from biroute.configs.cluster_profile import dump_profile
     from biroute.configs.load import dump_config
+    from biroute.slurm.evaluation import render_evaluation
 
     folder = submission.request.script.parent
     files = {
@@ -129,6 +177,8 @@ def _print_dry_run(submission: Submission, answer: dict[str, Any], as_json: bool
         "config.yaml": dump_config(submission.config),
         "profile.yaml": dump_profile(submission.profile),
     }
+    if submission.evaluation is not None:
+        files["evaluate.sbatch"] = render_evaluation(submission.evaluation)
     if as_json:
         echo(json.dumps(answer | {"files": files}))
         return
@@ -262,13 +312,18 @@ def resume(
     With overrides or options, configuration and script are written anew and the earlier ones kept, in
     RUN_DIR/submission/earlier; the code stays what was submitted.
     """
-    from biroute.slurm.control import resume_run
+    from biroute.slurm.control import resume_evaluation, resume_run
     from biroute.slurm.forecast import forecast_of_run
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
     job_id = resume_run(run, _with_limits(overrides, time_limit, nodes), partition)
     echo(f"job {job_id}, run {run.name}")
+    try:
+        if (evaluation := resume_evaluation(run, job_id)) is not None:
+            echo(f"job {evaluation} evaluates its checkpoints")
+    except (UsageError, OSError) as error:
+        _warn_of_evaluation(run.path, error)
     try:
         if (forecast := forecast_of_run(run)) is not None:
             echo("\n".join(forecast.lines()))

@@ -14,8 +14,17 @@ import yaml
 from biroute.configs.errors import UsageError
 from biroute.configs.files import create_once, write_atomically
 from biroute.configs.load import load_config, parse_yaml
-from biroute.launcher.attempts.run_files import CONFIG, EARLIER, HARDWARE, PROFILE, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import (
+    CONFIG,
+    EARLIER,
+    EVALUATE_SCRIPT,
+    HARDWARE,
+    PROFILE,
+    SCRIPT,
+    SUBMISSION,
+)
 from biroute.slurm import client
+from biroute.slurm.evaluation import submit_evaluation
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 from biroute.slurm.submit import explain_run_dir_errors, freeze_request, prepare, record_job
@@ -35,9 +44,12 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
         UsageError: the run is another user's or has no job, or Slurm refuses.
     """
     run.check_ours("cancel")
-    jobs = run.jobs_in(client.queue())
-    if not jobs:
+    queue = client.queue()
+    jobs, evaluations = run.jobs_in(queue), run.evaluations_in(queue)
+    if not jobs and not evaluations:
         raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
+    if not jobs:  # the training has ended, and what it was stays as it is
+        return _end(evaluations, "evaluation ")
     with explain_run_dir_errors(run.path):
         create_once(
             run.cancelled_mark, b""
@@ -53,12 +65,42 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
                 told.append(f"job {job.job_id} cancelled")
         except UsageError as error:  # one job must not keep the others alive
             failed.append(f"job {job.job_id}: {error}")
+    try:
+        told += _end(evaluations, "evaluation ")
+    except UsageError as error:
+        failed.append(str(error))
     if failed:
         raise UsageError(
             f"{'; '.join([*told, *failed])}; the run is marked as cancelled, so none of its jobs is queued again: "
             "run the same command again to end them"
         )
     return told
+
+
+def _end(jobs: Sequence[client.Job], what: str) -> list[str]:
+    """End jobs at once; one that Slurm does not end keeps none of the others alive."""
+    told, failed = [], []
+    for job in jobs:
+        try:
+            client.cancel(job.job_id)
+            told.append(f"{what}job {job.job_id} cancelled")
+        except UsageError as error:
+            failed.append(f"{what}job {job.job_id}: {error}")
+    if failed:
+        raise UsageError("; ".join([*told, *failed]))
+    return told
+
+
+def resume_evaluation(run: RunFolder, job_id: str) -> str | None:
+    """Submit the follow-up job of a run again, beside its training's new job; None if it has none or still runs.
+
+    Raises:
+        UsageError: Slurm refuses the job, or does not answer.
+    """
+    script = run.path / SUBMISSION / EVALUATE_SCRIPT
+    if not script.exists() or run.evaluations_in(client.queue()):
+        return None
+    return submit_evaluation(run.path, job_id)
 
 
 def resume_run(run: RunFolder, overrides: Sequence[str] = (), partition: str | None = None) -> str:

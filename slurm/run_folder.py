@@ -17,6 +17,7 @@ from biroute.launcher.attempts.journal import read_attempts
 from biroute.launcher.attempts.run_files import (
     CANCELLED,
     CONFIG,
+    EVALUATE_SCRIPT,
     JOBS,
     JOURNAL,
     LEFT_NODES,
@@ -89,6 +90,10 @@ class RunFolder:
         """Return the jobs in `queue` that belong to this run; a stranger's folder cannot name a job of this user."""
         ids = set(self.job_ids()) if self.stranger() is None else set()
         return [job for job in queue if job.script == self.script or job.job_id in ids]
+
+    def evaluations_in(self, queue: list[client.Job]) -> list[client.Job]:
+        """Return the jobs in `queue` that evaluate this run beside its training."""
+        return [job for job in queue if job.script == self.path / SUBMISSION / EVALUATE_SCRIPT]
 
     def stranger(self) -> tuple[Path, str] | None:
         """Return what of this folder belongs to another user, and that user's name; None if all is ours."""
@@ -183,7 +188,7 @@ def _run_of_job(job_id: str) -> RunFolder:
 
 
 def _run_of_script(script: Path | None) -> Path | None:
-    if script is None or (script.parent.name, script.name) != (SUBMISSION, SCRIPT):
+    if script is None or script.parent.name != SUBMISSION or script.name not in (SCRIPT, EVALUATE_SCRIPT):
         return None
     run = script.parent.parent
     return run if is_run(run) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -57,27 +57,33 @@ class JobRequest:
 def render_job(request: JobRequest) -> str:
     """Render the batch script; equal requests give equal text."""
     profile = request.profile
-    return _template().render(
+    return render(
+        TEMPLATE,
         run_name=request.job_name,
         script=str(request.script),
         run_dir=str(request.run_dir),
         options=list(_options(request)),
         requeue=request.requeue,
-        max_restarts=_Quoted(request.max_restarts),
+        max_restarts=Quoted(request.max_restarts),
         python=request.python,
-        journal_python=(request.host_python,) if _pyxis(profile) else request.python,
+        journal_python=(request.host_python,) if container_options(profile) else request.python,
         cpus_per_rank=str(profile.cpus_per_rank),
-        signal_seconds=_Quoted(request.signal_seconds),
+        signal_seconds=Quoted(request.signal_seconds),
         network_interface=profile.network_interface,
         environment=sorted(profile.environment.items()),
         setup=profile.setup,
         venv=str(profile.venv) if profile.venv else None,
         srun_options=profile.srun_options,
-        container_options=_pyxis(profile),
+        container_options=container_options(profile),
     )
 
 
-def _pyxis(profile: ClusterProfile) -> tuple[str, ...]:
+def render(template: str, **values: Any) -> str:
+    """Render a template of this package, in which only quoted values are accepted."""
+    return _template(template).render(**values)
+
+
+def container_options(profile: ClusterProfile) -> tuple[str, ...]:
     """Return the options of srun that start a container, which the check of the nodes needs as well."""
     return tuple(option for option in profile.srun_options if re.match(r"--(no-)?container-", option))
 
@@ -86,49 +92,54 @@ def _options(request: JobRequest) -> Iterator[str]:
     """Yield sbatch's options, `--name=value`, in the order of the script."""
     profile = request.profile
     gpus = f"{profile.gpu_type}:{profile.gpus_per_node}" if profile.gpu_type else str(profile.gpus_per_node)
-    values: list[tuple[str, Any]] = [
-        ("job-name", request.job_name),
-        ("account", profile.account),
-        ("partition", profile.partition),
-        ("qos", profile.qos),
-        ("constraint", profile.constraint),
-        ("reservation", profile.reservation),
-        ("nodes", request.nodes),
-        ("ntasks-per-node", request.ranks_per_node),
-        ("cpus-per-task", profile.cpus_per_rank),
-        ("gpus-per-node", gpus if profile.gpus_per_node else None),
-        ("mem", profile.memory_per_node),
-        ("time", request.time_limit),
-        ("signal", f"B:USR1@{request.signal_seconds}"),
-        ("chdir", request.working_dir),
-        # A restarted job appends. A percent sign in the path is escaped, because Slurm expands patterns such as %j.
-        ("output", str(request.run_dir / LOGS).replace("%", "%%") + "/slurm-%j.out"),
-        ("open-mode", "append"),
-    ]
-    yield from (f"--{name}={value}" for name, value in values if value is not None)
+    yield from sbatch_options(
+        profile,
+        {
+            "job-name": request.job_name,
+            "nodes": request.nodes,
+            "ntasks-per-node": request.ranks_per_node,
+            "cpus-per-task": profile.cpus_per_rank,
+            "gpus-per-node": gpus if profile.gpus_per_node else None,
+            "mem": profile.memory_per_node,
+            "time": request.time_limit,
+            "signal": f"B:USR1@{request.signal_seconds}",
+            "chdir": request.working_dir,
+            # A restarted job appends. A percent sign in the path is escaped: Slurm expands patterns such as %j.
+            "output": str(request.run_dir / LOGS).replace("%", "%%") + "/slurm-%j.out",
+            "open-mode": "append",
+        },
+    )
     yield "--requeue" if request.requeue else "--no-requeue"
     if profile.exclusive:
         yield "--exclusive"
     yield from profile.sbatch_options
 
 
-class _Quoted(str):
+def sbatch_options(profile: ClusterProfile, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a job's name, what all jobs on a cluster share, and its other `values` as options; None is left out."""
+    fields = ("account", "partition", "qos", "constraint", "reservation")
+    shared = {name: getattr(profile, name) for name in fields}
+    found = {"job-name": values["job-name"], **shared, **values}
+    yield from (f"--{name}={value}" for name, value in found.items() if value is not None)
+
+
+class Quoted(str):
     """Text that a filter has quoted for its place in the template."""
 
 
-def _sh(value: str) -> _Quoted:
-    return _Quoted(shlex.quote(value))
+def _sh(value: str) -> Quoted:
+    return Quoted(shlex.quote(value))
 
 
-def _directive(option: str) -> _Quoted:
+def _directive(option: str) -> Quoted:
     """Quote one option for an #SBATCH line, where sbatch accepts double quotes and backslashes but no line break."""
     if re.fullmatch(r"[\w./:,=@%+&|*\[\]()-]+", option, re.ASCII):
-        return _Quoted(option)
-    return _Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
+        return Quoted(option)
+    return Quoted('"' + re.sub(r'(["\\])', r"\\\1", _one_line(option)) + '"')
 
 
-def _comment(value: str) -> _Quoted:
-    return _Quoted(_one_line(value))
+def _comment(value: str) -> Quoted:
+    return Quoted(_one_line(value))
 
 
 def _one_line(value: str) -> str:
@@ -136,13 +147,13 @@ def _one_line(value: str) -> str:
 
 
 def _refuse_unquoted(value: Any) -> Any:
-    if not isinstance(value, _Quoted | jinja2.Undefined):
-        raise TypeError(f"{TEMPLATE}: {value!r} is put into the script without a filter that quotes it")
+    if not isinstance(value, Quoted | jinja2.Undefined):
+        raise TypeError(f"{value!r} is put into the script without a filter that quotes it")
     return value
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -152,6 +163,6 @@ def _template() -> jinja2.Template:
         autoescape=False,  # that is for HTML
     )
     # verbatim is for the profile's own lines of shell.
-    environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": _Quoted}
-    text = resources.files("biroute.slurm").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment.filters |= {"sh": _sh, "directive": _directive, "comment": _comment, "verbatim": Quoted}
+    text = resources.files("biroute.slurm").joinpath(name).read_text(encoding="utf-8")
     return environment.from_string(text)

@@ -43,12 +43,13 @@ class RunStatus:
     values_waiting: int  # for MLflow
     jobs: tuple[Job, ...]  # the queued and running ones; if there are none, the last one if Slurm still knows it
     attempts: tuple[Attempt, ...]
+    evaluations: tuple[Job, ...]  # queued and running jobs that evaluate its checkpoints
     left_nodes: tuple[str, ...]  # lines that say which nodes a job had to leave before an attempt could begin there
 
     def as_json(self) -> dict[str, Any]:
         """Return the status as plain values."""
         tree = asdict(self)
-        for job in tree["jobs"]:
+        for job in [*tree["jobs"], *tree["evaluations"]]:
             job["script"] = str(job["script"]) if job["script"] else None
         return tree
 
@@ -75,7 +76,7 @@ def survey(runs: Sequence[RunFolder], queue: list[Job] | None) -> tuple[list[Run
     for run, live, ids in jobs:
         try:
             last_job = past.get(ids[0]) if ids else None
-            found.append(_status(run, None if queue is None else live, last_job))
+            found.append(_status(run, None if queue is None else live, last_job, queue))
         except (OSError, UsageError) as error:
             unreadable.append(_unreadable(run, error))
     return sorted(found, key=lambda status: -(status.since or 0.0)), unreadable
@@ -89,7 +90,7 @@ def status_of(run: RunFolder, queue: list[Job] | None) -> RunStatus:
     """
     live = _live_jobs(run, queue)
     past = {} if live else _past_jobs(run.job_ids()[-1:], queue is not None)
-    return _status(run, None if queue is None else live, next(iter(past.values()), None))
+    return _status(run, None if queue is None else live, next(iter(past.values()), None), queue)
 
 
 def _unreadable(run: RunFolder, error: Exception) -> str:
@@ -118,7 +119,7 @@ def _past_jobs(job_ids: Sequence[str], slurm_answers: bool) -> dict[str, Job]:
     return found
 
 
-def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None) -> RunStatus:
+def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None, queue: list[Job] | None) -> RunStatus:
     attempts = read_attempts(run.path)
     state, reason = run_state(live, attempts, cancelled=run.cancelled_mark.exists(), last_job=last_job)
     if state == "running" and live is None and attempts[-1].job is None:
@@ -144,6 +145,7 @@ def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None) -> Run
         values_waiting=values_waiting(run.path),
         jobs=tuple(live or ([last_job] if last_job is not None else [])),
         attempts=tuple(attempts),
+        evaluations=tuple(run.evaluations_in(queue or []) if stranger is None else []),
         left_nodes=tuple(run.left_nodes()),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from biroute.launcher.attempts.journal import Attempt
 from biroute.launcher.track.progress_line import duration, with_prefix
+from biroute.slurm.client import Job
 from biroute.slurm.status import RunStatus
 
 _HEAD = ("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "JOB", "SINCE", "WHY")
@@ -38,18 +39,22 @@ def format_status(status: RunStatus) -> str:
         if status.seconds_left is not None:
             facts.append(f"{duration(status.seconds_left)} left")
     lines = [f"run {status.run}: {', '.join(facts)}", f"  folder {status.run_dir}"]
-    for job in status.jobs:
-        words = [f"  job {job.job_id} {job.state}"]
-        if job.nodes:
-            words.append(f"on {job.nodes}")
-        if job.state == "RUNNING" and job.time_left:
-            words.append(f"{job.time_left} to its time limit")
-        lines.append(", ".join(words))
+    lines += [_tell_job(job, "job") for job in status.jobs]
+    lines += [_tell_job(job, "evaluation job") for job in status.evaluations]
     lines += [f"  {_tell_attempt(attempt)}" for attempt in status.attempts]
     lines += [f"  {line}" for line in status.left_nodes]
     if status.values_waiting and status.state not in _SENDS_ITSELF:
         lines.append(f"  {status.values_waiting} values wait for MLflow: `biroute track sync {status.run_dir}`")
     return "\n".join(lines)
+
+
+def _tell_job(job: Job, kind: str) -> str:
+    words = [f"  {kind} {job.job_id} {job.state}"]
+    if job.nodes:
+        words.append(f"on {job.nodes}")
+    if job.state == "RUNNING" and job.time_left:
+        words.append(f"{job.time_left} to its time limit")
+    return ", ".join(words)
 
 
 def _row(status: RunStatus) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
@@ -21,6 +21,7 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.run_files import (
     CHECKPOINTS,
     CONFIG,
+    EVALUATE_SCRIPT,
     HARDWARE,
     JOBS,
     LOGS,
@@ -32,6 +33,7 @@ from biroute.launcher.plan.cluster import plan_with_profile
 from biroute.launcher.start.train import check_inputs
 from biroute.launcher.track.uri import absolute_uri
 from biroute.slurm import client
+from biroute.slurm.evaluation import EvaluationRequest, render_evaluation
 from biroute.slurm.forecast import Forecast, make_forecast
 from biroute.slurm.script import JobRequest, render_job
 from biroute.slurm.snapshot import snapshot_code
@@ -47,6 +49,7 @@ class Submission:
     request: JobRequest
     script: str
     forecast: Forecast | None  # None if the profile names no hardware profile
+    evaluation: EvaluationRequest | None = None  # a job that evaluates its checkpoints
 
 
 def prepare(
@@ -96,6 +99,11 @@ def prepare(
         max_restarts=config.slurm.max_restarts,
     )
     return Submission(config, profile, layout, request, render_job(request), forecast)
+
+
+def with_evaluation(submission: Submission, arguments: tuple[str, ...], time_limit: str | None) -> Submission:
+    """Add a job that evaluates the checkpoints beside the training, with `arguments` of `biroute evaluate`."""
+    return replace(submission, evaluation=EvaluationRequest(submission.request, arguments, time_limit))
 
 
 def _on_gpus(config: RunConfig, profile: ClusterProfile) -> RunConfig:
@@ -243,9 +251,12 @@ def freeze_request(submission: Submission, folder: Path) -> None:
     frozen_slurm = submission.config.slurm.model_copy(update=frozen)
     config = submission.config.model_copy(update={"slurm": frozen_slurm})
     write_config(folder / CONFIG, config)
-    script = folder / SCRIPT
-    write_atomically(script, submission.script.encode(), private=True)
-    script.chmod(0o700)
+    scripts = {SCRIPT: submission.script}
+    if submission.evaluation is not None:
+        scripts[EVALUATE_SCRIPT] = render_evaluation(submission.evaluation)
+    for name, text in scripts.items():
+        write_atomically(folder / name, text.encode(), private=True)
+        (folder / name).chmod(0o700)
 
 
 def _ranks_per_node(config: RunConfig, profile: ClusterProfile) -> int:

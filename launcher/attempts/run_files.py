@@ -15,7 +15,7 @@
     logs/attempt-0001/              config.yaml that its ranks read; heartbeats, failures, logs, warnings
     logs/attempt-0001/shown/        config.yaml without passwords, for MLflow
     logs/attempt-0001/preflight/    findings by node
-    logs/slurm-<job>.out
+    logs/slurm-<job>.out, logs/evaluate-<job>.out
     submission/                     what `biroute submit` froze: configuration, profile, script, jobs
 """
 
@@ -40,6 +40,8 @@ LOGS = "logs"
 PREFLIGHT = "preflight"  # in an attempt's logs
 SUBMISSION = "submission"
 SCRIPT = "job.sbatch"  # in the submission
+EVALUATE_SCRIPT = "evaluate.sbatch"  # in the submission, of `biroute submit --evaluate`
+EVALUATIONS = "evaluations.jsonl"  # in the submission: the jobs of that script
 PROFILE = "profile.yaml"  # in the submission
 HARDWARE = "hardware.yaml"  # in the submission, if the profile names such a file
 JOBS = "jobs.jsonl"  # in the submission

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,10 @@ from biroute.configs.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, UsageErro
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, Checkpoint, Device, Precision, RunOrConfig, TokenizerFile
 from biroute.launcher.generate.model_choice import ModelChoice
+
+if TYPE_CHECKING:
+    from biroute.launcher.evaluate.command import Request
+    from biroute.launcher.evaluate.ranks import EvaluationRanks
 
 evaluate_app = typer.Typer(no_args_is_help=True)
 
@@ -26,7 +30,11 @@ def evaluate_run(
         typer.Option(help="text file, or pattern such as 'a/*.txt', instead of the held-out split; repeatable"),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="what to measure, with commas between: loss, needle, recall, cloze, or all")
+        str,
+        typer.Option(
+            help="what to measure, with commas between: loss, needle, recall, tracking, cloze, choice, or all of "
+            "these; lm_eval:NAME for a task of lm-eval"
+        ),
     ] = "loss",
     checkpoint: Checkpoint = None,
     every_checkpoint: Annotated[
@@ -51,6 +59,15 @@ def evaluate_run(
     ] = None,
     seed: Annotated[int, typer.Option(help="of the tasks: the same seed and text, the same questions")] = 0,
     name: Annotated[str | None, typer.Option(help="of the results; left out: heldout, or the text's name")] = None,
+    include: Annotated[
+        Path | None, typer.Option("--lm-eval-include", help="folder with YAML files of your own tasks for lm-eval")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="examples before each question of lm-eval's tasks; left out: as each task says")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="processes on this machine that share the work; under srun: those it started")
+    ] = 1,
     check: Annotated[
         bool, typer.Option("--check", help="only say what each task needs and whether it can run")
     ] = False,
@@ -74,45 +91,66 @@ def evaluate_run(
         raise UsageError(f"--checkpoint={checkpoint} and --every-checkpoint exclude each other; use one of them")
     if follow and not every_checkpoint:
         raise UsageError("--follow is for --every-checkpoint; give both")
+    from biroute.launcher.ranks.environment import started_by_launcher
     from biroute.launcher.start.library_warnings import ignore_library_warnings
 
+    joins = started_by_launcher() and not check
+    if ranks > 1 and not joins and not check:
+        raise typer.Exit(_on_local_ranks(ranks))
     ignore_library_warnings()
     from biroute.launcher.evaluate import command
+    from biroute.launcher.evaluate.ranks import EvaluationRanks, join_ranks
 
     request = command.Request(
         ModelChoice(run, checkpoint, device, precision, tokenizer), text or [], names, limit=limit, window=window,
         window_tokens=window_tokens, stride=stride, seed=seed, name=name, tracking=not no_tracking,
+        include=include, fewshot=fewshot,
     )  # fmt: skip
     try:
         if check:
             lines, possible = command.check(request, _say)
             echo(lines)
             raise typer.Exit(0 if possible else EXIT_USAGE_ERROR)
-        _run(request, every_checkpoint, follow, out, as_json)
+        place = join_ranks(request.model) if joins else EvaluationRanks()
+        _run(request, place, every_checkpoint, follow, out, as_json)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _run(request: object, every: bool, follow: bool, out: Path | None, as_json: bool) -> None:
-    """Evaluate, and show each result when it is there; the report is written anew after each."""
-    from biroute.launcher.evaluate.command import Request, as_dicts, evaluate
+def _on_local_ranks(ranks: int) -> int:
+    """Run the same command as each of so many ranks; returns their status."""
+    import tempfile
+
+    from biroute.launcher.start.local import run_local_ranks
+
+    with tempfile.TemporaryDirectory(prefix="biroute-evaluate-") as logs:
+        return run_local_ranks(sys.argv[1:], ranks, Path(logs), None, "biroute.launcher.cli.main")
+
+
+def _run(
+    request: Request, ranks: EvaluationRanks, every: bool, follow: bool, out: Path | None, as_json: bool
+) -> None:
+    """Evaluate, and show each result when it is there; the report is written anew after each. Rank 0 speaks."""
+    from biroute.launcher.evaluate.command import as_dicts, evaluate
     from biroute.launcher.evaluate.follow import evaluate_all
     from biroute.launcher.evaluate.report import make_folder, write_report
     from biroute.launcher.evaluate.results import table
 
-    assert isinstance(request, Request)
+    first = ranks.rank == 0
+    say = _say if first else lambda _: None
     if out is not None:
-        make_folder(out)
+        ranks.all_or_none(lambda: make_folder(out) if first else None)
     found = []
-    for one in evaluate_all(request, follow=follow, say=_say) if every else iter([evaluate(request, _say)]):
+    for one in (
+        evaluate_all(request, follow=follow, say=say, ranks=ranks) if every else iter([evaluate(request, say, ranks)])
+    ):
         found.append(one)
-        if not as_json:
+        if first and not as_json:
             echo(table(one) if len(found) == 1 else "\n" + table(one))
-        if out is not None:
+        if first and out is not None:
             words = shlex.join(["biroute", *sys.argv[1:]])
-            path = write_report(out, found, words)
-            _say(f"report: {path}")
-    if as_json:
+            say(f"report: {write_report(out, found, words)}")
+    if first and as_json:
         echo(json.dumps(as_dicts(found), ensure_ascii=False))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.run_files import CHECKPOINTS
+from biroute.launcher.attempts.run_files import CANCELLED, CHECKPOINTS, SUBMISSION
 from biroute.launcher.evaluate.command import Request, evaluate, wanted_metrics
+from biroute.launcher.evaluate.ranks import EvaluationRanks
 from biroute.launcher.evaluate.results import Evaluation
 from biroute.launcher.generate.trained import run_folder
 from biroute.launcher.track.evaluations import evaluated
@@ -23,9 +24,10 @@ Say = Callable[[str], None]
 
 
 def evaluate_all(
-    request: Request, *, follow: bool, say: Say, wait: Callable[[float], None] = time.sleep
-) -> Iterator[Evaluation]:
-    """Yield the evaluation of each valid checkpoint that has none, oldest first.
+    request: Request, *, follow: bool, say: Say, ranks: EvaluationRanks | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> Iterator[Evaluation]:  # fmt: skip
+    """Yield the evaluation of each valid checkpoint that has none, oldest first. Collective.
 
     A checkpoint that is damaged, or that the run removed before it was read, is said and passed over.
 
@@ -33,6 +35,7 @@ def evaluate_all(
         request: what to measure; its step is not used.
         follow: wait for new checkpoints until the run ends: until its last attempt has ended and is not queued again.
         say: called with a line about each thing that the user should know.
+        ranks: that share the work; rank 0 looks, and the others do what it found. None: this process alone.
         wait: waits so many seconds.
 
     Raises:
@@ -42,20 +45,20 @@ def evaluate_all(
     wanted = wanted_metrics(request)
     if wanted is None:
         raise UsageError("--every-checkpoint with --text needs --name, by which results that exist are known")
+    ranks = ranks or EvaluationRanks()
     while True:
-        ended = not _goes_on(run_dir)  # before looking: what was saved until then is seen
-        for step in _steps(run_dir):
-            if step in done:
-                continue
+        ended = ranks.from_first(not _goes_on(run_dir))  # before looking: what was saved until then is seen
+        for step in ranks.from_first([step for step in _steps(run_dir) if step not in done]):
             done.add(step)
-            if request.tracking and wanted <= evaluated(run_dir).get(step, {}).keys():
+            if ranks.from_first(request.tracking and wanted <= evaluated(run_dir).get(step, {}).keys()):
                 valid += 1
                 say(f"step {step} has its results already")
                 continue
             try:
-                found = evaluate(replace(request, model=replace(request.model, step=step)), say)
+                found = evaluate(replace(request, model=replace(request.model, step=step)), say, ranks)
             except UsageError as error:
-                if step in _steps(run_dir) and "damaged checkpoint" not in str(error):
+                still_there = ranks.from_first(step in _steps(run_dir))
+                if still_there and "damaged checkpoint" not in str(error):
                     raise
                 say(f"{error}; passed over")
                 continue
@@ -76,4 +79,6 @@ def _steps(run_dir: Path) -> list[int]:
 def _goes_on(run_dir: Path) -> bool:
     """Return whether the run trains, or its scheduler starts it again."""
     attempts = read_attempts(run_dir)
-    return is_training(run_dir, attempts) or bool(attempts and attempts[-1].decision == "requeue")
+    waits = bool(attempts and attempts[-1].decision == "requeue")
+    cancelled = (run_dir / SUBMISSION / CANCELLED).exists()  # perhaps while it waited
+    return is_training(run_dir, attempts) or (waits and not cancelled)

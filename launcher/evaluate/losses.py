@@ -115,8 +115,8 @@ def far_context(
     rows = [windows[number].tokens[target + 1 - window : target + 2] for number, target in chosen]
     if not rows:
         return {}
-    alone = np.array([-1.0 * log[row[-1]] for row, log in zip(
-        rows, model.next_log_probabilities([row[:-1] for row in rows]), strict=True)])  # fmt: skip
+    logs = model.next_log_probabilities([row[:-1] for row in rows], [row[-1:].tolist() for row in rows])
+    alone = -np.concatenate(list(logs))
     begin = np.cumsum([0] + [len(one.tokens) - 1 - one.first for one in windows])
     full = np.array([losses.nats[begin[number] + target - windows[number].first] for number, target in chosen])
     units = np.array([windows[number].unit for number, _ in chosen])

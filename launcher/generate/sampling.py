@@ -38,6 +38,14 @@ def uniform_numbers(seed: int, sample: int) -> Iterator[float]:
         turn += 1
 
 
+def log_probabilities(logits_V: Tensor, vocab_size: int) -> Tensor:
+    """Return the fp64 log-probabilities of the tokenizer's tokens, [vocab_size], on the CPU.
+
+    One row at a time: what reports log-probabilities then reports the same bits, whatever else is computed.
+    """
+    return torch.log_softmax(logits_V[:vocab_size].double(), 0).cpu()
+
+
 def choose_token(logits_V: Tensor, seen: Sequence[int], settings: Settings, uniform: float) -> Choice:
     """Choose the next token.
 

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -77,7 +77,23 @@ class _Chat(_Body):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-_Kind = TypeVar("_Kind", bound=_Body)
+class _Tokenize(BaseModel):
+    """vLLM's; there is no special token to add, so that field may say either."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: Literal[False] | None = None
+
+
+class _Detokenize(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+    tokens: list[int]
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,26 @@ def chat_completion(data: bytes) -> Wanted:
         echo=False, logprobs=(body.top_logprobs or 0) if body.logprobs else None, stream=bool(body.stream),
         include_usage=_include_usage(body), chat=True,
     )  # fmt: skip
+
+
+def tokenize(data: bytes) -> tuple[str | None, str]:
+    """Read the body of `/tokenize`: model and text.
+
+    Raises:
+        RequestError: a field is wrong.
+    """
+    body = _parse(_Tokenize, data)
+    return body.model, _unicode(body.prompt, "prompt")
+
+
+def detokenize(data: bytes) -> tuple[str | None, list[int]]:
+    """Read the body of `/detokenize`: model and tokens.
+
+    Raises:
+        RequestError: a field is wrong.
+    """
+    body = _parse(_Detokenize, data)
+    return body.model, body.tokens
 
 
 def _parse(kind: type[_Kind], data: bytes) -> _Kind:

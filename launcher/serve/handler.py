@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 
 from biroute.launcher.serve.answers import Answers
-from biroute.launcher.serve.bodies import Wanted, chat_completion, completion
+from biroute.launcher.serve.bodies import Wanted, chat_completion, completion, detokenize, tokenize
 from biroute.launcher.serve.errors import RequestError
 from biroute.launcher.serve.metrics import CONTENT_TYPE
 from biroute.launcher.serve.worker import Event, Order
@@ -29,7 +29,9 @@ _BODIES: dict[str, Callable[[bytes], Wanted]] = {
     "/v1/completions": completion,
     "/v1/chat/completions": chat_completion,
 }
-_PAGES = ("/v1/models", "/health", "/metrics")
+_TOKENIZER = ("/tokenize", "/detokenize")  # vLLM's: lm-eval asks them for the tokens of its texts
+_POSTED = (*_BODIES, *_TOKENIZER)
+_PAGES = ("/v1/models", "/tokenizer_info", "/health", "/metrics")
 
 
 class ClientGoneError(Exception):
@@ -73,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, work: Callable[[], None]) -> None:
         self._began = time.monotonic()
         path = urlsplit(self.path).path
-        self._path = path if path in (*_BODIES, *_PAGES) else "other"
+        self._path = path if path in (*_POSTED, *_PAGES) else "other"
         self._sent = False
         with self._server.answering():
             try:
@@ -101,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
     def _page(self) -> None:
         self._check_host()
         service, path = self._server.service, unquote(urlsplit(self.path).path)
-        if path in _BODIES:
+        if path in _POSTED:
             raise RequestError(f"{path} takes POST, not {self.command}", status=405, headers={"Allow": "POST"})
         if self.command != "GET" and (path in _PAGES or path.startswith(_MODELS)):
             raise RequestError(f"{path} takes GET, not {self.command}", status=405, headers={"Allow": "GET"})
@@ -109,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(service.models())
         elif path.startswith(_MODELS):
             self._send_json(service.model(path.removeprefix(_MODELS)))
+        elif path == "/tokenizer_info":
+            self._send_json(service.tokenizer_info())
         elif path == "/health":
             alive = service.worker.alive
             self._send_json({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
@@ -123,10 +127,16 @@ class Handler(BaseHTTPRequestHandler):
         self._check_host()
         if path in _PAGES or path.startswith(_MODELS):
             raise RequestError(f"{path} takes GET, not POST", status=405, headers={"Allow": "GET"})
-        if path not in _BODIES:
+        if path not in _POSTED:
             raise _nothing_at(path)
-        wanted = _BODIES[path](data)
         service = self._server.service
+        if path == "/tokenize":
+            self._send_json(service.tokenize(*tokenize(data)))
+            return
+        if path == "/detokenize":
+            self._send_json(service.detokenize(*detokenize(data)))
+            return
+        wanted = _BODIES[path](data)
         order = Order(service.texts(wanted))
         answers = Answers(wanted, order.texts, service.tokenizer, service.name)
         service.worker.submit(order)
@@ -245,5 +255,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _nothing_at(path: str) -> RequestError:
-    known = ", ".join((*_BODIES, *_PAGES))
+    known = ", ".join((*_POSTED, *_PAGES))
     return RequestError(f"there is nothing at {path[:80]}; use {known}", status=404)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from biroute.data_pipeline.prepare.tokenizer import Tokenizer
+from biroute.data_pipeline.prepare.tokenizer import EOS, Tokenizer
 from biroute.launcher.generate.continuation import Prompt
 from biroute.launcher.serve.bodies import Wanted
 from biroute.launcher.serve.errors import RequestError
@@ -54,6 +54,29 @@ class Service:
             "max_model_len": longest,
         }  # fmt: skip
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Describe the tokenizer, as vLLM's `/tokenizer_info`; nothing stands before a text."""
+        return {"eos_token": EOS, "bos_token": None, "pad_token": None, "chat_template": None}
+
+    def tokenize(self, model: str | None, text: str) -> dict[str, Any]:
+        """Return the tokens of a text; the end of a document, spelled alone, is the token that it names.
+
+        Raises:
+            RequestError: the model is another one.
+        """
+        longest = self.model(model)["max_model_len"]
+        tokens = [self.tokenizer.eos_id] if text == EOS else self.tokenizer.encode(text)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": longest}
+
+    def detokenize(self, model: str | None, tokens: Sequence[int]) -> dict[str, Any]:
+        """Return the text of tokens.
+
+        Raises:
+            RequestError: the model is another one, or has no such token.
+        """
+        self.model(model)
+        return {"prompt": self.tokenizer.decode(self._known(tokens, "tokens"))}
+
     def texts(self, wanted: Wanted) -> list[Text]:
         """Return the texts of a request: the samples of its first prompt, then those of the next one.
 
@@ -76,11 +99,14 @@ class Service:
     def _tokens(self, prompt: str | tuple[int, ...]) -> Sequence[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        wrong = next((token for token in prompt if not 0 <= token < self.tokenizer.vocab_size), None)
+        return self._known(prompt, "prompt")
+
+    def _known(self, tokens: Sequence[int], field: str) -> Sequence[int]:
+        wrong = next((token for token in tokens if not 0 <= token < self.tokenizer.vocab_size), None)
         if wrong is not None:
             last = self.tokenizer.vocab_size - 1
-            raise RequestError(f"prompt has the token {wrong}; this model has tokens 0 to {last}", param="prompt")
-        return prompt
+            raise RequestError(f"{field} has the token {wrong}; this model has tokens 0 to {last}", param=field)
+        return tokens
 
     def _room(self, tokens: Sequence[int], wanted: Wanted) -> int:
         longest = self.worker.model.model.sequence_length

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-import torch
 from torch import Tensor
 
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer
 from biroute.launcher.generate.continuation import Prompt, Running
-from biroute.launcher.generate.sampling import Choice
+from biroute.launcher.generate.sampling import Choice, log_probabilities
 from biroute.launcher.generate.settings import Settings
 from biroute.launcher.serve.errors import RequestError
 from biroute.launcher.serve.metrics import Metrics
@@ -220,7 +219,7 @@ class Worker:
         return Token(tokens[0], None), *before
 
     def _token(self, logits_V: Tensor, token: int, count: int) -> Token:
-        log_probability_V = torch.log_softmax(logits_V[: self.tokenizer.vocab_size].double(), 0).cpu()
+        log_probability_V = log_probabilities(logits_V, self.tokenizer.vocab_size)
         found = log_probability_V.topk(min(count, len(log_probability_V)))
         likeliest = [Choice(*pair) for pair in zip(found.indices.tolist(), found.values.tolist(), strict=True)]
         return Token(token, Choice(token, float(log_probability_V[token])), tuple(likeliest))

@@ -22,18 +22,23 @@ from biroute.launcher.ranks.stop_signal import STOP_SIGNALS, handled_signals
 
 GRACE_SECONDS = 10.0  # between one rank's failure and the end of the others
 POLL_SECONDS = 0.1
+WORKER = "biroute.launcher.start.worker"
 
 
-def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attempt: int) -> int:
-    """Run `processes` ranks of `python -m biroute.launcher.start.worker <arguments>`; returns their common status.
+def run_local_ranks(
+    arguments: Sequence[str], processes: int, logs: Path, attempt: int | None, module: str = WORKER
+) -> int:
+    """Run `processes` ranks of `python -m <module> <arguments>`; returns their common status.
 
     Rank 0 writes to this terminal and keeps a copy, the others write to `logs/rank-<n>.log`. If a rank fails, the
-    others are ended, and the last lines of the rank that failed first are shown.
+    others are ended, and the last lines of the rank that failed first are shown. Ranks of an `attempt` train.
     """
     with tempfile.TemporaryDirectory(prefix="biroute-") as folder:
         # Blocked until the handlers that forward them are set; the ranks inherit this and unblock them when ready.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        ranks = [_start(arguments, rank, processes, Path(folder), logs, attempt) for rank in range(processes)]
+        ranks = [
+            _start([module, *arguments], rank, processes, Path(folder), logs, attempt) for rank in range(processes)
+        ]
         previous = {number: signal.signal(number, _forwarder(ranks)) for number in handled_signals()}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
@@ -48,7 +53,7 @@ def run_local_ranks(arguments: Sequence[str], processes: int, logs: Path, attemp
 
 
 def _start(
-    arguments: Sequence[str], rank: int, processes: int, folder: Path, logs: Path, attempt: int
+    arguments: Sequence[str], rank: int, processes: int, folder: Path, logs: Path, attempt: int | None
 ) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
@@ -56,13 +61,13 @@ def _start(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        ATTEMPT_VARIABLE: str(attempt),
+        **({} if attempt is None else {ATTEMPT_VARIABLE: str(attempt)}),
         RENDEZVOUS_FILE: str(folder / "rendezvous"),  # a file, as a port could be in use
         # numpy, OpenBLAS and SentencePiece would each start a thread per core in every rank.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
     }
     # -P: a file of the user's such as random.py must not be imported for the library's.
-    command = [sys.executable, "-P", "-m", "biroute.launcher.start.worker", *arguments]
+    command = [sys.executable, "-P", "-m", *arguments]
     if rank == 0:
         return subprocess.Popen(command, env=environment)
     with append_file(log_file(logs, rank)) as log:

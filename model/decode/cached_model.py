@@ -88,14 +88,25 @@ class CachedModel:
         return sequence, self._logits(hidden_SC[-1:])[0]
 
     @torch.no_grad()
-    def every_logit(self, tokens: Sequence[int]) -> Tensor:
-        """Return the fp32 logits [S, V] after each token of a text: the bits that `prefill` and `step` give.
+    def every_logit(self, tokens: Sequence[int], first: int = 0) -> Tensor:
+        """Return the fp32 logits after each token of a text: the bits that `prefill` and `step` give.
+
+        Args:
+            tokens: of the text, 1 ... `sequence_length` of them.
+            first: leave out those after the tokens before this one.
+
+        Returns:
+            [S - first, V].
 
         Raises:
             ValueError: as in `prefill`.
         """
-        _, hidden_SC = self._begin(tokens)
-        return torch.cat([self._logits(part) for part in hidden_SC.split(self.rows or len(tokens))])
+        # In the same groups of rows whatever is left out.
+        rows = self.rows or 1
+        skipped = first - first % rows
+        hidden_SC = self._begin(tokens)[1][skipped:]
+        parts = hidden_SC.split(self.rows or len(tokens))
+        return torch.cat([self._logits(part) for part in parts])[first - skipped :]
 
     def _begin(self, tokens: Sequence[int]) -> tuple[CachedSequence, Tensor]:
         """Return a new sequence of the tokens, and their hidden states [S, C]."""

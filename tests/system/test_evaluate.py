@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from helpers.corpus import small_run
 from helpers.job import points_of
+from helpers.ports import claim_port
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +56,38 @@ def test_the_loss_is_that_of_training_and_comes_once(
     once_more = command("evaluate", trained, "--checkpoint", 4)
     assert once_more.status == 0 and "loss_on_ar_hits" in once_more.out and "values sent" not in once_more.err
     assert in_mlflow(trained) == sent
+
+
+def test_several_ranks_find_the_same_and_say_it_once(
+    trained: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Those that `--ranks` starts, and those of a Slurm step; a task of lm-eval beside our own."""
+    (tmp_path / "data.jsonl").write_text('{"text": "Return the sum of all items."}\n{"text": "Close the file."}\n')
+    (tmp_path / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
+        'test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    wanted = ["evaluate", trained, "--tasks", "loss,recall,lm_eval:rolling", "--lm-eval-include", tmp_path, "--json"]
+    local = command(*wanted, "--name", "two", "--ranks", 2)
+    assert local.status == 0, local.err
+    step = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(claim_port()), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    with ThreadPoolExecutor() as tasks:
+        started = [
+            tasks.submit(command, *wanted, "--no-tracking", SLURM_PROCID=str(n), SLURM_LOCALID=str(n), **step)
+            for n in (0, 1)
+        ]
+        first, second = (one.result() for one in started)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert second.out == ""
+    sections, named = (json.loads(one.out)["evaluations"][0]["sections"] for one in (first, local))
+    assert [one["measures"] for one in sections] == [one["measures"] for one in named]
+    ((_, loss),) = points_of(trained, "heldout/loss")[-1:]  # of training, by other ranks
+    assert sections[0]["measures"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
+    assert [one["name"] for one in named] == ["two", "two-recall", "two-lm_eval/rolling"]
+    assert (sections[2]["name"], sections[2]["measures"]["documents"]["value"]) == ("lm_eval/rolling", 2)
+    kept = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
+    assert sum("evaluate/two-lm_eval/rolling/bits_per_byte" in one["metrics"] for one in kept) == 1

@@ -93,12 +93,20 @@ def _of_ours(name: str, longest: int, length: int, steps: int) -> dict[str, floa
     found = {"token_seconds": seconds, "bytes_per_token": per_token}
     if length <= LONGEST_PROMPT:
         found["prompt_seconds"] = _seconds_of(lambda: model.prefill([1] * length))
+        found["forward_seconds"] = _seconds_of(lambda: _forward(layers, length))
     return found
 
 
 @torch.no_grad()
+def _forward(layers: LayerSequence, length: int) -> Tensor:
+    """Training's forward pass, without the logits: a prompt needs those of its last token alone."""
+    hidden_SBC: Tensor = layers.hidden_states(torch.ones(1, length, dtype=torch.int64))
+    return hidden_SBC
+
+
+@torch.no_grad()
 def _of_llama(config: RunConfig, length: int, steps: int) -> dict[str, float]:
-    """Measure forward passes of transformers' Llama with its own cache, without the other work of its `generate`."""
+    """Measure transformers' Llama with its own cache: forward passes alone, and its `generate`."""
     try:
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -122,8 +130,19 @@ def _of_llama(config: RunConfig, length: int, steps: int) -> dict[str, float]:
         logits: Tensor = llama(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
         return logits[0]
 
+    def generate() -> object:
+        # What stands before is in the cache, so `generate` reads the last token alone.
+        if (more := cache.get_seq_length() - length) > 0:
+            cache.crop(-more)
+        tokens = torch.ones(1, length + 1, dtype=torch.int64)
+        return llama.generate(
+            tokens, past_key_values=cache, min_new_tokens=steps, max_new_tokens=steps, do_sample=False,
+            attention_mask=torch.ones_like(tokens), pad_token_id=0,
+        )  # fmt: skip
+
     found = {
         "token_seconds": _seconds_of_steps(step, steps),
+        "generate_token_seconds": _seconds_of(generate) / steps,
         "bytes_per_token": 2.0 * 4 * model.num_layers * model.num_kv_heads * model.head_size,
     }
     if length <= LONGEST_PROMPT:

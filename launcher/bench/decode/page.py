@@ -21,6 +21,7 @@ from biroute.launcher.track.figures import new_figure, save_figure
 
 NAMES = [*VARIANTS, LLAMA]
 EXACT, ROUTED, DENSE = VARIANTS
+_FORWARD = ["tokens", "forward, routed (ms)", "forward, dense (ms)", "routed / dense", "the same of prompts"]
 
 
 def decode_page(answer: Mapping[str, Any]) -> Page:
@@ -35,12 +36,14 @@ def decode_page(answer: Mapping[str, Any]) -> Page:
         f"weights, fp32, one sequence. Routes: {attention['topk']} regions of {attention['region_size']} tokens, "
         f"chosen for each token, {attention['descriptors_per_region']} descriptors a region. The time is that of a "
         f"whole step (embedding, all layers, logits), the fastest of {steps} tokens; keys and values before them are "
-        "random. Llama runs forward passes with its DynamicCache, without the rest of `generate`."
+        "random. Llama runs forward passes with its DynamicCache, without the rest of `generate`, which has a column "
+        "of its own: the mean over as many tokens."
     )
     parts: list[Part] = [
-        Table("Milliseconds a token", ["tokens before", *NAMES], _times(answer)),
+        Table("Milliseconds a token", ["tokens before", *NAMES, "its `generate`"], _times(answer)),
         Picture("Time of one more token", partial(_draw, answer)),
         Table("Milliseconds of a prompt", ["tokens", *NAMES], _prompts(answer)),
+        Table("A prompt beside training's forward pass", _FORWARD, _forward(answer)),
         Table("Bytes of the cache a token", ["tokens", *NAMES], _bytes(answer)),
         Findings(findings(answer)),
     ]
@@ -68,7 +71,23 @@ def findings(answer: Mapping[str, Any]) -> list[str]:
 
 
 def _times(answer: Mapping[str, Any]) -> list[list[str]]:
-    return [[f"{row['length']:,}", *(_ms(row, name, "token_seconds") for name in NAMES)] for row in answer["rows"]]
+    return [
+        [f"{row['length']:,}", *(_ms(row, name, "token_seconds") for name in NAMES),
+         _ms(row, LLAMA, "generate_token_seconds")]
+        for row in answer["rows"]
+    ]  # fmt: skip
+
+
+def _forward(answer: Mapping[str, Any]) -> list[list[str]]:
+    """Return training's forward pass, and whether a prompt keeps its ratio of routed to dense."""
+    rows = []
+    for row in answer["rows"]:
+        routed, dense = row["variants"][ROUTED], row["variants"][DENSE]
+        if "forward_seconds" in routed:
+            ratios = (f"{routed[what] / dense[what]:.2f}" for what in ("forward_seconds", "prompt_seconds"))
+            times = (_ms(row, name, "forward_seconds") for name in (ROUTED, DENSE))
+            rows.append([f"{row['length']:,}", *times, *ratios])
+    return rows
 
 
 def _prompts(answer: Mapping[str, Any]) -> list[list[str]]:

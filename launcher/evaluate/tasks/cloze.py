@@ -11,7 +11,7 @@ import numpy as np
 from biroute.launcher.evaluate.tasks.task import CHOICES, Item, TaskText
 
 _SHORTEST = 16
-_ENDS = (".", "!", "?", "。", "！", "？", "\n")
+ENDS = (".", "!", "?", "。", "！", "？", "\n")
 
 
 class Cloze:
@@ -47,7 +47,7 @@ class Cloze:
 
     def _places(self, text: TaskText) -> list[tuple[int, int, np.ndarray]]:
         """Return piece and index of every word that can be asked for, and the other words of the text before it."""
-        ends = {token for token, one in text.texts.items() if one.strip(" ").startswith(_ENDS)}
+        ends = {token for token, one in text.texts.items() if one.strip(" ").startswith(ENDS)}
         ends.add(text.tokenizer.eos_id)
         found, most = [], text.length // 2
         for number, piece in enumerate(text.pieces):

@@ -1,13 +1,14 @@
-"""What all tasks share: questions whose answer is one token among several, made from the user's own text.
+"""What all tasks share: questions whose answer is one of several choices, made from the user's own text.
 
-The choices of a question are single tokens, so their likelihoods compare without any correction for length, all of
-them come from one forward pass, and chance is 1 / choices exactly. Of equally likely ones each counts as a part of an
-answer. Everything is drawn by seed, so the same text gives the same questions for every checkpoint.
+The choices of a question are single tokens, which all come from one forward pass, or passages of the same number of
+tokens. So their likelihoods compare without any correction for length, and chance is 1 / choices exactly. Of equally
+likely ones each counts as a part of an answer. Everything is drawn by seed, so the same text gives the same questions
+for every checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -27,7 +28,7 @@ class Item(NamedTuple):
     """One question."""
 
     context: np.ndarray  # [n] int64, n <= length of the model's sequences
-    choices: tuple[int, ...]  # tokens, the right one first
+    choices: tuple[int, ...] | tuple[tuple[int, ...], ...]  # tokens, or passages of equal length; the right one first
     group: str  # such as distance/00064: what accuracies are reported by
     unit: int  # items of a unit share their text, so standard errors are over units
 
@@ -115,8 +116,7 @@ class Task(Protocol):
 def score_task(model: ForwardModel, task: Task, text: TaskText, *, count: int, seed: int) -> Section:
     """Answer the questions of a task: accuracy over all and by group, with standard errors."""
     items, about = task.items(text, count, seed)
-    logs = model.next_log_probabilities([item.context for item in items])
-    right = np.array([credit(log[list(item.choices)]) for item, log in zip(items, logs, strict=True)])
+    right = np.array([credit(scores) for scores in _scores(model, items)])
     units = np.array([item.unit for item in items])
 
     def mean(chosen: np.ndarray) -> Measure:
@@ -125,7 +125,21 @@ def score_task(model: ForwardModel, task: Task, text: TaskText, *, count: int, s
     groups = np.array([item.group for item in items])
     measures = {"accuracy": mean(np.ones(len(items), dtype=bool))}
     measures |= {str(group): mean(groups == group) for group in np.unique(groups)}
-    return Section(task.name, about, measures, "questions", chance=1 / CHOICES)
+    return Section(task.name, about, measures, "questions", chance=1 / len(items[0].choices))
+
+
+def _scores(model: ForwardModel, items: Sequence[Item]) -> Iterator[np.ndarray]:
+    """Yield the log-likelihoods of the choices of each item."""
+    passages = [choice for item in items for choice in item.choices if isinstance(choice, tuple)]
+    if not passages:
+        tokens = [[choice for choice in item.choices if isinstance(choice, int)] for item in items]
+        yield from model.next_log_probabilities([item.context for item in items], tokens)
+        return
+    contexts = [item.context for item in items for _ in item.choices]
+    rows = [np.array([*context, *passage]) for context, passage in zip(contexts, passages, strict=True)]
+    losses = model.losses(rows)
+    for item in items:
+        yield np.array([-next(losses)[len(item.context) - 1 :].sum() for _ in item.choices])
 
 
 def credit(log_probabilities: np.ndarray) -> float:

@@ -143,7 +143,7 @@ def replace_texts(profile: ClusterProfile) -> ClusterProfile:
 
 
 def test_an_expression_without_a_quoting_filter_is_an_error() -> None:
-    environment = job_script._template().environment
+    environment = job_script._template(job_script.TEMPLATE).environment
     with pytest.raises(TypeError, match="without a filter that quotes it"):
         environment.from_string("echo {{ value }}").render(value="$(id)")
     with pytest.raises(jinja2.UndefinedError):

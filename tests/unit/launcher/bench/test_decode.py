@@ -31,7 +31,12 @@ def test_every_variant_at_every_length(tmp_path: Path) -> None:
     assert [row["length"] for row in answer["rows"]] == [64, 128]
     assert all(row["variants"].keys() == names for row in answer["rows"])
     assert all(one["token_seconds"] > 0 for row in answer["rows"] for one in row["variants"].values())
+    assert all(row["variants"][LLAMA]["generate_token_seconds"] > 0 for row in answer["rows"])
     assert decode_page(answer).write(tmp_path) == [tmp_path / "decode.md", tmp_path / "decode.png"]
+    forward = next(part for part in (tmp_path / "decode.md").read_text().split("\n## ") if "forward" in part[:40])
+    routed, dense = (answer["rows"][1]["variants"][name] for name in ("routed, fast", "dense, fast"))
+    ratios = [f"{routed[what] / dense[what]:.2f}" for what in ("forward_seconds", "prompt_seconds")]
+    assert forward.strip().splitlines()[-1].split(" | ")[3:] == [ratios[0], f"{ratios[1]} |"]
     with pytest.raises(UsageError, match="--length=100 is not a multiple of the 64 tokens"):
         run_bench([100], 1)
 

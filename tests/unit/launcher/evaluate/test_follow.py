@@ -39,7 +39,7 @@ class Run:
         meta = SimpleNamespace(progress=SimpleNamespace(step=step))
         return SimpleNamespace(meta=meta, problem="torn" if self.problems.get(step) == "torn" else "")
 
-    def _evaluate(self, request: Request, _: object) -> Evaluation:
+    def _evaluate(self, request: Request, *_: object) -> Evaluation:
         assert request.model.step is not None
         if problem := self.problems.get(request.model.step):
             if problem == "pruned":

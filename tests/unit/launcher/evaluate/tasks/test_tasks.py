@@ -10,13 +10,16 @@ import pytest
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.evaluate.tasks.catalog import TASKS
+from biroute.launcher.evaluate.tasks.choice import Choice
 from biroute.launcher.evaluate.tasks.cloze import Cloze, contexts
-from biroute.launcher.evaluate.tasks.names import LOSS, NAMES, task_names
+from biroute.launcher.evaluate.tasks.names import LOSS, NAMES, harness_names, task_names
 from biroute.launcher.evaluate.tasks.needle import Needle
 from biroute.launcher.evaluate.tasks.recall import Recall, distances
 from biroute.launcher.evaluate.tasks.task import TaskText, credit, score_task
+from biroute.launcher.evaluate.tasks.tracking import Tracking
 
 LENGTH, WORDS, STOP, COMMA = 256, 300, 400, 401
+TRACKING = 1100  # with a token for each letter, what tracking says is long
 FIRST_LETTER = 500
 
 
@@ -54,8 +57,8 @@ class Reader:
     def __init__(self, match: int, sees: int = LENGTH) -> None:
         self.match, self.sees = match, sees
 
-    def next_log_probabilities(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        for row in rows:
+    def next_log_probabilities(self, rows: Sequence[np.ndarray], tokens: Sequence[Any]) -> Iterator[np.ndarray]:
+        for row, wanted in zip(rows, tokens, strict=True):
             assert len(row) <= LENGTH
             log = np.full(1000, -9.0)
             seen = row[-self.sees :].tolist()
@@ -63,7 +66,7 @@ class Reader:
                 if seen[place : place + self.match] == seen[-self.match :]:
                     log[seen[place + self.match]] = -1.0
                     break
-            yield log
+            yield log[wanted]
 
 
 def values(task: Any, model: Any, count: int = 12) -> dict[str, float]:
@@ -85,9 +88,9 @@ def test_recall_is_right_for_a_model_that_reaches_the_distance_and_chance_for_ot
 class Blind:
     """A model that likes some words better than others, whatever the text says."""
 
-    def next_log_probabilities(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    def next_log_probabilities(self, rows: Sequence[np.ndarray], tokens: Sequence[Any]) -> Iterator[np.ndarray]:
         log = np.random.default_rng(5).normal(size=1000)
-        return iter([log] * len(rows))
+        return iter([log[wanted] for wanted in tokens])
 
 
 @pytest.mark.parametrize("task", [Needle(), Recall()], ids=lambda task: task.name)
@@ -134,14 +137,101 @@ def test_cloze_asks_for_the_last_word_of_a_sentence_with_growing_context() -> No
     assert "(the text has no more than" in about
 
 
+class Follower:
+    """A model that follows names back to a value: as far as `hops`, then it takes the last value that it has seen."""
+
+    def __init__(self, hops: int) -> None:
+        self.hops = hops
+
+    def next_log_probabilities(self, rows: Sequence[np.ndarray], tokens: Sequence[Any]) -> Iterator[np.ndarray]:
+        encode = Words().encode
+        begin, value, same = encode("\nThe value of"), encode(" is"), encode(" is that of")
+        for row, wanted in zip(rows, tokens, strict=True):
+            assert len(row) == TRACKING
+            seen, values, links = row.tolist(), dict[int, int](), dict[int, int]()
+            *places, asked = (n + len(begin) for n in range(len(seen)) if seen[n : n + len(begin)] == begin)
+            for at in places:
+                linked = seen[at + 1 : at + 1 + len(same)] == same
+                assert linked or seen[at + 1 : at + 1 + len(value)] == value
+                (links if linked else values)[seen[at]] = seen[at + 1 + len(same if linked else value)]
+                # A name is handed on only after it has got its value.
+                assert not linked or links[seen[at]] in {**values, **links}
+            assert seen[asked + 1 :] == value and sorted(values.values()) == sorted(wanted)
+            name = seen[asked]
+            for _ in range(self.hops):
+                name = links.get(name, name)
+            log = np.full(1000, -9.0)
+            log[values.get(name, list(values.values())[-1])] = -1.0
+            yield log[wanted]
+
+
+def test_values_are_tracked_as_far_as_a_model_follows_them() -> None:
+    text, model = text_of(length=TRACKING, pieces=4, tokens=3000), Follower(2)
+    section = score_task(model, Tracking(), text, count=40, seed=0)  # type: ignore[arg-type]
+    found = {name: one.value for name, one in section.measures.items()}
+    assert section.chance == 1 / 4 and list(found) == ["accuracy", *(f"hops/{n}" for n in (1, 2, 3, 4))]
+    assert found["hops/1"] == found["hops/2"] == 1.0 and max(found["hops/3"], found["hops/4"]) < 0.5
+    # No value and no name stands in the filler, where there are enough words.
+    for item in Tracking().items(text, 3, 0)[0]:
+        assert [int((item.context == choice).sum()) for choice in item.choices] == [1] * 4
+
+
+class Continuing:
+    """A model that knows the text by heart: each of its tokens behind the `sees` before it costs less."""
+
+    def __init__(self, text: TaskText, sees: int) -> None:
+        self.sees = sees
+        self.known = {
+            tuple(piece[at - sees : at + 1].tolist()) for piece in text.pieces for at in range(sees, len(piece))
+        }
+
+    def losses(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        for row in rows:
+            assert len(row) - 1 <= LENGTH
+            known = [tuple(row[at - self.sees : at + 1].tolist()) in self.known for at in range(self.sees, len(row))]
+            yield np.array([9.0] * (self.sees - 1) + [1.0 if one else 2.0 for one in known])
+
+
+def test_the_passage_that_goes_on_is_chosen_by_who_knows_the_text() -> None:
+    text = text_of()
+    model: Any = Continuing(text, 3)
+    section = score_task(model, Choice(), text, count=12, seed=0)
+    assert section.chance == 1 / 4 and {name: one.value for name, one in section.measures.items()} == {
+        "accuracy": 1.0, "context/00016": 1.0, "context/00064": 1.0, "context/00128": 1.0
+    }  # fmt: skip
+    items, about = Choice().items(text, 12, 0)
+    assert about.startswith("the next 16 tokens of 12 texts") and len(items) == 36
+    for item in items:
+        ends = {STOP}  # passages begin sentences, wherever they come from, and differ
+        assert item.context[-1] in ends and len(set(item.choices)) == 4
+        for passage in item.choices:
+            places = [
+                (number, at) for number, piece in enumerate(text.pieces) for at in range(1, len(piece) - 15)
+                if tuple(piece[at : at + 16].tolist()) == passage
+            ]  # fmt: skip
+            ((number, at),) = places
+            assert text.pieces[number][at - 1] in ends and at >= LENGTH // 2
+    blind = score_task(Constant(), Choice(), text, count=12, seed=0)  # type: ignore[arg-type]
+    assert blind.measures["accuracy"].value == pytest.approx(1 / 4)
+
+
+class Constant:
+    """A model to which all texts are alike."""
+
+    def losses(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        return iter([np.ones(len(row) - 1) for row in rows])
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_questions_depend_on_text_and_seed_alone(task: Any) -> None:
+    text = text_of(length=TRACKING, tokens=1500)
+
     def made(seed: int) -> list[Any]:
-        return [(*item.context.tolist(), *item.choices, item.group) for item in task.items(text_of(), 5, seed)[0]]
+        return [(*item.context.tolist(), *item.choices, item.group) for item in task.items(text, 5, seed)[0]]
 
     assert made(0) == made(0) != made(1)
     assert made(0)[: len(made(0)) // 5] == [
-        (*item.context.tolist(), *item.choices, item.group) for item in task.items(text_of(), 1, 0)[0]
+        (*item.context.tolist(), *item.choices, item.group) for item in task.items(text, 1, 0)[0]
     ]  # --limit asks fewer of the same questions
 
 
@@ -154,7 +244,11 @@ def test_questions_depend_on_text_and_seed_alone(task: Any) -> None:
         (Recall(), text_of(words=10), "9 different words are too few; it needs 16"),
         (Cloze(), text_of(length=16), "sequences of 16 tokens are too short"),
         (Cloze(), text_of(tokens=60), "no sentence ends with a word of one token, 128 tokens or more after"),
-        *((task, text_of(), "") for task in TASKS.values()),
+        (Tracking(), text_of(), "sequences of 256 tokens are too short; it needs"),
+        (Tracking(), text_of(length=TRACKING, words=10, tokens=1500), "9 different words are too few; it needs 24"),
+        (Choice(), text_of(length=16), "sequences of 16 tokens are too short"),
+        (Choice(), text_of(pieces=1), "fewer than two texts have a sentence that begins 128 tokens or more after"),
+        *((task, text_of(length=TRACKING, tokens=1500), "") for task in TASKS.values()),
     ],
 )
 def test_what_a_task_lacks_is_said(task: Any, text: TaskText, problem: str) -> None:
@@ -176,10 +270,13 @@ def test_equally_likely_answers_share_the_credit() -> None:
 
 def test_names_of_tasks() -> None:
     assert (LOSS, *TASKS) == NAMES and [task.name for task in TASKS.values()] == list(TASKS)
+    assert task_names("lm_eval:xyz,recall,all")[:2] == ["lm_eval:xyz", "recall"]
+    assert harness_names(["loss", "lm_eval:a", "lm_eval:b"]) == ("a", "b")
     assert task_names("recall, loss,recall") == ["recall", "loss"] and task_names("all") == list(NAMES)
     for wanted, message in (
         ("nedle", "unknown task nedle; did you mean needle"),
-        ("loss,xyz", "unknown task xyz; there are loss, needle, recall, cloze, or all"),
+        ("loss,xyz", "unknown task xyz; there are loss, needle, recall, tracking, cloze, choice, or all"),
+        ("lm_eval:", "lm_eval: names no task"),
         (" ,", "names no task"),
     ):
         with pytest.raises(UsageError, match=message):
