@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +118,23 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
 def test_what_does_not_fit_the_model_is_refused(trained: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate(request(**options), lambda _: None)
+
+
+def test_a_task_of_lm_eval_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UsageError, match=r"lm_eval:x needs lm-eval.*install it with `pip install 'biroute\[eval\]'`"):
+        request(tasks=["loss", "lm_eval:x"])
+    assert request(tasks=["loss"]).harness_tasks == ()
+
+
+def test_options_of_lm_eval_need_one_of_its_tasks() -> None:
+    for options in ({"fewshot": 2}, {"include": Path("folder")}):
+        with pytest.raises(UsageError, match="is for tasks of lm-eval; name one, such as lm_eval:arc_easy"):
+            request(**options)
+    with pytest.raises(UsageError, match="--fewshot=-1 is out of range"):
+        request(tasks=["lm_eval:x"], fewshot=-1)
+    wanted = wanted_metrics(request(tasks=["recall", "lm_eval:x"], name="mine"))
+    assert wanted == {"evaluate/mine-recall/accuracy", "evaluate/mine-lm_eval/x/documents"}
 
 
 def test_check_says_what_each_task_needs_and_measures_nothing(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
