@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import TokenizerConfig
+from biroute.configs.schema import LEAST_VOCABULARY, TokenizerConfig
 
 if TYPE_CHECKING:
     from biroute.data_pipeline.prepare.sources import Document
@@ -290,7 +290,8 @@ def _why_untrained(config: TokenizerConfig, message: str) -> str:
     field = f"data.tokenizer.vocab_size={config.vocab_size}"
     most = re.search(r"Vocabulary size too high.*<= (\d+)", message)
     if most:
-        return f"{field}: the text yields only {most[1]} pieces; use at most that many or give more text"
+        fewer = "use at most that many or " if int(most[1]) >= LEAST_VOCABULARY else ""
+        return f"{field}: the text yields only {most[1]} pieces; {fewer}give more text, of more different characters"
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if least:
         return (
