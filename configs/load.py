@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import difflib
 import re
@@ -72,18 +73,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
             problems are reported in one line.
     """
     tree = _read_yaml(Path(path))
+    before = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return config_from_tree(tree, str(path), [override.partition("=")[0] for override in overrides])
+    return config_from_tree(tree, str(path), before if overrides else None)
 
 
-def config_from_tree(tree: dict[str, Any], origin: str, overridden: Sequence[str] = ()) -> RunConfig:
+def config_from_tree(tree: dict[str, Any], origin: str, before: dict[str, Any] | None = None) -> RunConfig:
     """Build a configuration from plain values.
 
     Args:
         tree: nested dictionaries of plain values.
         origin: what error messages name as the source, usually a file.
-        overridden: fields whose values come from the command line instead.
+        before: `tree` without what the command line changed; None if it changed nothing. Only what is wrong with it,
+            too, comes from `origin`.
 
     Raises:
         UsageError: a key is unknown, or a value has the wrong type or range.
@@ -91,9 +94,20 @@ def config_from_tree(tree: dict[str, Any], origin: str, overridden: Sequence[str
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        names = [".".join(map(str, problem["loc"])) for problem in error.errors()]
-        source = "command line" if all(name in overridden for name in names) else origin
+        source = "command line" if before is not None and not _problems(error) & _problems_of(before) else origin
         raise UsageError(f"{source}: {explain_problems(error, RunConfig)}") from None
+
+
+def _problems_of(tree: dict[str, Any]) -> set[str]:
+    try:
+        RunConfig.model_validate(tree)
+    except ValidationError as error:
+        return _problems(error)
+    return set()
+
+
+def _problems(error: ValidationError) -> set[str]:
+    return {f"{problem['loc']} {problem['type']} {problem['msg']}" for problem in error.errors()}
 
 
 def explain_problems(error: ValidationError, section: type[BaseModel]) -> str:

@@ -18,6 +18,7 @@ from biroute.configs.tracking_section import TrackingConfig
 
 DATASET = "data"  # stands, in `train.accept_changes`, for everything that a dataset was built with
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LEAST_VOCABULARY = 300  # 256 byte pieces, the special ones, and white space
 _SMALLEST_SHARE = 2.0**-50  # of a source; the mix has steps of 2**-52
 
 
@@ -220,7 +221,9 @@ class TokenizerConfig(Section):
 
     model_path: Path | None = Field(None, description="an existing SentencePiece model; empty: train one")
     kind: Literal["bpe", "unigram"] = Field("bpe", description="algorithm; unigram trains about 25 times as long")
-    vocab_size: int = Field(8192, ge=300, description="pieces, including the 256 byte pieces and the special ones")
+    vocab_size: int = Field(
+        8192, ge=LEAST_VOCABULARY, description="pieces, including the 256 byte pieces and the special ones"
+    )
     character_coverage: float = Field(
         0.985,
         ge=0.98,  # SentencePiece rejects smaller values

@@ -6,6 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
@@ -28,22 +29,47 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_number_by_accident(cls, values: Any) -> Any:
-        """Refuse `tensor: true`, which would be 1, and `steps: 010`, which is 8 in YAML 1.1; take `steps: 1e3`."""
+    def _as_meant(cls, values: Any) -> Any:
+        """Refuse or mend values that would be taken for something else: see `_number` and `_path`."""
         if not isinstance(values, dict):
             return values
         taken = dict(values)
         for name, value in values.items():
             wanted = str(cls.model_fields[name].annotation) if name in cls.model_fields else ""
-            if isinstance(value, bool) and wanted and "bool" not in wanted:
-                raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
-            if not isinstance(value, str) or not re.search(r"\b(int|float)\b", wanted):
-                continue
-            if re.fullmatch(r"[-+]?0[0-9_]+", value):
-                raise ValueError(f"{name}={value} begins with a zero; write {int(value)}")
-            if re.fullmatch(r"[-+]?[0-9.]+e[+]?[0-9]+", value, re.IGNORECASE) and float(value).is_integer():
-                taken[name] = int(float(value))
+            if isinstance(value, list):
+                taken[name] = [_as_meant(name, element, wanted) for element in value]
+            else:
+                taken[name] = _as_meant(name, value, wanted)
         return taken
+
+
+def _as_meant(name: str, value: Any, wanted: str) -> Any:
+    if isinstance(value, bool) and wanted and "bool" not in wanted:
+        raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
+    if not isinstance(value, str):
+        return value
+    if re.search(r"\b(int|float)\b", wanted):
+        return _number(name, value)
+    return _path(name, value) if "Path" in wanted else value
+
+
+def _number(name: str, text: str) -> str | int:
+    """Refuse `steps: 010`, which is 8 in YAML 1.1; take `steps: 1e3`."""
+    if re.fullmatch(r"[-+]?0[0-9_]+", text):
+        raise ValueError(f"{name}={text} begins with a zero; write {int(text)}")
+    if re.fullmatch(r"[-+]?[0-9.]+e[+]?[0-9]+", text, re.IGNORECASE) and float(text).is_integer():
+        return int(float(text))
+    return text
+
+
+def _path(name: str, text: str) -> str:
+    """Take `~/x` for what it is in the home folder; refuse `s3://x`, which would become a folder called `s3:`."""
+    if "://" in text:
+        raise ValueError(f"{name}={text} is not on this machine; name a folder or file that it sees")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise ValueError(f"{name}={text}: no such user, or one without a home folder; write the whole path") from None
 
 
 def fields_on_resume(section: type[Section], prefix: str = "") -> Iterator[tuple[str, OnResume]]:

@@ -24,12 +24,14 @@ from typing import BinaryIO, NamedTuple
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.examples.demo_files import CHINESE_NAME, ENGLISH_NAME
+from biroute.data_pipeline.prepare.file_patterns import matching_paths
 from biroute.data_pipeline.prepare.json_lines import read_records
 from biroute.data_pipeline.prepare.source_file import open_bytes
 
 _SUFFIXES = (".txt", ".jsonl")
 _COMPRESSIONS = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
+_BEGIN_BYTES = 16  # enough to know a file that is no text
 _EXAMPLES = 5
 _MALFORMED_OF_FEW = 1  # this many are never too many
 _INVALID_OF_FEW = 1
@@ -110,7 +112,7 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
         if "://" in pattern:
             raise UsageError(f"{where}: {pattern!r} is not on this machine; copy it first, and name the local files")
         pattern = str(Path(pattern).expanduser()) if pattern.startswith("~") else pattern
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        matches = [pattern] if Path(pattern).exists() else matching_paths(pattern)
         files = [match for match in matches if not Path(match).is_dir()]
         if not files:
             raise UsageError(f"{where}: {pattern!r} {why_no_file(pattern, folders=bool(matches))}")
@@ -179,7 +181,7 @@ def read_documents(
         kind = _kind_of(file.path)
         counts.reading = file.path
         with open_bytes(file.path, on_bytes) as stream:
-            _check_begin(file.path, stream.peek(4)[:4])
+            _check_begin(file.path, stream.peek(_BEGIN_BYTES)[:_BEGIN_BYTES])
             if kind == ".txt":
                 parts = _txt_documents(stream, data.max_document_bytes, counts)
             else:
@@ -227,18 +229,27 @@ def _guess_encoding(data: bytes) -> str:
 
 # How files begin that are no UTF-8 text, and what to do with them.
 _OTHER_CONTENT = {
-    b"\x1f\x8b": "gzip data where text belongs; unpack it",
-    b"\x28\xb5\x2f\xfd": "zstd data where text belongs; unpack it",
-    b"\xff\xfe": "UTF-16 or UTF-32 text; convert it to UTF-8, such as with iconv",
-    b"\xfe\xff": "UTF-16 text; convert it to UTF-8, such as with iconv",
-    b"\0\0\xfe\xff": "UTF-32 text; convert it to UTF-8, such as with iconv",
+    rb"\x1f\x8b": "gzip data where text belongs; unpack it",
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": "zstd data where text belongs; unpack it",
+    rb"\xfd7zXZ\0": "xz data where text belongs; unpack it",
+    rb"BZh[1-9]1AY&SY": "bzip2 data where text belongs; unpack it",
+    rb"PK\x03\x04": "a zip archive where text belongs; unpack it",
+    rb"\x04\x22\x4d\x18": "lz4 data where text belongs; unpack it",
+    rb"%PDF-": "a PDF file where text belongs; extract its text",
+    rb"PAR1": "a Parquet file where text belongs; write its documents as lines of JSON",
+    rb"\xff\xfe": "UTF-16 or UTF-32 text; convert it to UTF-8, such as with iconv",
+    rb"\xfe\xff": "UTF-16 text; convert it to UTF-8, such as with iconv",
+    rb"\0\0\xfe\xff": "UTF-32 text; convert it to UTF-8, such as with iconv",
+    # Without a byte order mark: every ASCII character comes with a NUL.
+    rb"([^\0]\0){8}": "UTF-16 text; convert it to UTF-8, such as with `iconv -f UTF-16LE`",
+    rb"(\0[^\0]){8}": "UTF-16 text; convert it to UTF-8, such as with `iconv -f UTF-16BE`",
 }
 
 
 def _check_begin(path: str, begin: bytes) -> None:
     """Refuse a file whose first bytes say that it is no UTF-8 text, which would become one senseless document."""
     for mark, what in _OTHER_CONTENT.items():
-        if begin.startswith(mark):
+        if re.match(mark, begin, re.DOTALL):
             raise UsageError(f"{path}: {what}")
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import TokenizerConfig
+from biroute.configs.files import open_regular
+from biroute.configs.schema import LEAST_VOCABULARY, TokenizerConfig
 
 if TYPE_CHECKING:
     from biroute.data_pipeline.prepare.sources import Document
@@ -173,7 +174,8 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
         UsageError: the file cannot be read, the model is not usable, or its vocabulary size is another.
     """
     try:
-        model = path.read_bytes()
+        with open_regular(path) as file:
+            model = file.read()
     except OSError as error:
         raise UsageError(
             f"{path}: the tokenizer cannot be read ({error.strerror}); correct data.tokenizer.model_path"
@@ -290,7 +292,8 @@ def _why_untrained(config: TokenizerConfig, message: str) -> str:
     field = f"data.tokenizer.vocab_size={config.vocab_size}"
     most = re.search(r"Vocabulary size too high.*<= (\d+)", message)
     if most:
-        return f"{field}: the text yields only {most[1]} pieces; use at most that many or give more text"
+        fewer = "use at most that many or " if int(most[1]) >= LEAST_VOCABULARY else ""
+        return f"{field}: the text yields only {most[1]} pieces; {fewer}give more text, of more different characters"
     least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if least:
         return (

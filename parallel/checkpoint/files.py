@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 from biroute.configs.changes import compare_settings
 from biroute.configs.errors import UsageError
-from biroute.parallel.checkpoint.meta import META_NAME, Fingerprint, read_meta
+from biroute.configs.files import open_regular
+from biroute.parallel.checkpoint.meta import META_NAME, STEP_NAME, Fingerprint, RenamedError, read_meta
 
 PREFIX = "step-"
 PARTIAL = ".partial"  # ending of a folder that is being written
-# Exactly the names that a save writes: whatever else lies there belongs to the user.
-_NAME = re.compile(PREFIX + r"\d{8,}")
+# Exactly the names that a save writes, as STEP_NAME: whatever else lies there belongs to the user.
 _PARTIAL_NAME = re.compile(PREFIX + r"\d{8,}\.attempt-\d{4,}" + re.escape(PARTIAL))
 
 
@@ -32,8 +32,12 @@ class Owner(Protocol):
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """List the finished checkpoints, newest first."""
-    found = [path for path in directory.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+    found = [path for path in directory.glob(f"{PREFIX}*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def folder_of_step(directory: Path, step: int) -> Path:
@@ -82,7 +86,7 @@ def check_newest(directory: Path, ours: dict[str, Any]) -> None:
 
 def fingerprint(path: Path) -> Fingerprint:
     """Read a file's size and SHA-256."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Fingerprint(bytes=path.stat().st_size, sha256=digest)
 
@@ -92,9 +96,14 @@ def list_unfinished(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob(f"{PREFIX}*{PARTIAL}") if _PARTIAL_NAME.fullmatch(path.name))
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and those that are kept for ever, and what was never finished."""
-    old = [path for path in list_checkpoints(directory)[keep:] if not _is_kept(path)]
+def prune(directory: Path, keep: int, newest: int) -> None:
+    """Remove all but the `keep` newest checkpoints and those that are kept for ever, and what was never finished.
+
+    Those of steps after `newest`, which was just saved, are left alone and do not count: the run has passed over
+    them as damaged, and one of them must not take the place of a sound one.
+    """
+    saved = [path for path in list_checkpoints(directory) if _step_of(path) <= newest]
+    old = [path for path in saved[keep:] if not _is_kept(path)]
     for path in [*old, *list_unfinished(directory)]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -102,6 +111,8 @@ def prune(directory: Path, keep: int) -> None:
 def _is_kept(path: Path) -> bool:
     try:
         return read_meta(path).kept
+    except RenamedError:
+        return True  # by its owner
     except ValueError:  # damaged
         return False
     except (OSError, UsageError):  # who knows

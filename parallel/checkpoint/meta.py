@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, model_validator
 
 from biroute.configs.errors import UsageError
+from biroute.configs.records import read_small
 
 FORMAT: Literal[1] = 1
 META_NAME = "meta.json"
+STEP_NAME = re.compile(r"step-(\d{8,})")  # of a finished checkpoint's folder
 # Exactly the names that a save writes: no other file of a machine is ever opened for what meta.json says.
 FileName = Annotated[str, StringConstraints(pattern=r"^weights-pipe\d{2,}-tensor\d{2,}-part\d{2,}\.pt$")]
 
@@ -42,6 +45,10 @@ class ParameterFiles(_Record):
 
     files: dict[int, str] = Field(min_length=1)  # tensor rank -> file
     split: tuple[int, int] | None  # dimension and stride that tensor ranks cut it along; None: each has all of it
+
+
+class RenamedError(ValueError):
+    """A checkpoint's folder has the name of another step."""
 
 
 class CheckpointMeta(_Record):
@@ -78,13 +85,18 @@ def read_meta(path: Path) -> CheckpointMeta:
 
     Raises:
         UsageError: written in a format that this version does not read.
+        RenamedError: its folder has the name of another step.
         OSError, ValueError: damaged or incomplete.
     """
-    text = (path / META_NAME).read_text(encoding="utf-8")
+    text = read_small(path / META_NAME)
     found = _AnyFormat.model_validate_json(text).format
     if found != FORMAT:
         raise UsageError(f"{path}: checkpoint format {found}, this BiRoute reads {FORMAT}")
-    return CheckpointMeta.model_validate_json(text)
+    meta = CheckpointMeta.model_validate_json(text)
+    name = STEP_NAME.fullmatch(path.name)
+    if name is not None and int(name[1]) != meta.progress.step:
+        raise RenamedError(f"it holds step {meta.progress.step}; give the folder its own name back")
+    return meta
 
 
 class _AnyFormat(BaseModel):

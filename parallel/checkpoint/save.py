@@ -86,7 +86,7 @@ def save_checkpoint(
             _write_meta(partial, progress, about, kept, [files for _, files in everyone])
             with owner.writing() if owner else contextlib.nullcontext():
                 _publish(partial, final)
-                prune(directory, keep)
+                prune(directory, keep, progress.step)
         except OSError as error:
             problem = _explain_write(error, partial)
         except FencedError as error:

@@ -118,3 +118,32 @@ def test_a_text_in_a_file_must_be_one(file: Path, line: str, message: str) -> No
         load_config(file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.dense_layers=[true]", "command line: model: dense_layers=true is neither a number nor a text"),
+        ("model.dense_layers=[010]", "command line: model: dense_layers=010 begins with a zero; write 10"),
+        ("train.steps=010", "command line: train: steps=010 begins with a zero; write 10"),
+        ("trian.steps=3", "command line: unknown key trian; did you mean train?"),
+        ("model.num_heads=3", "command line: model: num_kv_heads=2 does not divide num_heads=3"),
+        ("train.run_dir=s3://bucket/x", "command line: train: run_dir=s3://bucket/x is not on this machine"),
+        ("data.dir=~nobody-of-this-name/x", "no such user"),
+    ],
+)
+def test_the_same_in_lists_and_between_fields(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(file, [override])
+    assert message in str(caught.value)
+    file.write_text("train:\n  stepz: 10\n")
+    with pytest.raises(UsageError, match=r"run\.yaml: .*unknown key train\.stepz"):
+        load_config(file, ["train.seed=1"])
+
+
+def test_the_home_folder_in_a_path(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `data.dir=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(file, ["data.dir=~/x", "train.run_dir=a~/b", "data.tokenizer.model_path=~/t.model"])
+    assert config.data.dir == tmp_path / "x" and config.train.run_dir == Path("a~/b")
+    assert config.data.tokenizer.model_path == tmp_path / "t.model"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -228,6 +230,9 @@ def test_no_part_of_a_cut_document_is_too_short(tmp_path: Path, suffix: str) -> 
     assert counts == SourceCounts(documents=3, cut_documents=1)
 
 
+_UTF16 = "UTF-16 text; convert it to UTF-8, such as with `iconv -f UTF-16"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -236,6 +241,11 @@ def test_no_part_of_a_cut_document_is_too_short(tmp_path: Path, suffix: str) -> 
         ("a.txt.zst", zstandard.compress(gzip.compress(b"some text")), "gzip data where text belongs"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16 or UTF-32 text; convert it to UTF-8"),
         ("a.txt", b"\xfe\xff" + "some text".encode("utf-16-be"), "UTF-16 text; convert it to UTF-8"),
+        ("a.txt", "some text".encode("utf-16-le"), f"{_UTF16}LE`"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16-be"), f"{_UTF16}BE`"),
+        ("a.txt", bz2.compress(b"some text"), "bzip2 data where text belongs; unpack it"),
+        ("a.txt.gz", gzip.compress(lzma.compress(b"some text")), "xz data where text belongs; unpack it"),
+        ("a.txt", b"%PDF-1.7\n", "a PDF file where text belongs"),
         ("a.txt", b"\0\0\xfe\xff" + "some text".encode("utf-32-be"), "UTF-32 text"),
     ],
 )
@@ -266,6 +276,13 @@ def test_a_file_comes_once_whatever_links_lead_to_it(tmp_path: Path) -> None:
     (folder / "hard.txt").hardlink_to(folder / "a.txt")
     assert len(files_of(tmp_path / "tree/**/*.txt")) == 1
     assert len(files_of(folder / "a.txt", folder / "again.txt")) == 1
+    for number in range(3):  # of which glob would follow all combinations, for longer than any test
+        (tmp_path / "tree" / f"up{number}").symlink_to("sub/..")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "[b].txt").write_text("text")
+    (folder / "link").symlink_to("../../elsewhere")
+    for pattern in ("tree/**/*.txt", "**/[[a]*.txt", "tree/**"):
+        assert sorted(Path(path).name for path in files_of(tmp_path / pattern)) == ["[b].txt", "a.txt"], pattern
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:

@@ -169,6 +169,11 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     [
         (["a few words"], {"vocab_size": 1000}, r"vocab_size=1000: the text yields only \d+ pieces"),
         (
+            ["bc\0" * 9],
+            {"vocab_size": 300},
+            r"the text yields only 2\d\d pieces; give more text",
+        ),  # 300 are the least
+        (
             ["".join(map(chr, range(0x4E00, 0x5200)))],
             {"vocab_size": 300, "character_coverage": 1.0},
             r"vocab_size=300: the characters of the text need \d+",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from biroute.parallel.checkpoint.files import fingerprint, folder_of_step, list_checkpoints, prune, unfinished_folder
 from biroute.parallel.checkpoint.meta import CheckpointMeta
+from biroute.parallel.checkpoint.survey import checkpoint_of, survey
 
 
 def write_meta(directory: Path, step: int, **fields: object) -> Path:
@@ -47,7 +48,7 @@ def test_only_names_that_a_save_writes_count(tmp_path: Path) -> None:
     assert folder_of_step(tmp_path, 10).is_dir()
     (tmp_path / "step-00000012").write_text("a file")
     assert [path.name for path in list_checkpoints(tmp_path)] == ours[::-1]
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, newest=100_000_000)
     assert {path.name for path in tmp_path.iterdir()} == {*THEIRS, *ours[2:], "step-00000012"}
 
 
@@ -55,5 +56,27 @@ def test_what_is_kept_for_ever_is_not_pruned(tmp_path: Path) -> None:
     for step in range(1, 7):
         write_meta(tmp_path, step, kept=step % 2 == 0)
     (folder_of_step(tmp_path, 3) / "meta.json").write_text("{")  # damaged
-    prune(tmp_path, keep=1)
+    prune(tmp_path, keep=1, newest=6)
     assert [int(path.name[-1]) for path in list_checkpoints(tmp_path)] == [6, 4, 2]
+
+
+def test_a_damaged_newer_one_takes_no_place(tmp_path: Path) -> None:
+    """A run that went back to step 2, as the checkpoint of step 9 is damaged, and now has saved step 3."""
+    for step in (1, 2, 3, 9):
+        write_meta(tmp_path, step)
+    (folder_of_step(tmp_path, 9) / "meta.json").write_text("{")
+    prune(tmp_path, keep=1, newest=3)
+    assert [int(path.name[-1]) for path in list_checkpoints(tmp_path)] == [9, 3]
+
+
+def test_a_renamed_one_is_no_checkpoint_and_is_left_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write_meta(tmp_path, step)
+    folder_of_step(tmp_path, 1).rename(folder_of_step(tmp_path, 0))
+    folder_of_step(tmp_path, 2).rename(folder_of_step(tmp_path, 12))  # as if it were the newest
+    found = survey(tmp_path, deep=False)
+    assert [bool(one.problem) for one in found] == [True, False, False, True]
+    assert "it holds step 2; give the folder its own name back" in found[0].problem
+    assert checkpoint_of(tmp_path, None) == folder_of_step(tmp_path, 4)
+    prune(tmp_path, keep=1, newest=4)
+    assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path)] == [12, 4, 0]
