@@ -1,0 +1,206 @@
+"""Rates of one core, each apart, for `biroute bench hardware`: attention by path, routing, elementwise, AdamW.
+
+Each is measured at a size of its own. Where two costs add up (the softmax of a pair and its products, say), two sizes
+give both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biroute.configs.layout import resolve_layout
+from biroute.configs.schema import AttentionConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from biroute.launcher.plan.cpu_time import (
+    BACKWARD_COPIES,
+    BACKWARD_PRODUCTS,
+    FORWARD_COPIES,
+    FORWARD_PRODUCTS,
+    dense_pairs,
+)
+from biroute.launcher.plan.step_time import LOSS_BYTES, OPTIMIZER_BYTES, elementwise_bytes
+from biroute.launcher.plan.workload import Execution, Workload
+from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.paths import ComputedPairs, masked_pairs, tiled_pairs
+from biroute.model.attention.routing import route_regions
+from biroute.model.attention.rule import RouteRule
+from biroute.model.block import Block
+from biroute.model.language_model import loss_function
+from biroute.parallel.engine.zero_state import decay_groups
+from biroute.parallel.mesh.mesh import build_mesh
+
+Clock = Callable[[Callable[[], Any]], float]  # median seconds of a call
+HEADS, GROUPS, TOPK = 6, 3, 6  # of attention that is measured
+SMALL_HEAD, MIDDLE_HEAD, LARGE_HEAD = 24, 48, 80
+DENSE_TOKENS, MASKED_TOKENS, TILED_TOKENS = 1536, 768, 3072
+REGION, SMALL_REGION = 64, 16
+BLOCK = ModelConfig(
+    hidden_size=288, num_layers=1, num_heads=9, num_kv_heads=3, sequence_length=768,
+    attention=AttentionConfig(kind="dense"),
+)  # fmt: skip
+TINY = BLOCK.model_copy(update={"hidden_size": 36, "head_size": 4, "ffn_hidden_size": 32, "sequence_length": 16})
+SEQUENCES, VOCABULARY, LOSS_TOKENS = 2, 1536, 1024
+ADAM_SIDE, ADAM_MATRICES = 640, 10
+
+
+def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
+    """Measure the fields of `CpuRates` on this rank.
+
+    Args:
+        clock: measures a call.
+        ranks: processes that measure at the same time.
+        linear_rate: of matrix products in FLOP/s, which a block's time is cleared of.
+    """
+    found = _attention(clock) | _routing(clock)
+    return found | _block(clock, ranks, linear_rate, found["dense"]) | _loss(clock) | _optimizer(clock)
+
+
+def _qkv(tokens: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(1, heads, tokens, head_size, generator=generator).requires_grad_()
+
+    return draw(HEADS), draw(GROUPS), draw(GROUPS)
+
+
+def _times(clock: Clock, attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Return the seconds of forward and of backward."""
+    with torch.no_grad():
+        forward = clock(lambda: attend(*inputs))
+    out = attend(*inputs)
+    upstream = torch.ones_like(out)
+    return forward, clock(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True))
+
+
+def _attention(clock: Clock) -> dict[str, Any]:
+    """Return the rates of each path, from two head sizes, and of gathering, from a third setting."""
+
+    def dense(head_size: int) -> tuple[float, float]:
+        return _times(clock, lambda q, k, v: dense_attention(q, k, v, causal=True), _qkv(DENSE_TOKENS, head_size))
+
+    def routed(path: str, tokens: int, size: int, block: int, head_size: int) -> tuple[float, float]:
+        inputs = _qkv(tokens, head_size)
+        route = route_regions(inputs[0], inputs[1], RouteRule(size, block, TOPK, True))
+        sizes = {"region_size": size, "query_block_size": block, "causal": True, "path": path}
+        return _times(clock, lambda q, k, v: bi_level_attention(q, k, v, route, **sizes), inputs)
+
+    dense_rate = _rates(dense, ComputedPairs(dense_pairs(DENSE_TOKENS, 1, True), 0.0))
+    masked_rate = _rates(
+        lambda head_size: routed("masked", MASKED_TOKENS, REGION, REGION, head_size),
+        masked_pairs(MASKED_TOKENS, REGION, True),
+    )
+    large, small = (
+        tiled_pairs(
+            regions=(0, TILED_TOKENS // size), region_size=size, query_block_size=block, heads=HEADS // GROUPS,
+            topk=TOPK, causal=True,
+        )
+        for size, block in ((REGION, REGION), (SMALL_REGION, 1))
+    )  # fmt: skip
+    times = routed("region_major", TILED_TOKENS, SMALL_REGION, 1, MIDDLE_HEAD)
+    tiles, gather = _tile_rates(
+        lambda head_size: routed("query_major", TILED_TOKENS, REGION, REGION, head_size), large, sum(times), small
+    )
+    return {"dense": dense_rate, "masked": masked_rate, "tiles": tiles, "gather_gb_per_second": gather}
+
+
+def _rates(
+    measure: Callable[[int], tuple[float, float]], computed: ComputedPairs, gather_seconds_per_byte: float = 0.0
+) -> dict[str, float]:
+    """Return the fields of `AttentionRate`: what a pair takes grows linearly with the head size."""
+    return _fit({size: measure(size) for size in (SMALL_HEAD, LARGE_HEAD)}, computed, gather_seconds_per_byte)
+
+
+def _fit(times: dict[int, tuple[float, float]], computed: ComputedPairs, gather: float) -> dict[str, float]:
+    found = {}
+    for place, (name, products, copies) in enumerate(
+        (("forward", FORWARD_PRODUCTS, FORWARD_COPIES), ("backward", BACKWARD_PRODUCTS, BACKWARD_COPIES))
+    ):
+        low, high = (
+            (times[size][place] / HEADS - copies * computed.gathered * size * 4 * gather) / computed.pairs
+            for size in (SMALL_HEAD, LARGE_HEAD)
+        )
+        slope = max((high - low) / (LARGE_HEAD - SMALL_HEAD), 1e-3 * max(high, 1e-12) / LARGE_HEAD)
+        found[f"{name}_pair_ns"] = 1e9 * max(0.0, low - slope * SMALL_HEAD)
+        found[f"{name}_gflops"] = 2e-9 * products / slope
+    return found
+
+
+def _tile_rates(
+    measure: Callable[[int], tuple[float, float]], computed: ComputedPairs, third: float, of_third: ComputedPairs
+) -> tuple[dict[str, float], float]:
+    """Return the rates of tiles, and of gathering in 10^9 bytes/s: with it, the third setting takes its time.
+
+    Where a tile is a few keys, gathered rows are most of its time; where it is a region of keys and a whole block of
+    queries, they are little. So a few rounds find both.
+    """
+    times = {size: measure(size) for size in (SMALL_HEAD, LARGE_HEAD)}
+    gather = 0.0
+    rates: dict[str, float] = {}
+    copied = (FORWARD_COPIES + BACKWARD_COPIES) * of_third.gathered * MIDDLE_HEAD * 4
+    for _ in range(20):
+        rates = _fit(times, computed, gather)
+        pair = rates["forward_pair_ns"] + 2 * FORWARD_PRODUCTS * MIDDLE_HEAD / rates["forward_gflops"]
+        pair += rates["backward_pair_ns"] + 2 * BACKWARD_PRODUCTS * MIDDLE_HEAD / rates["backward_gflops"]
+        gather = max((third / HEADS - 1e-9 * pair * of_third.pairs) / copied, 1e-13)
+    return rates, 1e-9 / gather
+
+
+def _routing(clock: Clock) -> dict[str, float]:
+    """Return the rate of affinities and the time of a choice, from two numbers of descriptors."""
+    q, k, _ = (x.detach() for x in _qkv(TILED_TOKENS, MIDDLE_HEAD))
+    one, several = (
+        clock(lambda n=n: route_regions(q, k, RouteRule(SMALL_REGION, 1, TOPK, True, descriptors_per_region=n)))
+        for n in (1, 8)
+    )
+    choices = GROUPS * TILED_TOKENS * (TILED_TOKENS // SMALL_REGION)
+    product = max((several - one) / 7, 1e-3 * one) / choices  # of one descriptor with one query
+    return {"routing_gflops": 2e-9 * MIDDLE_HEAD / product, "choice_ns": 1e9 * max(0.0, one / choices - product)}
+
+
+def _block(clock: Clock, ranks: int, linear_rate: float, dense: dict[str, float]) -> dict[str, float]:
+    """Return the rate of what a block does beyond its products and its attention, and the time of a tiny block."""
+    tiny, whole = (_block_seconds(clock, model, ranks) for model in (TINY, BLOCK))
+    config = RunConfig(
+        model=BLOCK,
+        data=DataConfig(),
+        train=TrainConfig(global_batch_size=ranks * SEQUENCES, microbatch_size=SEQUENCES),
+    )
+    work = Workload(config, resolve_layout(config, ranks), Execution.of(config))
+    pairs = dense_pairs(BLOCK.sequence_length, 1, True) * BLOCK.num_heads * SEQUENCES
+    pair = dense["forward_pair_ns"] + 2 * FORWARD_PRODUCTS * BLOCK.head_size / dense["forward_gflops"]
+    pair += dense["backward_pair_ns"] + 2 * BACKWARD_PRODUCTS * BLOCK.head_size / dense["backward_gflops"]
+    rest = whole - tiny - 3 * work.linear_flops / linear_rate - 1e-9 * pair * pairs
+    moved = 3 * elementwise_bytes(work)
+    return {"elementwise_gb_per_second": 1e-9 * moved / max(rest, 0.05 * whole), "block_ms": 1e3 * tiny}
+
+
+def _block_seconds(clock: Clock, model: ModelConfig, ranks: int) -> float:
+    """Return the seconds of a block's forward and backward."""
+    config = RunConfig(model=model, data=DataConfig(), train=TrainConfig(global_batch_size=ranks, microbatch_size=1))
+    mesh = build_mesh(resolve_layout(config, ranks))
+    block = Block(model, 0, mesh.groups)
+    hidden = torch.randn(model.sequence_length, SEQUENCES, model.hidden_size).requires_grad_()
+    upstream = torch.randn_like(hidden)
+    wanted = [hidden, *block.parameters()]
+    return clock(lambda: torch.autograd.grad(block(hidden), wanted, upstream, allow_unused=True))
+
+
+def _loss(clock: Clock) -> dict[str, float]:
+    loss = loss_function(BLOCK)
+    logits = torch.randn(LOSS_TOKENS, 1, VOCABULARY).requires_grad_()
+    labels = torch.randint(VOCABULARY, (1, LOSS_TOKENS))
+    seconds = clock(lambda: torch.autograd.grad(loss(logits, labels), logits))
+    return {"loss_gb_per_second": 1e-9 * LOSS_BYTES * logits.numel() / seconds}
+
+
+def _optimizer(clock: Clock) -> dict[str, float]:
+    matrices = [torch.nn.Parameter(torch.randn(ADAM_SIDE, ADAM_SIDE)) for _ in range(ADAM_MATRICES)]
+    for one in matrices:
+        one.grad = torch.randn_like(one)
+    adam = torch.optim.AdamW(decay_groups(matrices, 0.1), lr=1e-4)
+    moved = (OPTIMIZER_BYTES + 4) * sum(one.numel() for one in matrices)
+    return {"optimizer_gb_per_second": 1e-9 * moved / clock(adam.step)}
