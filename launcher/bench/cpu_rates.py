@@ -6,6 +6,7 @@ give both.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ from biroute.model.attention.routing import route_regions
 from biroute.model.attention.rule import RouteRule
 from biroute.model.block import Block
 from biroute.model.language_model import loss_function
-from biroute.parallel.engine.zero_state import decay_groups
+from biroute.parallel.engine.engine import Microbatch, build_engine
 from biroute.parallel.mesh.mesh import build_mesh
 
 Clock = Callable[[Callable[[], Any]], float]  # median seconds of a call
@@ -43,7 +44,8 @@ BLOCK = ModelConfig(
 )  # fmt: skip
 TINY = BLOCK.model_copy(update={"hidden_size": 36, "head_size": 4, "ffn_hidden_size": 32, "sequence_length": 16})
 SEQUENCES, VOCABULARY, LOSS_TOKENS = 2, 1536, 1024
-ADAM_SIDE, ADAM_MATRICES = 640, 10
+WIDE = BLOCK.model_copy(update={"num_layers": 3, "hidden_size": 360, "head_size": 40, "sequence_length": 16})
+OPTIMIZER_STEPS = 9
 
 
 def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
         linear_rate: of matrix products in FLOP/s, which a block's time is cleared of.
     """
     found = _attention(clock) | _routing(clock)
-    return found | _block(clock, ranks, linear_rate, found["dense"]) | _loss(clock) | _optimizer(clock)
+    return found | _block(clock, ranks, linear_rate, found["dense"]) | _loss(clock) | _optimizer(ranks)
 
 
 def _qkv(tokens: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,10 +199,20 @@ def _loss(clock: Clock) -> dict[str, float]:
     return {"loss_gb_per_second": 1e-9 * LOSS_BYTES * logits.numel() / seconds}
 
 
-def _optimizer(clock: Clock) -> dict[str, float]:
-    matrices = [torch.nn.Parameter(torch.randn(ADAM_SIDE, ADAM_SIDE)) for _ in range(ADAM_MATRICES)]
-    for one in matrices:
-        one.grad = torch.randn_like(one)
-    adam = torch.optim.AdamW(decay_groups(matrices, 0.1), lr=1e-4)
-    moved = (OPTIMIZER_BYTES + 4) * sum(one.numel() for one in matrices)
-    return {"optimizer_gb_per_second": 1e-9 * moved / clock(adam.step)}
+def _optimizer(ranks: int) -> dict[str, float]:
+    """Return the rate of the engine's whole optimizer step: DeepSpeed copies, measures and clips gradients, too."""
+    train = TrainConfig(global_batch_size=ranks, microbatch_size=1)
+    config = RunConfig(model=WIDE, data=DataConfig(), train=train)
+    layout = resolve_layout(config, ranks)
+    engine = build_engine(config, build_mesh(layout), torch.device("cpu"))
+    tokens = torch.zeros(1, WIDE.sequence_length, dtype=torch.int64)
+    times = []
+    for step in range(OPTIMIZER_STEPS):
+        engine.clock.begin_step(logged=True)
+        engine.train_step([Microbatch(tokens, tokens)], 1e-4)
+        engine.clock.end_step()
+        phases = engine.clock.take()
+        # Of one rank there is nothing to sum, and the phase of sums is copies.
+        times += [phases["optimizer"] + (phases["comm_data"] if ranks == 1 else 0.0)] if step > 1 else []
+    parameters = sum(parameter.numel() for _, parameter in engine.named_parameters()) / ranks
+    return {"optimizer_gb_per_second": 1e-9 * (OPTIMIZER_BYTES + 4) * parameters / statistics.median(times)}

@@ -74,11 +74,10 @@ def memory_of_stage(work: Workload, stage: int, exchange_fraction: float) -> Mem
     recomputed = 0.0 if execution.recompute == "none" else whole - kept
     logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor * execution.logit_bytes * last
     buffers = _buffers(work, stage)
-    if execution.gathers == "buckets" and work.layout.zero_stage < 2:
-        # Gradients are summed after backward, when activations and logits are gone.
-        buffers = max(0.0, buffers - activations - recomputed - logits)
-    elif execution.on_cpu and work.layout.zero_stage == 2:
-        buffers = max(0.0, buffers - activations)  # the bucket fills as backward frees activations
+    if execution.on_cpu and work.layout.zero_stage < 3:
+        # The bucket fills as backward frees activations, or after it.
+        after = 0.0 if work.layout.zero_stage == 2 else recomputed + logits
+        buffers = max(0.0, buffers - activations - after)
     return Memory(
         weights=weights,
         gradients=gradients,

@@ -172,9 +172,10 @@ def elementwise_bytes(work: Workload) -> float:
     model, element = work.config.model, work.element_size
     # Two norms; two residuals that read two tensors and write one.
     residual = model.hidden_size * (2 * work.execution.norm_passes + 2 * 3 * element) / work.residual_ranks
-    rotary = 2 * (work.query_size + work.key_size)
+    heads = work.query_size + work.key_size
     activation = 3 * model.ffn_hidden_size  # reads both halves, writes one
-    split = element * (rotary + activation) / work.layout.tensor
+    split = element * (2 * heads + activation) + work.execution.norm_passes * heads * model.qk_norm
+    split /= work.layout.tensor
     return work.tokens * (residual + split)
 
 

@@ -35,8 +35,8 @@ class Execution:
     reduction_bytes: float = 4.0  # an element of a gradient as it travels
     keeps_scores: bool = False  # attention writes its S x S scores to memory, and computes both halves of them
     norm_passes: float = 20.0  # bytes that a norm reads and writes for each element, forward
-    # On CPUs PyTorch's norms keep their normalized input for backward, in fp32, and a buffer takes no memory before it
-    # is written.
+    # On CPUs PyTorch's norms keep their normalized input for backward, in fp32, and a buffer takes no memory before
+    # it is written.
     on_cpu: bool = False
     scatters_sends: bool = False  # tensor ranks that hold the same hidden states send a share each to the next stage
     even_regions: bool = False  # region ranks share causal dense attention evenly

@@ -56,6 +56,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: a rank failed.
     """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when they are imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_BEFORE)
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
