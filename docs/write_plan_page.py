@@ -35,22 +35,22 @@ Made by `docs/write_plan_page.py`; do not edit. How the predictions are made: [p
 """
 MEASURED_INTRODUCTION = """# Measured on CPUs
 
-`biroute bench plan` trains {cases} layouts of small models for some steps with real processes (gloo, fp32, one thread
-each) and keeps what it found in `plan-measured.json`, from which this page is made. No formula was fitted to these
-layouts: the rates come from `biroute bench hardware`, which measures each operation apart and at other sizes
+`biroute bench plan` trains {cases} layouts of small models for some steps with real processes (gloo, fp32, one
+thread each) and keeps what it found in `plan-measured.json`, from which this page is made. No formula was fitted to
+these layouts: the rates come from `biroute bench hardware`, which measures each operation apart and at other sizes
 (`launcher/bench/cpu_rates.py`), with as many processes as the layout has.
 
 - machine: {machine}; {software}; {date}
 - time of a step: {within} of {timed} layouts within 25%, mean error {mean:.0%}, worst {worst:.0%}
 """
-BYTES = """Counted where all libraries must pass, at torch's process groups, and turned into what a ring sends. Scalars
-are left out on both sides. *Routes*: what routed layers exchange depends on what they chose, so there is only a bound;
-for windows the bytes are exact. Of the rank that sends most."""
-MEMORY = """Growth of the process' resident memory over what it held before the model was built (after a small model
-of the same kind had been trained, so that libraries are loaded), at its high-water mark; the allocator returns what is
-freed, so that fragmentation is not counted. Of the rank that holds most."""
-TIME = """Median step of the slowest rank; beside it the fastest and the slowest step of all. Layouts of four ranks are
-not timed: there are two cores."""
+BYTES = """Counted where all libraries must pass, at torch's process groups, and turned into what a ring sends.
+Scalars are left out on both sides. *Routes*: what routed layers exchange depends on what they chose, so there
+is only a bound; for windows the bytes are exact. Of the rank that sends most."""
+MEMORY = """Growth of the process' resident memory over what it held before the model was built (after a small
+model of the same kind had been trained, so that libraries are loaded), at its high-water mark; the allocator
+returns what is freed, so that fragmentation is not counted. Of the rank that holds most."""
+TIME = """Median step of the slowest rank; beside it the fastest and the slowest step of all. Layouts of four
+ranks are not timed: there are two cores."""
 MEASURED_WHY = """### What is off, and why
 
 WHY_PLACEHOLDER

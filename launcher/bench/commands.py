@@ -219,6 +219,9 @@ def plan(
         str, typer.Option("--part", help="bytes: of messages and memory; times: with hardware profiles; all: both")
     ] = "all",
     seconds: Annotated[float, typer.Option(min=0.03, help="time of the steps of each layout")] = 1.2,
+    again: Annotated[
+        bool, typer.Option("--again", help="keep the faster of each time in the file of --out and of this run")
+    ] = False,
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option("--out", help="folder that keeps plan-measured.json")] = None,
 ) -> None:
@@ -234,7 +237,7 @@ def plan(
 
     if part not in ("all", "bytes", "times"):
         raise UsageError(f"--part {part}: no such part; use all, bytes or times")
-    answer = run_bench(cases or [], part, seconds, out, default_ranks())  # type: ignore[arg-type]
+    answer = run_bench(cases or [], part, seconds, out, default_ranks(), again=again)  # type: ignore[arg-type]
     if as_json:
         typer.echo(json.dumps(answer))
         return

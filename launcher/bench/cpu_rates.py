@@ -46,6 +46,7 @@ TINY = BLOCK.model_copy(update={"hidden_size": 36, "head_size": 4, "ffn_hidden_s
 SEQUENCES, VOCABULARY, LOSS_TOKENS = 2, 1536, 1024
 WIDE = BLOCK.model_copy(update={"num_layers": 3, "hidden_size": 360, "head_size": 40, "sequence_length": 16})
 OPTIMIZER_STEPS = 9
+ROUNDS = 20
 
 
 def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
         ranks: processes that measure at the same time.
         linear_rate: of matrix products in FLOP/s, which a block's time is cleared of.
     """
-    found = _attention(clock) | _routing(clock)
+    found = _attention(clock, linear_rate) | _routing(clock)
     return found | _block(clock, ranks, linear_rate, found["dense"]) | _loss(clock) | _optimizer(ranks)
 
 
@@ -78,7 +79,7 @@ def _times(clock: Clock, attend: Callable[..., Tensor], inputs: tuple[Tensor, ..
     return forward, clock(lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True))
 
 
-def _attention(clock: Clock) -> dict[str, Any]:
+def _attention(clock: Clock, linear_rate: float) -> dict[str, Any]:
     """Return the rates of each path, from two head sizes, and of gathering, from a third setting."""
 
     def dense(head_size: int) -> tuple[float, float]:
@@ -90,10 +91,12 @@ def _attention(clock: Clock) -> dict[str, Any]:
         sizes = {"region_size": size, "query_block_size": block, "causal": True, "path": path}
         return _times(clock, lambda q, k, v: bi_level_attention(q, k, v, route, **sizes), inputs)
 
-    dense_rate = _rates(dense, ComputedPairs(dense_pairs(DENSE_TOKENS, 1, True), 0.0))
-    masked_rate = _rates(
-        lambda head_size: routed("masked", MASKED_TOKENS, REGION, REGION, head_size),
+    dense_pairs_of_all = ComputedPairs(dense_pairs(DENSE_TOKENS, 1, True), 0.0)
+    dense_rate = _fit({size: dense(size) for size in (SMALL_HEAD, LARGE_HEAD)}, dense_pairs_of_all, linear_rate)
+    masked_rate = _fit(
+        {size: routed("masked", MASKED_TOKENS, REGION, REGION, size) for size in (SMALL_HEAD, LARGE_HEAD)},
         masked_pairs(MASKED_TOKENS, REGION, True),
+        linear_rate,
     )
     large, small = (
         tiled_pairs(
@@ -102,21 +105,35 @@ def _attention(clock: Clock) -> dict[str, Any]:
         )
         for size, block in ((REGION, REGION), (SMALL_REGION, 1))
     )  # fmt: skip
-    times = routed("region_major", TILED_TOKENS, SMALL_REGION, 1, MIDDLE_HEAD)
-    tiles, gather = _tile_rates(
-        lambda head_size: routed("query_major", TILED_TOKENS, REGION, REGION, head_size), large, sum(times), small
-    )
-    return {"dense": dense_rate, "masked": masked_rate, "tiles": tiles, "gather_gb_per_second": gather}
+    times = {size: routed("query_major", TILED_TOKENS, REGION, REGION, size) for size in (SMALL_HEAD, LARGE_HEAD)}
+    third = sum(routed("region_major", TILED_TOKENS, SMALL_REGION, 1, MIDDLE_HEAD))
+    # Where a tile is a few keys, gathered rows are most of its time; where it is a region of keys and a whole block
+    # of queries, they are little. So a few rounds find both.
+    copied = (FORWARD_COPIES + BACKWARD_COPIES) * small.gathered * MIDDLE_HEAD * 4
+    tiles, gather = dict[str, float](), 0.0
+    for _ in range(ROUNDS):
+        tiles = _fit(times, large, linear_rate, gather)
+        gather = max((third / HEADS - pair_seconds(tiles, MIDDLE_HEAD) * small.pairs) / copied, 1e-13)
+    return {"dense": dense_rate, "masked": masked_rate, "tiles": tiles, "gather_gb_per_second": 1e-9 / gather}
 
 
-def _rates(
-    measure: Callable[[int], tuple[float, float]], computed: ComputedPairs, gather_seconds_per_byte: float = 0.0
+def pair_seconds(rate: dict[str, float], head_size: int) -> float:
+    """Return the seconds of a pair, forward and backward."""
+    products = FORWARD_PRODUCTS / rate["forward_gflops"] + BACKWARD_PRODUCTS / rate["backward_gflops"]
+    return 1e-9 * (rate["forward_pair_ns"] + rate["backward_pair_ns"] + 2 * head_size * products)
+
+
+def _fit(
+    times: dict[int, tuple[float, float]], computed: ComputedPairs, linear_rate: float, gather: float = 0.0
 ) -> dict[str, float]:
-    """Return the fields of `AttentionRate`: what a pair takes grows linearly with the head size."""
-    return _fit({size: measure(size) for size in (SMALL_HEAD, LARGE_HEAD)}, computed, gather_seconds_per_byte)
+    """Return the fields of `AttentionRate`: what a pair takes grows linearly with the head size.
 
-
-def _fit(times: dict[int, tuple[float, float]], computed: ComputedPairs, gather: float) -> dict[str, float]:
+    Args:
+        times: head size -> seconds of forward and of backward, for two head sizes.
+        computed: the pairs and copies of one head.
+        linear_rate: of large matrix products in FLOP/s, which those of attention do not surpass.
+        gather: seconds of a copied byte.
+    """
     found = {}
     for place, (name, products, copies) in enumerate(
         (("forward", FORWARD_PRODUCTS, FORWARD_COPIES), ("backward", BACKWARD_PRODUCTS, BACKWARD_COPIES))
@@ -125,30 +142,10 @@ def _fit(times: dict[int, tuple[float, float]], computed: ComputedPairs, gather:
             (times[size][place] / HEADS - copies * computed.gathered * size * 4 * gather) / computed.pairs
             for size in (SMALL_HEAD, LARGE_HEAD)
         )
-        slope = max((high - low) / (LARGE_HEAD - SMALL_HEAD), 1e-3 * max(high, 1e-12) / LARGE_HEAD)
-        found[f"{name}_pair_ns"] = 1e9 * max(0.0, low - slope * SMALL_HEAD)
+        slope = max((high - low) / (LARGE_HEAD - SMALL_HEAD), 2 * products / linear_rate)
+        found[f"{name}_pair_ns"] = 1e9 * max(0.0, (low + high - slope * (SMALL_HEAD + LARGE_HEAD)) / 2)
         found[f"{name}_gflops"] = 2e-9 * products / slope
     return found
-
-
-def _tile_rates(
-    measure: Callable[[int], tuple[float, float]], computed: ComputedPairs, third: float, of_third: ComputedPairs
-) -> tuple[dict[str, float], float]:
-    """Return the rates of tiles, and of gathering in 10^9 bytes/s: with it, the third setting takes its time.
-
-    Where a tile is a few keys, gathered rows are most of its time; where it is a region of keys and a whole block of
-    queries, they are little. So a few rounds find both.
-    """
-    times = {size: measure(size) for size in (SMALL_HEAD, LARGE_HEAD)}
-    gather = 0.0
-    rates: dict[str, float] = {}
-    copied = (FORWARD_COPIES + BACKWARD_COPIES) * of_third.gathered * MIDDLE_HEAD * 4
-    for _ in range(20):
-        rates = _fit(times, computed, gather)
-        pair = rates["forward_pair_ns"] + 2 * FORWARD_PRODUCTS * MIDDLE_HEAD / rates["forward_gflops"]
-        pair += rates["backward_pair_ns"] + 2 * BACKWARD_PRODUCTS * MIDDLE_HEAD / rates["backward_gflops"]
-        gather = max((third / HEADS - 1e-9 * pair * of_third.pairs) / copied, 1e-13)
-    return rates, 1e-9 / gather
 
 
 def _routing(clock: Clock) -> dict[str, float]:
@@ -173,9 +170,8 @@ def _block(clock: Clock, ranks: int, linear_rate: float, dense: dict[str, float]
     )
     work = Workload(config, resolve_layout(config, ranks), Execution.of(config))
     pairs = dense_pairs(BLOCK.sequence_length, 1, True) * BLOCK.num_heads * SEQUENCES
-    pair = dense["forward_pair_ns"] + 2 * FORWARD_PRODUCTS * BLOCK.head_size / dense["forward_gflops"]
-    pair += dense["backward_pair_ns"] + 2 * BACKWARD_PRODUCTS * BLOCK.head_size / dense["backward_gflops"]
-    rest = whole - tiny - 3 * work.linear_flops / linear_rate - 1e-9 * pair * pairs
+    attended = pair_seconds(dense, BLOCK.head_size) * pairs
+    rest = whole - tiny - 3 * work.linear_flops / linear_rate - attended
     moved = 3 * elementwise_bytes(work)
     return {"elementwise_gb_per_second": 1e-9 * moved / max(rest, 0.05 * whole), "block_ms": 1e3 * tiny}
 

@@ -63,6 +63,21 @@ def measure_hardware(ranks: int, seconds: float) -> Measured:
     return Measured(**_slowest(found))
 
 
+def faster(one: HardwareProfile, other: HardwareProfile) -> HardwareProfile:
+    """Return the less disturbed of two measurements: what else runs on a machine only makes it slower.
+
+    The rates of computation belong together, as some are what a block takes beyond others; links are chosen apart.
+    """
+    mine, theirs = one.model_dump(), other.model_dump()
+    computing = mine if one.peak_tflops_fp32 >= other.peak_tflops_fp32 else theirs
+    links = {
+        name: (min if name.endswith("_us") else max)(mine[name], theirs[name])
+        for name in mine
+        if name.startswith(("intra_node", "inter_node"))
+    }
+    return HardwareProfile.model_validate({**computing, **links})
+
+
 def _slowest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Take of each number the one of the slowest rank: the longest time, the lowest rate."""
     worst: dict[str, Any] = {}
