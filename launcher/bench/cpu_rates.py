@@ -25,13 +25,14 @@ from biroute.launcher.plan.cpu_time import (
 from biroute.launcher.plan.step_time import LOSS_BYTES, OPTIMIZER_BYTES, elementwise_bytes
 from biroute.launcher.plan.workload import Execution, Workload
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
+from biroute.model.attention.grid import AttentionPath
 from biroute.model.attention.paths import ComputedPairs, masked_pairs, tiled_pairs
 from biroute.model.attention.routing import route_regions
 from biroute.model.attention.rule import RouteRule
 from biroute.model.block import Block
 from biroute.model.language_model import loss_function
 from biroute.parallel.engine.engine import Microbatch, build_engine
-from biroute.parallel.mesh.mesh import build_mesh
+from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 Clock = Callable[[Callable[[], Any]], float]  # median seconds of a call
 HEADS, GROUPS, TOPK = 6, 3, 6  # of attention that is measured
@@ -49,16 +50,26 @@ OPTIMIZER_STEPS = 9
 ROUNDS = 20
 
 
-def measure_cpu(clock: Clock, ranks: int, linear_rate: float) -> dict[str, Any]:
-    """Measure the fields of `CpuRates` on this rank.
+def measure_cpu(clock: Clock, mesh: Mesh, linear_rate: float) -> dict[str, Any]:
+    """Measure the fields of `CpuRates` on this rank, but for the optimizer's. No collective.
 
     Args:
         clock: measures a call.
-        ranks: processes that measure at the same time.
+        mesh: of data ranks only.
         linear_rate: of matrix products in FLOP/s, which a block's time is cleared of.
     """
     found = _attention(clock, linear_rate) | _routing(clock)
-    return found | _block(clock, ranks, linear_rate, found["dense"]) | _loss(clock) | _optimizer(ranks)
+    return found | _block(clock, mesh, linear_rate, found["dense"]) | _loss(clock)
+
+
+def data_mesh(ranks: int) -> Mesh:
+    """Build the mesh of data ranks that blocks and engine are measured on. Collective."""
+    return build_mesh(resolve_layout(_config(BLOCK, ranks), ranks))
+
+
+def _config(model: ModelConfig, ranks: int) -> RunConfig:
+    train = TrainConfig(global_batch_size=ranks * SEQUENCES, microbatch_size=SEQUENCES)
+    return RunConfig(model=model, data=DataConfig(), train=train)
 
 
 def _qkv(tokens: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,11 +96,17 @@ def _attention(clock: Clock, linear_rate: float) -> dict[str, Any]:
     def dense(head_size: int) -> tuple[float, float]:
         return _times(clock, lambda q, k, v: dense_attention(q, k, v, causal=True), _qkv(DENSE_TOKENS, head_size))
 
-    def routed(path: str, tokens: int, size: int, block: int, head_size: int) -> tuple[float, float]:
+    def routed(path: AttentionPath, tokens: int, size: int, block: int, head_size: int) -> tuple[float, float]:
         inputs = _qkv(tokens, head_size)
         route = route_regions(inputs[0], inputs[1], RouteRule(size, block, TOPK, True))
-        sizes = {"region_size": size, "query_block_size": block, "causal": True, "path": path}
-        return _times(clock, lambda q, k, v: bi_level_attention(q, k, v, route, **sizes), inputs)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found: Tensor = bi_level_attention(
+                q, k, v, route, region_size=size, query_block_size=block, causal=True, path=path
+            )
+            return found
+
+        return _times(clock, attend, inputs)
 
     dense_pairs_of_all = ComputedPairs(dense_pairs(DENSE_TOKENS, 1, True), 0.0)
     dense_rate = _fit({size: dense(size) for size in (SMALL_HEAD, LARGE_HEAD)}, dense_pairs_of_all, linear_rate)
@@ -151,24 +168,22 @@ def _fit(
 def _routing(clock: Clock) -> dict[str, float]:
     """Return the rate of affinities and the time of a choice, from two numbers of descriptors."""
     q, k, _ = (x.detach() for x in _qkv(TILED_TOKENS, MIDDLE_HEAD))
-    one, several = (
-        clock(lambda n=n: route_regions(q, k, RouteRule(SMALL_REGION, 1, TOPK, True, descriptors_per_region=n)))
-        for n in (1, 8)
-    )
+
+    def seconds(descriptors: int) -> float:
+        rule = RouteRule(SMALL_REGION, 1, TOPK, True, descriptors_per_region=descriptors)
+        return clock(lambda: route_regions(q, k, rule))
+
+    one, several = seconds(1), seconds(8)
     choices = GROUPS * TILED_TOKENS * (TILED_TOKENS // SMALL_REGION)
     product = max((several - one) / 7, 1e-3 * one) / choices  # of one descriptor with one query
     return {"routing_gflops": 2e-9 * MIDDLE_HEAD / product, "choice_ns": 1e9 * max(0.0, one / choices - product)}
 
 
-def _block(clock: Clock, ranks: int, linear_rate: float, dense: dict[str, float]) -> dict[str, float]:
+def _block(clock: Clock, mesh: Mesh, linear_rate: float, dense: dict[str, float]) -> dict[str, float]:
     """Return the rate of what a block does beyond its products and its attention, and the time of a tiny block."""
-    tiny, whole = (_block_seconds(clock, model, ranks) for model in (TINY, BLOCK))
-    config = RunConfig(
-        model=BLOCK,
-        data=DataConfig(),
-        train=TrainConfig(global_batch_size=ranks * SEQUENCES, microbatch_size=SEQUENCES),
-    )
-    work = Workload(config, resolve_layout(config, ranks), Execution.of(config))
+    tiny, whole = (clock(block_step(model, mesh)) for model in (TINY, BLOCK))
+    config = _config(BLOCK, mesh.layout.world_size)
+    work = Workload(config, mesh.layout, Execution.of(config, cpu=True))
     pairs = dense_pairs(BLOCK.sequence_length, 1, True) * BLOCK.num_heads * SEQUENCES
     attended = pair_seconds(dense, BLOCK.head_size) * pairs
     rest = whole - tiny - 3 * work.linear_flops / linear_rate - attended
@@ -176,15 +191,13 @@ def _block(clock: Clock, ranks: int, linear_rate: float, dense: dict[str, float]
     return {"elementwise_gb_per_second": 1e-9 * moved / max(rest, 0.05 * whole), "block_ms": 1e3 * tiny}
 
 
-def _block_seconds(clock: Clock, model: ModelConfig, ranks: int) -> float:
-    """Return the seconds of a block's forward and backward."""
-    config = RunConfig(model=model, data=DataConfig(), train=TrainConfig(global_batch_size=ranks, microbatch_size=1))
-    mesh = build_mesh(resolve_layout(config, ranks))
+def block_step(model: ModelConfig, mesh: Mesh) -> Callable[[], Any]:
+    """Return a call of a block's forward and backward."""
     block = Block(model, 0, mesh.groups)
     hidden = torch.randn(model.sequence_length, SEQUENCES, model.hidden_size).requires_grad_()
     upstream = torch.randn_like(hidden)
     wanted = [hidden, *block.parameters()]
-    return clock(lambda: torch.autograd.grad(block(hidden), wanted, upstream, allow_unused=True))
+    return lambda: torch.autograd.grad(block(hidden), wanted, upstream, allow_unused=True)
 
 
 def _loss(clock: Clock) -> dict[str, float]:
@@ -195,13 +208,14 @@ def _loss(clock: Clock) -> dict[str, float]:
     return {"loss_gb_per_second": 1e-9 * LOSS_BYTES * logits.numel() / seconds}
 
 
-def _optimizer(ranks: int) -> dict[str, float]:
-    """Return the rate of the engine's whole optimizer step: DeepSpeed copies, measures and clips gradients, too."""
-    train = TrainConfig(global_batch_size=ranks, microbatch_size=1)
-    config = RunConfig(model=WIDE, data=DataConfig(), train=train)
-    layout = resolve_layout(config, ranks)
-    engine = build_engine(config, build_mesh(layout), torch.device("cpu"))
-    tokens = torch.zeros(1, WIDE.sequence_length, dtype=torch.int64)
+def measure_optimizer(mesh: Mesh) -> float:
+    """Return the rate of the engine's whole optimizer step: DeepSpeed copies, measures and clips gradients, too.
+
+    Collective. In bytes/s, as a plan counts them.
+    """
+    ranks = mesh.layout.world_size
+    engine = build_engine(_config(WIDE, ranks), mesh, torch.device("cpu"))
+    tokens = torch.zeros(SEQUENCES, WIDE.sequence_length, dtype=torch.int64)
     times = []
     for step in range(OPTIMIZER_STEPS):
         engine.clock.begin_step(logged=True)
@@ -211,4 +225,4 @@ def _optimizer(ranks: int) -> dict[str, float]:
         # Of one rank there is nothing to sum, and the phase of sums is copies.
         times += [phases["optimizer"] + (phases["comm_data"] if ranks == 1 else 0.0)] if step > 1 else []
     parameters = sum(parameter.numel() for _, parameter in engine.named_parameters()) / ranks
-    return {"optimizer_gb_per_second": 1e-9 * (OPTIMIZER_BYTES + 4) * parameters / statistics.median(times)}
+    return (OPTIMIZER_BYTES + 4) * parameters / statistics.median(times)

@@ -1,6 +1,7 @@
 """`biroute bench hardware`: a hardware profile of this machine, measured with real processes, for `biroute plan`.
 
-All ranks measure at the same time, as they would train, and the slowest one counts.
+What a core reaches depends on what its neighbours do: they share execution units, caches and memory. So each rank
+measures while the others train a block, and the slowest one counts; messages are measured together.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.bench.cpu_rates import measure_cpu
+from biroute.launcher.bench.cpu_rates import BLOCK, block_step, data_mesh, measure_cpu, measure_optimizer
 from biroute.launcher.bench.report import environment_info, make_folder
 from biroute.launcher.plan.hardware import GIB, CpuRates, HardwareProfile
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.start.library_warnings import ignore_library_warnings
 from biroute.parallel.mesh.megatron import prepare_megatron
+from biroute.parallel.mesh.mesh import Mesh
 
 FILE = "this-machine.yaml"
 MATRIX, ROWS, COPY_ELEMENTS, EXCHANGED_ELEMENTS = 768, 1536, 1 << 21, 1 << 20
@@ -100,25 +102,30 @@ def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
     }
     prepare_megatron(torch.device("cpu"))
     join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
-    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds)), "utf-8")
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds, Path(folder))), "utf-8")
     dist.barrier()
     os._exit(0)  # an orderly end would wait for the threads of all groups
 
 
-def _measure(rank: int, ranks: int, seconds: float) -> dict[str, Any]:
-    source = torch.rand(COPY_ELEMENTS)
-    target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), seconds)
-    linear_rate = _linear_rate(torch.float32, seconds)
-    found = {
-        "flops_per_second_fp32": linear_rate,
-        "flops_per_second_bf16": _linear_rate(torch.bfloat16, seconds),
-        "memory_bytes_per_second": 2 * source.nbytes / copy,  # read and written
-        "cpu": measure_cpu(lambda work: _median_seconds(work, seconds), ranks, linear_rate),
-    }
+def _measure(rank: int, ranks: int, seconds: float, folder: Path) -> dict[str, Any]:
+    mesh = data_mesh(ranks)
+    found: dict[str, Any] = {}
+    for turn in range(ranks):
+        dist.barrier()
+        done = folder / f"done-{turn}"
+        if turn == rank:
+            found = _measure_core(seconds, mesh)
+            done.touch()
+        else:
+            train = block_step(BLOCK, mesh)
+            while not done.exists():
+                train()
+    dist.barrier()
+    found["cpu"]["optimizer_gb_per_second"] = measure_optimizer(mesh) / 1e9
+    copy = found.pop("copy_seconds")
     if ranks == 1:
         # Nothing is sent; what the profile says of links is never used, and a copy is the best that one could do.
-        rate = source.nbytes / copy
+        rate = 4 * COPY_ELEMENTS / copy
         return found | {
             "all_reduce_bytes_per_second": rate, "send_bytes_per_second": rate, "latency_seconds": 0.0
         }  # fmt: skip
@@ -138,6 +145,21 @@ def _measure(rank: int, ranks: int, seconds: float) -> dict[str, Any]:
         "all_reduce_bytes_per_second": 2 * (ranks - 1) / ranks * payload.nbytes / reduced,
         "send_bytes_per_second": float("inf") if alone else payload.nbytes / sent,
         "latency_seconds": 0.0 if alone else latency,
+    }
+
+
+def _measure_core(seconds: float, mesh: Mesh) -> dict[str, Any]:
+    """Measure what this rank computes and copies, without messages."""
+    source = torch.rand(COPY_ELEMENTS)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source), seconds)
+    linear_rate = _linear_rate(torch.float32, seconds)
+    return {
+        "flops_per_second_fp32": linear_rate,
+        "flops_per_second_bf16": _linear_rate(torch.bfloat16, seconds),
+        "memory_bytes_per_second": 2 * source.nbytes / copy,  # read and written
+        "copy_seconds": copy,
+        "cpu": measure_cpu(lambda work: _median_seconds(work, seconds), mesh, linear_rate),
     }
 
 
@@ -219,8 +241,8 @@ def profile_text(profile: HardwareProfile, measured: Measured) -> str:
     for name, value in rates.items():
         if isinstance(value, dict):
             value = "{" + ", ".join(f"{key}: {_number(one)}" for key, one in value.items()) + "}"
-        comment = CpuRates.model_fields[name].description
-        lines.append(f"  {name}: {value if isinstance(value, str) else _number(value)} # {comment}")
+        about = CpuRates.model_fields[name].description
+        lines.append(f"  {name}: {value if isinstance(value, str) else _number(value)} # {about}")
     return "\n".join(lines) + "\n"
 
 

@@ -137,5 +137,6 @@ def _explain(error: ValidationError) -> str:
 
 
 def _description(place: tuple[str, ...]) -> str:
-    section: type[BaseModel] = {2: CpuRates, 3: AttentionRate}.get(len(place), HardwareProfile)
+    sections: tuple[type[BaseModel], ...] = (HardwareProfile, CpuRates, AttentionRate)
+    section = sections[len(place) - 1]
     return str(section.model_fields[place[-1]].description)

@@ -36,10 +36,10 @@ class CheckpointModels:
         May raise whatever the client raises; what is done until then is noted.
         """
         if self._compared != self._state.run_id:
-            for step, model_id in self._models(client, experiment_id).items():
-                known = self._state.checkpoints.setdefault(step, KnownCheckpoint())
+            for number, model_id in self._models(client, experiment_id).items():
+                known = self._state.checkpoints.setdefault(number, KnownCheckpoint())
                 if known.model_id != model_id:
-                    self._state.checkpoints[step] = KnownCheckpoint(model_id)
+                    self._state.checkpoints[number] = KnownCheckpoint(model_id)
             self._compared = str(self._state.run_id)
         there = {int(path.name.rpartition("-")[2]) for path in list_checkpoints(self._run_dir / CHECKPOINTS)}
         for step in sorted(there):

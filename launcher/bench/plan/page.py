@@ -36,7 +36,7 @@ def sent_by_axis(case: Case, ranks: list[dict[str, Any]], rank: int) -> dict[str
         "data": layout.data * layout.region,
     }
     first = rank < case.ranks // layout.pipe
-    found = dict.fromkeys(AXES, 0.0)
+    found: dict[str, float] = dict.fromkeys(AXES, 0.0)
     for axis, method, tensor, calls in ranks[rank]["calls"]:
         operation, n = OPERATIONS[method], 2 if axis == "pipeline" else size[axis]
         if operation == "all_to_all" or (method == "broadcast" and not first):
@@ -59,7 +59,7 @@ def predicted_bytes(case: Case, rank: int) -> dict[str, float]:
     """Return the same of the plan."""
     work = case.work()
     stage = rank * work.layout.pipe // case.ranks
-    found = dict.fromkeys(AXES, 0.0)
+    found: dict[str, float] = dict.fromkeys(AXES, 0.0)
     for one in traffic(work, stage):
         if one.operation != "all_to_all" and one.what != "neighbouring keys":
             found[one.axis] += one.sent_bytes
