@@ -52,6 +52,8 @@ def tiled_pairs(
 ) -> ComputedPairs:
     """Return what the band and the tiles compute for the queries of the regions from `regions[0]` to `regions[1]`.
 
+    It supposes that a block with all its regions fits into the buffers (`partial.use_region_major`).
+
     Args:
         regions: the first region, and the one after the last.
         region_size: L.
@@ -64,7 +66,7 @@ def tiled_pairs(
     blocks, rows = region_size // query_block_size, query_block_size * heads
     routed = [min(region + 1, topk) if causal else topk for region in range(first, last)]
     in_band = [min(2, count) for count in routed]
-    visits = float(blocks * sum(map(int.__sub__, routed, in_band)))
+    visits = float(blocks * (sum(routed) - sum(in_band)))
     if rows < region_size:
         # A tile is one region and several of its visitors; the last one of each region is half full on average.
         visits += (last - first) * max(1, ROWS_PER_TILE // rows) / 2 * (visits > 0)
