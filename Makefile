@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/biroute
 
-.PHONY: help install constraints versions train test chaos check gpu-check mutate bench ui docs docs-check pages types clean
+.PHONY: help install constraints versions train test chaos browser check gpu-check mutate bench ui docs docs-check pages types clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -53,6 +53,10 @@ test: $(INSTALLED) ## all tests
 chaos: $(INSTALLED) ## faults on a throw-away Slurm cluster (half an hour, needs root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/slurm -m chaos -s
 
+# What a person sees in MLflow, in headless Chromium (apt-get install chromium), about four minutes.
+browser: $(INSTALLED) ## pages of MLflow in headless Chromium (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/test_browser.py -m browser
+
 # The installed package is called biroute; mypy and import-linter want to see it under that name.
 types: ## links that show the packages to mypy under their installed name
 	mkdir -p $(TYPES)
@@ -89,6 +93,7 @@ docs: $(INSTALLED) ## make generated pages and pictures anew: configuration, pac
 	$(BIN)/python docs/draw_run.py
 	$(BIN)/python docs/write_plan_page.py
 	$(BIN)/python docs/write_gpu_page.py
+	$(BIN)/python docs/write_scaling_page.py
 
 docs-check: $(INSTALLED) ## run the commands of the documentation, and check its links and YAML
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_packages.py \

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -107,7 +108,7 @@ def append_file(path: Path, *, buffering: int = -1) -> BinaryIO:
     return cast(BinaryIO, open(_open_regular(path, os.O_RDWR | os.O_APPEND), "a+b", buffering=buffering))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading that may come from somebody else, and do not wait for the writer of a FIFO.
 
     Raises:

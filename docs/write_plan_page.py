@@ -1,12 +1,18 @@
-"""Write docs/benchmarks/plan.md, predictions beside public runs: `make docs`. The same tree gives the same bytes."""
+"""Write docs/benchmarks/plan.md, predictions beside public runs and beside what `biroute bench plan` measured.
+
+`make docs` calls it. The same tree gives the same bytes.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "plan.md"
+MEASURED = PAGE.with_name("plan-measured.json")
 sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers.public_runs import (  # noqa: E402
@@ -19,14 +25,40 @@ from helpers.public_runs import (  # noqa: E402
     time_error,
 )
 
+from biroute.launcher.bench.plan import page as measured_page  # noqa: E402
 from biroute.launcher.plan.hardware import GIB  # noqa: E402
 
-INTRODUCTION = """# Predictions of `biroute plan` beside public runs
+INTRODUCTION = """# Predictions of `biroute plan` beside measurements
 
-Made by `docs/write_plan_page.py` from `tests/helpers/public_runs.py`, where each run stands with all its numbers; do
-not edit. How the predictions are made: [plan.md](../plan.md).
+Made by `docs/write_plan_page.py`; do not edit. How the predictions are made: [plan.md](../plan.md). First what
+`biroute bench plan` measured on CPUs, then public runs on GPUs.
+"""
+MEASURED_INTRODUCTION = """# Measured on CPUs
 
-Nothing on this page was run by the authors. Each run is planned as its source describes it: what it recomputes, what
+`biroute bench plan` trains {cases} layouts of small models for some steps with real processes (gloo, fp32, one
+thread each) and keeps what it found in `plan-measured.json`, from which this page is made. No formula was fitted to
+these layouts: the rates come from `biroute bench hardware`, which measures each operation apart and at other sizes
+(`launcher/bench/cpu_rates.py`), with as many processes as the layout has.
+
+- machine: {machine}; {software}; {date}
+- time of a step: {within} of {timed} layouts within 25%, mean error {mean:.0%}, worst {worst:.0%}
+"""
+BYTES = """Counted where all libraries must pass, at torch's process groups, and turned into what a ring sends.
+Scalars are left out on both sides. *Routes*: what routed layers exchange depends on what they chose, so there
+is only a bound; for windows the bytes are exact. Of the rank that sends most."""
+MEMORY = """Growth of the process' resident memory over what it held before the model was built (after a small
+model of the same kind had been trained, so that libraries are loaded), at its high-water mark; the allocator
+returns what is freed, so that fragmentation is not counted. Of the rank that holds most."""
+TIME = """Median step of the slowest rank; beside it the fastest and the slowest step of all. Layouts of four
+ranks are not timed: there are two cores."""
+MEASURED_WHY = """### What is off, and why
+
+WHY_PLACEHOLDER
+"""
+PUBLIC = """# Public runs on GPUs
+
+From `tests/helpers/public_runs.py`, where each run stands with all its numbers. Nothing in this part was run by the
+authors. Each run is planned as its source describes it: what it recomputes, what
 it sends beside computation, how many parts of the model a pipeline stage holds. What a source does not say is in the
 last column. One number per GPU type is fitted, the *efficiency*, the fraction of the peak that matrix products and
 attention reach: the one with the smallest mean error. All other rates are those of the data sheets.
@@ -103,6 +135,28 @@ def _table(header: list[str], rows: list[list[str]], text_columns: tuple[int, ..
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
+def _measured(answer: dict[str, Any]) -> list[str]:
+    """Our own measurements, beside predictions that are made anew."""
+    errors = measured_page.time_errors(answer)
+    within = sum(abs(error) <= 0.25 for error in errors.values())
+    facts = answer["environment"]
+    return [
+        MEASURED_INTRODUCTION.format(
+            cases=len(answer["cases"]), timed=len(errors), within=within, machine=facts["machine"],
+            software=facts["software"], date=facts["date"],
+            mean=sum(map(abs, errors.values())) / len(errors), worst=max(map(abs, errors.values())),
+        ),
+        _table(*measured_page.model_table(), tuple(range(6))),
+        "### Bytes that a rank sends in a step\n\n" + BYTES,
+        _table(*measured_page.bytes_table(answer), (0, 1, 4)),
+        "### Peak memory of a rank, in MiB\n\n" + MEMORY,
+        _table(*measured_page.memory_table(answer), (0, 5)),
+        "### Time of a step, in seconds\n\n" + TIME,
+        _table(*measured_page.time_table(answer), (0, 6)),
+        MEASURED_WHY,
+    ]  # fmt: skip
+
+
 def text() -> str:
     """The page as Markdown."""
     gpus = ("a100", "h100")
@@ -110,6 +164,8 @@ def text() -> str:
     within = sum(error < 0.1 for error in memory)
     parts = [
         INTRODUCTION,
+        *_measured(json.loads(MEASURED.read_text(encoding="utf-8"))),
+        PUBLIC,
         _table(["GPU", "runs", "efficiency", "mean error", "worst"], [_summary(gpu) for gpu in gpus]),
         f"Memory: {within} of {len(memory)} within 10%, mean error {sum(memory) / len(memory):.1%}, worst "
         f"{max(memory):.1%}; nothing is fitted.",

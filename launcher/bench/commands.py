@@ -211,6 +211,48 @@ def hardware(
 
 
 @bench_app.command()
+def plan(
+    cases: Annotated[
+        list[str] | None, typer.Option("--case", help="name of a layout, repeatable; left out: all")
+    ] = None,
+    part: Annotated[
+        str, typer.Option("--part", help="bytes: of messages and memory; times: with hardware profiles; all: both")
+    ] = "all",
+    seconds: Annotated[float, typer.Option(min=0.03, help="time of the steps of each layout")] = 1.2,
+    again: Annotated[
+        bool, typer.Option("--again", help="keep the faster of each time in the file of --out and of this run")
+    ] = False,
+    as_json: AsJson = False,
+    out: Annotated[Path | None, typer.Option("--out", help="folder that keeps plan-measured.json")] = None,
+) -> None:
+    """Measure bytes, memory and step times of many layouts beside what biroute plan predicts for this machine.
+
+    Example: biroute bench plan --case dense --part bytes
+    """
+    from biroute.configs.errors import UsageError
+    from biroute.launcher.bench.hardware import default_ranks
+    from biroute.launcher.bench.plan import page
+    from biroute.launcher.bench.plan.run import FILE, run_bench
+    from biroute.launcher.bench.report import Table
+
+    if part not in ("all", "bytes", "times"):
+        raise UsageError(f"--part {part}: no such part; use all, bytes or times")
+    answer = run_bench(cases or [], part, seconds, out, default_ranks(), again=again)  # type: ignore[arg-type]
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    for title, (header, rows) in {
+        "Bytes that a rank sends in a step": page.bytes_table(answer),
+        "Peak memory, MiB": page.memory_table(answer),
+        "Step, seconds": page.time_table(answer),
+    }.items():
+        if rows:
+            Table(title, header, rows).show()
+    if out is not None:
+        typer.echo(f"wrote {out / FILE}")
+
+
+@bench_app.command()
 def logging(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -1,6 +1,7 @@
 """`biroute bench hardware`: a hardware profile of this machine, measured with real processes, for `biroute plan`.
 
-All ranks measure at the same time, as they would train, and the slowest one counts.
+What a core reaches depends on what its neighbours do: they share execution units, caches and memory. So each rank
+measures while the others train a block, and the slowest one counts; messages are measured together.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +22,17 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.schema import TrainConfig
+from biroute.launcher.bench.cpu_rates import BLOCK, block_step, data_mesh, measure_cpu, measure_optimizer
 from biroute.launcher.bench.report import environment_info, make_folder
-from biroute.launcher.plan.hardware import GIB, HardwareProfile
+from biroute.launcher.plan.hardware import GIB, CpuRates, HardwareProfile
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
 from biroute.launcher.ranks.rendezvous import join_processes
 from biroute.launcher.start.library_warnings import ignore_library_warnings
+from biroute.parallel.mesh.megatron import prepare_megatron
+from biroute.parallel.mesh.mesh import Mesh
 
 FILE = "this-machine.yaml"
-MATRIX, COPY_ELEMENTS, EXCHANGED_ELEMENTS = 768, 1 << 24, 1 << 22
+MATRIX, ROWS, COPY_ELEMENTS, EXCHANGED_ELEMENTS = 768, 1536, 1 << 21, 1 << 20
 FEWEST_REPEATS = 5
 
 
@@ -42,6 +46,7 @@ class Measured:
     all_reduce_bytes_per_second: float  # of the bus: 2 (n - 1) / n of the tensor's bytes, over the time
     send_bytes_per_second: float
     latency_seconds: float
+    cpu: dict[str, Any]  # fields of `CpuRates`
 
 
 def default_ranks() -> int:
@@ -57,8 +62,34 @@ def measure_hardware(ranks: int, seconds: float) -> Measured:
             _rank, args=(ranks, seconds, folder), nprocs=ranks, join=True, start_method="spawn"
         )
         found = [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-    slowest = {name: min(one[name] for one in found) for name in found[0]}
-    return Measured(**{**slowest, "latency_seconds": max(one["latency_seconds"] for one in found)})
+    return Measured(**_slowest(found))
+
+
+def faster(one: HardwareProfile, other: HardwareProfile) -> HardwareProfile:
+    """Return the less disturbed of two measurements: what else runs on a machine only makes it slower.
+
+    The rates of computation belong together, as some are what a block takes beyond others; links are chosen apart.
+    """
+    mine, theirs = one.model_dump(), other.model_dump()
+    computing = mine if one.peak_tflops_fp32 >= other.peak_tflops_fp32 else theirs
+    links = {
+        name: (min if name.endswith("_us") else max)(mine[name], theirs[name])
+        for name in mine
+        if name.startswith(("intra_node", "inter_node"))
+    }
+    return HardwareProfile.model_validate({**computing, **links})
+
+
+def _slowest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Take of each number the one of the slowest rank: the longest time, the lowest rate."""
+    worst: dict[str, Any] = {}
+    for name in found[0]:
+        values = [one[name] for one in found]
+        if isinstance(values[0], dict):
+            worst[name] = _slowest(values)
+        else:
+            worst[name] = max(values) if name.endswith(("_ns", "_ms", "_seconds")) else min(values)
+    return worst
 
 
 def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
@@ -69,24 +100,32 @@ def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
         "WORLD_SIZE": str(ranks),
         RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
     }
+    prepare_megatron(torch.device("cpu"))
     join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
-    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds)), "utf-8")
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds, Path(folder))), "utf-8")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # an orderly end would wait for the threads of all groups
 
 
-def _measure(rank: int, ranks: int, seconds: float) -> dict[str, float]:
-    source = torch.rand(COPY_ELEMENTS)
-    target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source), seconds)
-    found = {
-        "flops_per_second_fp32": 2 * MATRIX**3 / _product_seconds(torch.float32, seconds),
-        "flops_per_second_bf16": 2 * MATRIX**3 / _product_seconds(torch.bfloat16, seconds),
-        "memory_bytes_per_second": 2 * source.nbytes / copy,  # read and written
-    }
+def _measure(rank: int, ranks: int, seconds: float, folder: Path) -> dict[str, Any]:
+    mesh = data_mesh(ranks)
+    found: dict[str, Any] = {}
+    for turn in range(ranks):
+        dist.barrier()
+        done = folder / f"done-{turn}"
+        if turn == rank:
+            found = _measure_core(seconds, mesh)
+            done.touch()
+        else:
+            train = block_step(BLOCK, mesh)
+            while not done.exists():
+                train()
+    dist.barrier()
+    found["cpu"]["optimizer_gb_per_second"] = measure_optimizer(mesh) / 1e9
+    copy = found.pop("copy_seconds")
     if ranks == 1:
         # Nothing is sent; what the profile says of links is never used, and a copy is the best that one could do.
-        rate = source.nbytes / copy
+        rate = 4 * COPY_ELEMENTS / copy
         return found | {
             "all_reduce_bytes_per_second": rate, "send_bytes_per_second": rate, "latency_seconds": 0.0
         }  # fmt: skip
@@ -109,9 +148,32 @@ def _measure(rank: int, ranks: int, seconds: float) -> dict[str, float]:
     }
 
 
-def _product_seconds(dtype: torch.dtype, seconds: float) -> float:
-    left, right = (torch.rand(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    return _median_seconds(lambda: left @ right, seconds)
+def _measure_core(seconds: float, mesh: Mesh) -> dict[str, Any]:
+    """Measure what this rank computes and copies, without messages."""
+    source = torch.rand(COPY_ELEMENTS)
+    target = torch.empty_like(source)
+    copy = _median_seconds(lambda: target.copy_(source), seconds)
+    linear_rate = _linear_rate(torch.float32, seconds)
+    return {
+        "flops_per_second_fp32": linear_rate,
+        "flops_per_second_bf16": _linear_rate(torch.bfloat16, seconds),
+        "memory_bytes_per_second": 2 * source.nbytes / copy,  # read and written
+        "copy_seconds": copy,
+        "cpu": measure_cpu(lambda work: _median_seconds(work, seconds), mesh, linear_rate),
+    }
+
+
+def _linear_rate(dtype: torch.dtype, seconds: float) -> float:
+    """Return the FLOP/s of a linear layer's three products: forward, and both gradients."""
+    weight = torch.rand(MATRIX, MATRIX).to(dtype)
+    rows, upstream = (torch.rand(ROWS, MATRIX).to(dtype) for _ in range(2))
+
+    def products() -> None:
+        torch.nn.functional.linear(rows, weight)
+        upstream @ weight
+        upstream.t() @ rows
+
+    return 6 * ROWS * MATRIX**2 / _median_seconds(products, seconds)
 
 
 def _median_seconds(work: Callable[[], Any], seconds: float, *, together: bool = False) -> float:
@@ -147,12 +209,13 @@ def profile_of(measured: Measured, ranks: int) -> HardwareProfile:
         intra_node_latency_us=1e6 * measured.latency_seconds,
         inter_node_latency_us=1e6 * measured.latency_seconds,
         efficiency=1.0,
+        cpu=CpuRates.model_validate(measured.cpu),
     )
 
 
 # How each field of the profile was found.
 COMMENTS = {
-    "peak_tflops_bf16": f"measured: products of {MATRIX} x {MATRIX} matrices, all ranks at once, the slowest",
+    "peak_tflops_bf16": f"measured: forward and both gradients of {ROWS:,} rows by a {MATRIX} x {MATRIX} matrix",
     "peak_tflops_fp32": "the same",
     "memory_gib": "memory of the machine over its ranks",
     "memory_gb_per_second": "measured: a copy, read and written",
@@ -169,11 +232,22 @@ def profile_text(profile: HardwareProfile, measured: Measured) -> str:
     facts = environment_info()
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     lines = [f"# Made by `{facts['command']}` on {date}: {facts['machine']}; {facts['software']}."]
-    for name, value in profile.model_dump(exclude_none=True).items():
+    values = profile.model_dump(exclude_none=True)
+    rates = values.pop("cpu")
+    for name, value in values.items():
         comment = COMMENTS.get(name, "").format(send=measured.send_bytes_per_second / 1e9)
-        number = f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
-        lines.append(f"{name}: {number}" + (f" # {comment}" if comment else ""))
+        lines.append(f"{name}: {_number(value)}" + (f" # {comment}" if comment else ""))
+    lines.append("cpu: # each rate measured apart, at sizes of its own: launcher/bench/cpu_rates.py")
+    for name, value in rates.items():
+        if isinstance(value, dict):
+            value = "{" + ", ".join(f"{key}: {_number(one)}" for key, one in value.items()) + "}"
+        about = CpuRates.model_fields[name].description
+        lines.append(f"  {name}: {value if isinstance(value, str) else _number(value)} # {about}")
     return "\n".join(lines) + "\n"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def write_profile(text: str, folder: Path) -> Path:

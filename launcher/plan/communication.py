@@ -70,7 +70,7 @@ class RegionExchange:
 
 
 def traffic(work: Workload, stage: int, exchange_fraction: float = ASSUMED_EXCHANGE) -> list[Traffic]:
-    """Return what a rank of a pipeline stage sends in a step, apart from scalars and the loss's three sums per token.
+    """Return what a rank of a pipeline stage sends in a step, apart from scalars.
 
     Args:
         work: configuration, layout and execution.
@@ -106,6 +106,9 @@ def _tensor(work: Workload, stage: int) -> Iterator[Traffic]:
         yield Traffic("tensor", "norms' gradients", "all_reduce", norm, batches * (2 * layers + last), ranks)
     else:
         yield Traffic("tensor", "hidden", "all_reduce", hidden, batches * ((4 + full) * layers + first + last), ranks)
+    if last:
+        # The largest logit of each token, the sum of their exponentials, and the logit of the right word.
+        yield Traffic("tensor", "sums of the loss", "all_reduce", 4.0 * work.tokens, 3 * batches, ranks)
     if config.model.qk_norm:
         head_norm = float(work.element_size * config.model.head_size)
         yield Traffic("tensor", "norms' gradients", "all_reduce", head_norm, batches * 2 * layers, ranks)

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
 from biroute.configs.cluster_profile import SHIPPED_HARDWARE
 from biroute.configs.errors import UsageError
@@ -14,6 +14,33 @@ from biroute.configs.load import explain_problems, parse_yaml
 from biroute.configs.section import Section
 
 GIB = 1024**3
+
+
+class AttentionRate(Section):
+    """Time of one path of attention on a CPU: for each (query, key) pair of a head, and for its operations."""
+
+    forward_pair_ns: float = Field(ge=0, description="time of a pair's softmax, forward, in nanoseconds")
+    forward_gflops: PositiveFloat = Field(description="rate of the products, forward, in 10^9 FLOP/s")
+    backward_pair_ns: float = Field(ge=0, description="time of a pair's softmax, backward, in nanoseconds")
+    backward_gflops: PositiveFloat = Field(description="rate of the products, backward, in 10^9 FLOP/s")
+
+
+class CpuRates(Section):
+    """What a core of a CPU does beside products of large matrices, each rate measured apart, in fp32."""
+
+    dense: AttentionRate = Field(description="PyTorch's causal attention")
+    masked: AttentionRate = Field(description="attention over routes as dense attention under a mask")
+    tiles: AttentionRate = Field(description="attention over routes in tiles of gathered regions or queries")
+    gather_gb_per_second: PositiveFloat = Field(description="rows gathered into tiles and added back")
+    routing_gflops: PositiveFloat = Field(description="affinities, products in fp64, in 10^9 FLOP/s")
+    choice_ns: float = Field(ge=0, description="choosing the best, for each query block and region, in nanoseconds")
+    elementwise_gb_per_second: PositiveFloat = Field(
+        description="bytes of norms, residuals, rotary embedding and activation function, over the time that a block "
+        "takes beyond its products and its attention"
+    )
+    loss_gb_per_second: PositiveFloat = Field(description="cross-entropy, bytes as a plan counts them")
+    optimizer_gb_per_second: PositiveFloat = Field(description="a step of AdamW, bytes as a plan counts them")
+    block_ms: float = Field(ge=0, description="time of a block of almost no size, forward and backward: calls")
 
 
 class HardwareProfile(Section):
@@ -36,6 +63,7 @@ class HardwareProfile(Section):
     efficiency: float = Field(
         gt=0, le=1, description="fraction of the peak rate of matrix products that a training run reaches"
     )
+    cpu: CpuRates | None = Field(None, description="rates of a CPU that are measured apart; left out: of a GPU")
     price_per_device_hour: float | None = Field(
         None, ge=0, description="price of a device for an hour, in any currency; left out: no cost is computed"
     )
@@ -101,8 +129,14 @@ def load_hardware(name: str, given_as: str = "--hardware ") -> HardwareProfile:
 
 
 def _explain(error: ValidationError) -> str:
-    missing = [str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "missing"]
+    missing = [tuple(map(str, problem["loc"])) for problem in error.errors() if problem["type"] == "missing"]
     if not missing:
         return explain_problems(error, HardwareProfile)
-    fields = "; ".join(f"{name}: {HardwareProfile.model_fields[name].description}" for name in missing)
+    fields = "; ".join(f"{'.'.join(place)}: {_description(place)}" for place in missing)
     return f"missing {'field' if len(missing) == 1 else 'fields'}, add {fields}"
+
+
+def _description(place: tuple[str, ...]) -> str:
+    sections: tuple[type[BaseModel], ...] = (HardwareProfile, CpuRates, AttentionRate)
+    section = sections[len(place) - 1]
+    return str(section.model_fields[place[-1]].description)

@@ -64,21 +64,30 @@ def memory_of_stage(work: Workload, stage: int, exchange_fraction: float) -> Mem
     kept, whole = _kept_of_block(work), activations_of_block(work)
     # The last norm's input in fp32, and its output.
     norm = work.tokens * work.config.model.hidden_size * (4 + work.element_size) / work.residual_ranks
+    norm += _normalized(work)
     received = 0.0
     if work.layout.region > 1:
         # `expected` counts a step's forward and backward; forward of one microbatch is about half of its share.
         received = region_exchange(work, stage, exchange_fraction).expected / (2 * work.microbatches)
     routes, gathered = _routing(work, stage)
+    activations = in_flight * (layers * kept + last * norm)
+    recomputed = 0.0 if execution.recompute == "none" else whole - kept
+    logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor * execution.logit_bytes * last
+    buffers = _buffers(work, stage)
+    if execution.on_cpu and work.layout.zero_stage < 3:
+        # The bucket fills as backward frees activations, or after it.
+        after = 0.0 if work.layout.zero_stage == 2 else recomputed + logits
+        buffers = max(0.0, buffers - activations - after)
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=in_flight * (layers * kept + last * norm),
-        recomputed=0.0 if execution.recompute == "none" else whole - kept,
-        logits=work.tokens * work.config.padded_vocab_size / work.layout.tensor * execution.logit_bytes * last,
+        activations=activations,
+        recomputed=recomputed,
+        logits=logits,
         routing=(1 / max(1, layers) if execution.recompute == "full" else in_flight) * routes + gathered,
         exchange=received if execution.recompute != "full" else received / max(1, layers),
-        buffers=_buffers(work, stage),
+        buffers=buffers,
     )
 
 
@@ -126,7 +135,15 @@ def activations_of_block(work: Workload) -> float:
     # Both halves of the first matrix, silu of the one, a copy of the other, and their product.
     mlp = element * 5 * model.ffn_hidden_size
     norms = 8 * (work.query_size + work.key_size) if model.qk_norm else 0
-    return work.tokens * (residual + (attention + mlp + norms) / work.layout.tensor) + _scores(work)
+    of_norms = residual + 2 * _normalized(work) / work.tokens
+    return work.tokens * (of_norms + (attention + mlp + norms) / work.layout.tensor) + _scores(work)
+
+
+def _normalized(work: Workload) -> float:
+    """Return the bytes of a norm's normalized input, where it is kept."""
+    if not work.execution.on_cpu:
+        return 0.0
+    return 4.0 * work.tokens * work.config.model.hidden_size / work.residual_ranks
 
 
 def _scores(work: Workload) -> float:

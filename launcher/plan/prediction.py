@@ -130,4 +130,5 @@ def make_plan(
     config: RunConfig, layout: Layout, hardware: HardwareProfile, exchange_fraction: float = ASSUMED_EXCHANGE
 ) -> Plan:
     """Plan `config` on `layout` as BiRoute would train it; nothing is computed before it is asked for."""
-    return Plan(Workload(config, layout, Execution.of(config)), hardware, exchange_fraction)
+    execution = Execution.of(config, cpu=hardware.cpu is not None)
+    return Plan(Workload(config, layout, execution), hardware, exchange_fraction)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from biroute.launcher.plan.communication import Axis, Traffic, traffic
+from biroute.launcher.plan.cpu_time import attention_time
 from biroute.launcher.plan.hardware import HardwareProfile
 from biroute.launcher.plan.workload import Workload
 
@@ -100,9 +101,8 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
     """Return the time of one stage's own work in a step, without the bubble."""
     execution, batches = work.execution, work.microbatches
     blocks = batches * work.layers_of_stage[stage]
-    rate = hardware.efficiency * hardware.flops_per_second(work.config.train.precision)
-    matmul, attention = blocks * _matmul(work, hardware), blocks * work.attention_flops / rate
-    routing, elementwise = blocks * work.routing_flops / rate, blocks * _elementwise(work, hardware)
+    matmul, elementwise = blocks * _matmul(work, hardware), blocks * _elementwise(work, hardware)
+    attention, attention_backward, routing = _attention(work, hardware, stage)
     scores = blocks * _score_traffic(work, hardware)
     sent = traffic(work, stage, exchange_fraction)
     seconds = {axis: _seconds(work, hardware, sent, axis) for axis in ("tensor", "region", "pipeline", "data")}
@@ -114,18 +114,17 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
     }[execution.recompute]
     computing = {
         "tensor": 3 * matmul,
-        "region": 3 * attention,
-        "pipeline": 3 * (matmul + attention),
-        "data": (3 * (matmul + attention + elementwise + scores) + again) / batches,
+        "region": attention + attention_backward,
+        "pipeline": 3 * matmul + attention + attention_backward,
+        "data": (3 * (matmul + elementwise + scores) + attention + attention_backward + again) / batches,
     }
-    exposed = {
-        axis: max(0.0, time - computing[axis]) if axis in execution.hidden else time for axis, time in seconds.items()
-    }
+    # The processes of a CPU that receive and sum take the cores from the computation.
+    hidden = execution.hidden if hardware.cpu is None else frozenset[str]()
+    exposed = {axis: max(0.0, time - computing[axis]) if axis in hidden else time for axis, time in seconds.items()}
     last = stage == work.layout.pipe - 1
     return StepTime(
-        # Backward takes two products for each of forward's.
         matmul=3 * matmul,
-        attention=3 * attention,
+        attention=attention + attention_backward,
         routing=routing,  # the choice has no backward
         head=batches * _head(work, hardware) * last,
         elementwise=3 * (elementwise + scores),
@@ -134,6 +133,23 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
         bubble=0.0,
         **exposed,
     )
+
+
+def _attention(work: Workload, hardware: HardwareProfile, stage: int) -> tuple[float, float, float]:
+    """Return the seconds of a stage's attention in a step, forward and backward, and of its routing."""
+    layers = work.layers_of_stage[stage]
+    if hardware.cpu is None:
+        rate = hardware.efficiency * hardware.flops_per_second(work.config.train.precision)
+        forward = work.microbatches * layers * work.attention_flops / rate
+        # Backward takes two products for each of forward's.
+        return forward, 2 * forward, work.microbatches * layers * work.routing_flops / rate
+    first = sum(work.layers_of_stage[:stage])
+    times = [attention_time(work, hardware.cpu, layer) for layer in range(first, first + layers)]
+    forward, backward, routing = (
+        work.microbatches * sum(part)
+        for part in zip(*((t.forward, t.backward, t.routing) for t in times), strict=True)
+    )
+    return forward, backward, routing
 
 
 def _matmul(work: Workload, hardware: HardwareProfile) -> float:
@@ -148,13 +164,24 @@ def _matmul(work: Workload, hardware: HardwareProfile) -> float:
 
 def _elementwise(work: Workload, hardware: HardwareProfile) -> float:
     """Return the seconds of a block's element by element operations, forward, bound by memory."""
+    return elementwise_bytes(work) / _memory_rate(hardware, "elementwise") + _calls(hardware)
+
+
+def elementwise_bytes(work: Workload) -> float:
+    """Return the bytes that a block's element by element operations read and write, forward."""
     model, element = work.config.model, work.element_size
     # Two norms; two residuals that read two tensors and write one.
     residual = model.hidden_size * (2 * work.execution.norm_passes + 2 * 3 * element) / work.residual_ranks
-    rotary = 2 * (work.query_size + work.key_size)
+    heads = work.query_size + work.key_size
     activation = 3 * model.ffn_hidden_size  # reads both halves, writes one
-    split = element * (rotary + activation) / work.layout.tensor
-    return work.tokens * (residual + split) / _memory_rate(hardware)
+    split = element * (2 * heads + activation) + work.execution.norm_passes * heads * model.qk_norm
+    split /= work.layout.tensor
+    return work.tokens * (residual + split)
+
+
+def _calls(hardware: HardwareProfile) -> float:
+    """Return the seconds of a block's calls, forward, which do not depend on its size."""
+    return 0.0 if hardware.cpu is None else 1e-3 * hardware.cpu.block_ms / 3
 
 
 def _score_traffic(work: Workload, hardware: HardwareProfile) -> float:
@@ -169,17 +196,23 @@ def _head(work: Workload, hardware: HardwareProfile) -> float:
     """Return the seconds of the LM head and the loss of a microbatch, forward and backward."""
     rate = hardware.efficiency * hardware.flops_per_second(work.config.train.precision)
     logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor
-    return 3 * work.head_flops / rate + LOSS_BYTES * logits / _memory_rate(hardware)
+    return 3 * work.head_flops / rate + LOSS_BYTES * logits / _memory_rate(hardware, "loss")
 
 
 def _optimizer(work: Workload, hardware: HardwareProfile, stage: int) -> float:
     shards = work.data_ranks if work.layout.zero_stage else 1
     parameters = work.parameters_of_stage(stage) / shards
-    return parameters * (OPTIMIZER_BYTES + work.element_size) / _memory_rate(hardware)
+    return parameters * (OPTIMIZER_BYTES + work.element_size) / _memory_rate(hardware, "optimizer")
 
 
-def _memory_rate(hardware: HardwareProfile) -> float:
-    return 1e9 * hardware.memory_gb_per_second
+def _memory_rate(hardware: HardwareProfile, what: str = "") -> float:
+    """Return the bandwidth of the memory in bytes/s: that of `what`, where it was measured apart."""
+    rates: dict[str, float] = {} if hardware.cpu is None else {
+        "elementwise": hardware.cpu.elementwise_gb_per_second,
+        "loss": hardware.cpu.loss_gb_per_second,
+        "optimizer": hardware.cpu.optimizer_gb_per_second,
+    }  # fmt: skip
+    return 1e9 * rates.get(what, hardware.memory_gb_per_second)
 
 
 def _seconds(work: Workload, hardware: HardwareProfile, sent: list[Traffic], axis: Axis) -> float:

@@ -35,6 +35,9 @@ class Execution:
     reduction_bytes: float = 4.0  # an element of a gradient as it travels
     keeps_scores: bool = False  # attention writes its S x S scores to memory, and computes both halves of them
     norm_passes: float = 20.0  # bytes that a norm reads and writes for each element, forward
+    # On CPUs PyTorch's norms keep their normalized input for backward, in fp32, and a buffer takes no memory before
+    # it is written.
+    on_cpu: bool = False
     scatters_sends: bool = False  # tensor ranks that hold the same hidden states send a share each to the next stage
     even_regions: bool = False  # region ranks share causal dense attention evenly
     # Fully sharded weights (FSDP): gathered block by block and then freed, or kept with whole fp32 gradients until
@@ -42,8 +45,8 @@ class Execution:
     gathers: Literal["buckets", "blocks", "once"] = "buckets"
 
     @classmethod
-    def of(cls, config: RunConfig) -> Execution:
-        """What BiRoute does with `config`."""
+    def of(cls, config: RunConfig, *, cpu: bool = False) -> Execution:
+        """What BiRoute does with `config` on GPUs, or on CPUs."""
         stage, bf16 = config.parallel.zero_stage, config.train.precision == "bf16"
         element = 2.0 if bf16 else 4.0
         return cls(
@@ -58,6 +61,7 @@ class Execution:
             reduction="reduce_scatter" if stage == 3 else "all_reduce",
             # F.rms_norm in fp32 of a bf16 input: a copy to fp32, the norm, a copy back.
             norm_passes=2 * element + 16.0 if bf16 else 8.0,
+            on_cpu=cpu,
         )
 
 

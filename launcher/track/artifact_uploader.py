@@ -1,4 +1,4 @@
-"""The thread that uploads a run's files, apart from its metrics: a file that is refused must delay none of those."""
+"""The thread that uploads a run's files and names its checkpoints: it must not delay metrics, so it is apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.track.mlflow_errors import Trouble, http_status
 from biroute.launcher.track.upload_state import TrackingState
 
@@ -22,6 +23,9 @@ class FileDestination(Protocol):
     """Where files go."""
 
     def log_artifact(self, path: Path) -> None: ...
+
+    def log_checkpoints(self) -> None:
+        """Bring what the store has of the run's checkpoints up to date."""
 
     def explain(self, error: Exception) -> Trouble: ...
 
@@ -73,6 +77,7 @@ class ArtifactUploader(threading.Thread):
             self._take_in()
             for key in list(self._state.artifacts):
                 self._send(key)
+            self._send_checkpoints()
             if last_pass:
                 self._done.set()
                 return
@@ -109,18 +114,40 @@ class ArtifactUploader(threading.Thread):
         self._state.artifacts[key] = str(version)
         self._save()
 
+    def look(self) -> None:
+        """Look for new checkpoints soon."""
+        self._wake.set()
+
+    def _send_checkpoints(self) -> None:
+        _, tries, again_at = self._failed.get(CHECKPOINTS, ("", 0, 0.0))
+        if time.monotonic() < again_at and not (self._closing.is_set() and math.isfinite(again_at)):
+            return
+        if time.monotonic() < self._left_alone_until:
+            return
+        try:
+            self._destination.log_checkpoints()
+        except Exception as error:  # of any kind, also of a store that knows no such models
+            pause = pause_after(error, tries + 1)
+            trouble = self._destination.explain(error)
+            self._failed[CHECKPOINTS] = "", tries + 1, time.monotonic() + pause
+            self._left_alone_until = time.monotonic() + trouble.retry_after
+            if tries == 1 or math.isinf(pause):
+                later = "they are not shown there" if math.isinf(pause) else "they are shown later"
+                self._say(f"takes no checkpoints ({trouble.reason}); {later}")
+            return
+        self._failed.pop(CHECKPOINTS, None)
+
     def _fail(self, path: Path, key: str, version: str, error: Exception) -> None:
         before, tries, _ = self._failed.get(key, ("", 0, 0.0))
         tries = tries + 1 if before == version else 1
-        status = http_status(error)
-        refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+        pause = pause_after(error, tries)
+        refused = math.isinf(pause)
         trouble = self._destination.explain(error)
         reason = trouble.reason
         if refused:
             self._say(f"refuses the file {path} ({reason}); it stays there, and metrics are not affected")
         elif tries == 2:  # not after the first: the next try may succeed
             self._say(f"the file {path} is not uploaded yet ({reason}); it is tried again, metrics are not affected")
-        pause = math.inf if refused else min(_LOOK_SECONDS * 2 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
         self._failed[key] = (version, tries, time.monotonic() + pause)
         self._left_alone_until = time.monotonic() + trouble.retry_after
 
@@ -131,11 +158,23 @@ class ArtifactUploader(threading.Thread):
             return
 
 
+def pause_after(error: Exception, tries: int) -> float:
+    """Return the seconds until the next try; infinite after a refusal."""
+    status = http_status(error)
+    if status is not None and 400 <= status < 500 and status not in (408, 429):
+        return math.inf
+    return min(_LOOK_SECONDS * 2 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
+
+
 def send_artifacts(
     run_dir: Path, state: TrackingState, destination: FileDestination, say: Callable[[str], None]
 ) -> int:
     """Upload each file that has changed since it was last sent; returns their number. One that fails is said."""
     sent = 0
+    try:
+        destination.log_checkpoints()
+    except Exception as error:  # of any kind, as below
+        say(f"the checkpoints are not shown: {destination.explain(error).reason}")
     for key, before in list(state.artifacts.items()):
         path = run_dir / key
         version = _version(path) if is_inside(path, run_dir) else None

@@ -53,6 +53,18 @@ def scan(path: Path, start_byte: int = 0) -> Iterator[tuple[Point | None, int]]:
             yield _parse(line), end
 
 
+def points_of_step(path: Path, step: int) -> list[Point]:
+    """Read the points of one step, without parsing the lines of others.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    start = f'{{"step": {step}, '.encode()
+    with path.open("rb") as file:
+        found = [_parse(line) for line in file if line.startswith(start) and line.endswith(b"\n")]
+    return [point for point in found if point is not None and point.step == step]
+
+
 def _parse(line: bytes) -> Point | None:
     try:
         fields = parse_json(line)

@@ -17,13 +17,14 @@ from biroute.launcher.attempts.journal import read_attempts
 from biroute.launcher.attempts.run_files import LOGS, METRICS_LOG, UPLOAD_LOCK
 from biroute.launcher.track import run_metadata
 from biroute.launcher.track.metrics_log import Point
+from biroute.launcher.track.mlflow_checkpoints import CheckpointModels
 from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
 from biroute.launcher.track.mlflow_errors import MlflowStateError, Trouble, code_of, explain, is_refusal
 from biroute.launcher.track.mlflow_experiment import experiment_for_new_run
 from biroute.launcher.track.mlflow_note import note_tags
 from biroute.launcher.track.mlflow_retry_after import seconds_to_wait
 from biroute.launcher.track.run_summary import RunSummary
-from biroute.launcher.track.upload_state import TrackingState
+from biroute.launcher.track.upload_state import KnownCheckpoint, TrackingState
 from biroute.launcher.track.uri import experiment_name, run_page
 
 NAME_CHARACTERS = 250  # of a metric or a run
@@ -56,6 +57,7 @@ class MlflowRun:
         self._training = training
         self._experiment = experiment_name(config)
         self._summary = RunSummary(run_dir)
+        self._checkpoints = CheckpointModels(run_dir, state)
         self._client: Any = None
         self._experiment_id = ""
         self._creation_unsure = False
@@ -115,6 +117,10 @@ class MlflowRun:
         inside = path.parent.relative_to(attempts) if path.is_relative_to(attempts) else Path()
         folder = f"{LOGS}/{inside.parts[0]}" if inside.parts and "shown" not in inside.parts else None
         self._client.log_artifact(self._state.run_id, str(path), folder)
+
+    def log_checkpoints(self) -> None:
+        """Bring the logged models of the run's checkpoints up to date."""
+        self._checkpoints.update(self._client, self._experiment_id, self._run_name())
 
     def update_note(self, cause: str = "") -> None:
         """Bring the descriptions of run and experiment up to date; `cause` is why the attempt ends, if it does."""
@@ -227,6 +233,7 @@ class MlflowRun:
         if held < self._state.sent_bytes:
             self._say(f"holds less of {METRICS_LOG} than was sent to it; the rest is sent again")
             self._state.artifacts = dict.fromkeys(self._state.artifacts, "")
+            self._state.checkpoints = {step: KnownCheckpoint() for step in self._state.checkpoints}
             self._state.sent_bytes = held
         elif held <= (self._run_dir / METRICS_LOG).stat().st_size:  # the state file may be the older one
             self._state.sent_bytes = held

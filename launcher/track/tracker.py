@@ -186,6 +186,11 @@ class Tracker:
         if self._uploader is not None:
             self._uploader.add_artifact(Path(path))
 
+    def log_checkpoint(self) -> None:
+        """Show the run's checkpoints in MLflow soon: a new one was saved. Never raises."""
+        if self._uploader is not None:
+            self._uploader.look_for_checkpoints()
+
     def close(self, status: Status, cause: str = "") -> None:
         """Send what is left, and the status; what is not sent after `tracking.flush_seconds` waits, which is said.
 

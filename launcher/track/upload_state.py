@@ -38,6 +38,15 @@ class DatasetFacts:
     profile: str
 
 
+@dataclass
+class KnownCheckpoint:
+    """What MLflow has of a checkpoint, as a logged model."""
+
+    model_id: str = ""  # "" until it is created
+    linked: list[str] = field(default_factory=list)  # metrics of its step that the model has
+    removed: bool = False  # its folder is gone, and the model says so
+
+
 @dataclass(frozen=True)
 class _Run:
     run_key: _Id
@@ -57,6 +66,7 @@ class TrackingState:
     attempt: int = 0  # starts of this run so far
     started_ms: _Milliseconds = field(default_factory=lambda: time.time_ns() // 1_000_000)  # of the first attempt
     artifacts: dict[_Path, str] = field(default_factory=dict)  # path from the run folder -> fingerprint sent, or ""
+    checkpoints: dict[str, KnownCheckpoint] = field(default_factory=dict)  # by step
     home: str = ""  # the run folder; another one is a copy if this one is still there
     copied_from: str = ""  # run folder and MLflow run that this one is a copy of
     headline: str = ""  # what is trained, in which layout
@@ -92,6 +102,7 @@ class TrackingState:
                     state.begin_new_run()
             state.target, state.sent_bytes = target, 0
             state.artifacts = dict.fromkeys(state.artifacts, "")
+            state.checkpoints = {step: KnownCheckpoint() for step in state.checkpoints}
         if state.sent_bytes > metrics_log_bytes:  # the metrics log was replaced
             state.sent_bytes = 0
         return state
@@ -133,6 +144,7 @@ class TrackingState:
         """Send everything again, to a run that has yet to be found or created."""
         self.run_id, self.sent_bytes = None, 0
         self.artifacts = dict.fromkeys(self.artifacts, "")
+        self.checkpoints = {step: KnownCheckpoint() for step in self.checkpoints}
 
     def save(self) -> None:
         """Write the file.
@@ -143,6 +155,7 @@ class TrackingState:
         with _saving:
             values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_SAVED}
             values["datasets"] = {context: asdict(facts) for context, facts in self.datasets.items()}
+            values["checkpoints"] = {step: asdict(known) for step, known in self.checkpoints.items()}
             content = json.dumps(values, indent=1, ensure_ascii=False).encode()
             write_atomically(self.path, content, durable=False)
             if self.kept != (known := (self.run_key, self.run_id)):

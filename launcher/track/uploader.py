@@ -40,6 +40,8 @@ class Destination(Protocol):
 
     def log_artifact(self, path: Path) -> None: ...
 
+    def log_checkpoints(self) -> None: ...
+
     def update_note(self, cause: str) -> None:
         """Renew the description; `cause` is why the attempt ends, if it does."""
 
@@ -90,6 +92,10 @@ class Uploader(threading.Thread):
     def add_artifact(self, path: Path) -> None:
         """Upload `path` soon, and again whenever it changes."""
         self._artifacts.add(path)
+
+    def look_for_checkpoints(self) -> None:
+        """Signal that a checkpoint was saved."""
+        self._artifacts.look()
 
     def finish(self, end: End, seconds: float) -> None:
         """Make a last pass and wait for it, `seconds` at most; less if nothing has answered lately.

@@ -109,6 +109,7 @@ class Observer(TrainerHook):
             return
         values = {"checkpoint/step": float(step), "checkpoint/seconds": seconds, "checkpoint/gib": size / 2**30}
         self._tracker.log(step, values)
+        self._tracker.log_checkpoint()
 
     def on_message(self, text: str) -> None:
         """Print the message."""

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from biroute.model.attention.grid import AttentionPath, RegionGrid, uses_kernels
-from biroute.model.attention.masked import MaskedAttention, prefers_mask
+from biroute.model.attention.masked import MaskedAttention
 from biroute.model.attention.partial import (
     attention_delta,
     partial_attention,
     partial_attention_backward,
 )
+from biroute.model.attention.paths import prefers_mask
 from biroute.model.attention.suffix import for_dense
 
 

@@ -19,36 +19,12 @@ from torch import Tensor
 
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.partial import accumulator, store
+from biroute.model.attention.paths import CHUNK_TOKENS
 
-# Sequences up to the first length are always masked, those above the second never.
-MASKED_TOKENS, LARGEST_MASKED_TOKENS = 512, 4096
-# Where few rows share a route: up to this many tokens of the sequence for each of the route's K slots, gathering
-# takes longer than dense attention.
-GATHERED_TOKENS = 100
 HEADS_AT_ONCE = 2  # query heads that backward processes together
-CHUNK_TOKENS = 128  # query tokens of a chunk: enough for the product's full speed, few enough for a small mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def prefers_mask(num_tokens: int, region_size: int, rows: int, topk: int) -> bool:
-    """Decide whether masking is faster than gathering: the rule of `path="auto"` on the CPU.
-
-    It is for short sequences; for routes that cover half of the sequence; and for routes that few rows share and that
-    have many regions, because each of these is gathered separately.
-
-    Args:
-        num_tokens: S.
-        region_size: L.
-        rows: query rows that share a route (r heads of Lq tokens).
-        topk: K.
-    """
-    if num_tokens <= MASKED_TOKENS:
-        return True
-    wide = num_tokens <= 2 * topk * region_size
-    scattered = rows < region_size and num_tokens <= GATHERED_TOKENS * topk
-    return (wide or scattered) and num_tokens <= LARGEST_MASKED_TOKENS
 
 
 class MaskedAttention(torch.autograd.Function):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from biroute.model.attention.band import Band, band_backward, band_forward
 from biroute.model.attention.grid import KERNEL_DEVICES, RegionGrid, uses_kernels
+from biroute.model.attention.paths import ROWS_PER_TILE
 from biroute.model.attention.tiles import (
     LOG2_E,
     Gradients,
@@ -44,8 +45,6 @@ from biroute.model.attention.tiles import (
 
 # A sum of weights above this may have lost terms to overflow (fp32 ends at 2^128).
 LARGEST_SUM = 2.0**100
-# Query rows of a region-major tile: enough for the products' full speed, few enough to waste little on padding.
-ROWS_PER_TILE = 128
 # Bounds of a chunk's buffers in elements: few enough to stay in cache, enough to hide the cost of a call.
 CHUNK_ELEMENTS = (1 << 17, 3 << 19)
 

@@ -250,6 +250,48 @@ def test_artifacts_and_odd_metrics_over_http(server: Server, tmp_path: Path) -> 
     assert "refuses metric 'a//b'" in troubles(said)[1]
 
 
+def models_of(uri: str, run_dir: Path) -> dict[str, Any]:
+    """The logged models of a run by the step that they name; two of one step would be an error."""
+    client, run_id = client_of(uri), state_of(run_dir)["run_id"]
+    experiment = client.get_run(run_id).info.experiment_id
+    found = [one for one in client.search_logged_models([experiment]) if one.source_run_id == run_id]
+    assert len({one.params["step"] for one in found}) == len(found)
+    return {one.params["step"]: one for one in found}
+
+
+def test_each_checkpoint_is_one_model_also_after_a_resume(server: Server, tmp_path: Path) -> None:
+    """The second attempt has lost its state file; meanwhile the first checkpoint was removed."""
+    server.start()
+    run_dir, said = tmp_path / "run", list[str]()
+    folders = [run_dir / "checkpoints" / f"step-{step:08d}" for step in (10, 20)]
+    for step, folder in zip((10, 20), folders, strict=True):
+        tracker = open_tracker(make_config(server.uri), run_dir, tags={}, notify=said.append)
+        tracker.log(step, {"train/loss": 3.0 - step / 100, "checkpoint/gib": 0.5})
+        folder.mkdir(parents=True)
+        if step == 20:
+            folders[0].rmdir()
+        tracker.log_checkpoint()
+        tracker.log(step, {"heldout/bits_per_byte": 1.5})
+        tracker.close("KILLED" if step == 10 else "FINISHED")
+        first = models_of(server.uri, run_dir)["10"]
+        assert first.tags["checkpoint.state"] == ("on disk" if step == 10 else "removed"), said
+        if step == 10:
+            (run_dir / "tracking_state.json").unlink()
+    models = models_of(server.uri, run_dir)
+    assert sorted(models) == ["10", "20"]
+    second = models["20"]
+    assert (second.name, second.params["path"]) == ("run-step-20", str(folders[1]))
+    assert {one.key: (one.step, one.value) for one in second.metrics} == {
+        "train/loss": (20, 2.8), "heldout/bits_per_byte": (20, 1.5), "checkpoint/gib": (20, 0.5),
+    }  # fmt: skip
+    outputs = client_of(server.uri).get_run(state_of(run_dir)["run_id"]).outputs.model_outputs
+    assert sorted((one.model_id, one.step) for one in outputs) == sorted(
+        (models[step].model_id, int(step)) for step in models
+    )
+    assert history(server.uri, run_dir) == logged(run_dir)  # linking a metric adds no second point
+    assert troubles(said) == []
+
+
 def test_serve_ui_ends_with_all_its_processes(server: Server) -> None:
     server.start()
     assert len(server.processes()) >= 1

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 
 from biroute.launcher.bench.hardware import Measured, profile_of, profile_text, write_profile
-from biroute.launcher.plan.hardware import load_hardware
+from biroute.launcher.plan.hardware import CpuRates, load_hardware
 
+PATH = {"forward_pair_ns": 1.5, "forward_gflops": 60.0, "backward_pair_ns": 2.0, "backward_gflops": 50.0}
+CPU = {
+    "dense": PATH, "masked": PATH, "tiles": PATH, "gather_gb_per_second": 3.0, "routing_gflops": 20.0,
+    "choice_ns": 12.0, "elementwise_gb_per_second": 9.0, "loss_gb_per_second": 8.0, "optimizer_gb_per_second": 7.0,
+    "block_ms": 1.2,
+}  # fmt: skip
 MEASURED = Measured(
     flops_per_second_fp32=5e10, flops_per_second_bf16=2e10, memory_bytes_per_second=8e9,
-    all_reduce_bytes_per_second=1.5e9, send_bytes_per_second=2e9, latency_seconds=2e-5,
+    all_reduce_bytes_per_second=1.5e9, send_bytes_per_second=2e9, latency_seconds=2e-5, cpu=CPU,
 )  # fmt: skip
 
 
@@ -25,10 +31,11 @@ def test_the_written_profile_is_the_measured_one(tmp_path: Path) -> None:
     assert read.bytes_per_second(4, 1) == 1.5e9
     assert read.latency_seconds(2, 1) == pytest.approx(2e-5)
     assert "to one neighbour: 2" in text
+    assert read.cpu == CpuRates.model_validate(CPU)
 
 
 def test_every_number_says_how_it_was_found() -> None:
     lines = profile_text(profile_of(MEASURED, 4), MEASURED).splitlines()
     numbers = [line for line in lines if line[0] not in "#d"]  # all but the comment, device and devices_per_node
-    assert len(numbers) == 9
+    assert len(numbers) == 9 + 1 + len(CPU)
     assert all("# " in line for line in numbers)

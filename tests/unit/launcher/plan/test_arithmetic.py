@@ -144,8 +144,9 @@ def test_bytes_by_axis_by_hand() -> None:
     one = work(Layout(tensor=2, region=1, data=2, pipe=2, zero_stage=1))
     hidden = 32 * 8 * 2
     by_axis = bytes_by_axis(traffic(one, 1))
-    # Four microbatches: four sums a block, one of the head's gradient. Two ranks send an all-reduce's bytes once.
-    assert by_axis["tensor"] == 4 * (4 * 2 + 1) * hidden
+    # Four microbatches: four sums a block, one of the head's gradient, three of the loss. Two ranks send the bytes of
+    # an all-reduce once.
+    assert by_axis["tensor"] == 4 * ((4 * 2 + 1) * hidden + 3 * 4 * 32)
     # Gradients to the stage before; half of the tied embedding's gradient in fp32.
     assert by_axis["pipeline"] == 4 * hidden + 320 * 8 / 2 * 4
     count = 2 * (BLOCK / 2 + 16) + 320 * 8 / 2 + 8
@@ -207,7 +208,7 @@ def test_what_is_hidden_counts_where_it_lasts_longer() -> None:
 def test_latency_counts_for_each_message() -> None:
     one = work(Layout(2, 1, 1, 1, 1))
     late = UNIT.model_copy(update={"intra_node_latency_us": 1e6})
-    calls = 8 * (4 * 4 + 2)
+    calls = 8 * (4 * 4 + 2 + 3)
     assert step_time(one, late, 0.4).tensor - step_time(one, UNIT, 0.4).tensor == 2 * calls
 
 

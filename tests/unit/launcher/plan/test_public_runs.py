@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 from helpers.public_runs import MEASURED_MEMORY, TIMED, fit_efficiency, memory_error, profile, time_error
+
+from biroute.launcher.bench.plan import page
 
 ROOT = Path(__file__).resolve().parents[4]
 GPUS = ("a100", "h100")
@@ -49,3 +52,15 @@ def test_the_page_is_up_to_date() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.text(), "run make docs"
+
+
+def test_our_own_measurements_stand_on_the_page() -> None:
+    """Bytes are equal to the last one, or within the bound where routes decide; misses are not more than are told."""
+    answer = json.loads((ROOT / "docs" / "benchmarks" / "plan-measured.json").read_text(encoding="utf-8"))
+    _, rows = page.bytes_table(answer)
+    assert len({row[0] for row in rows}) >= 12
+    assert {row[-1] for row in rows} <= {"equal", "within the bound"}
+    _, rows = page.memory_table(answer)
+    assert len(rows) >= 12
+    assert max(abs(float(row[4].rstrip("%"))) for row in rows) <= 10
+    assert len(page.time_errors(answer)) >= 12

@@ -48,6 +48,9 @@ class Store:
         self._call("file")
         self.files.append(path)
 
+    def log_checkpoints(self) -> None:
+        self._call("checkpoints")
+
     def update_note(self, cause: str) -> None:
         self._call("note")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from biroute.model.attention import partial, reference, routing, tiles
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.grid import RegionGrid
-from biroute.model.attention.masked import prefers_mask
 from biroute.model.attention.partial import attention_delta, merge_partials, partial_attention
+from biroute.model.attention.paths import prefers_mask
 from biroute.model.attention.routing import route_regions
 from biroute.model.attention.rule import RouteRule
 

@@ -21,7 +21,8 @@ _COUNTED = {
     "reduce_scatter_tensor_coalesced": 1, "reduce_scatter_single_coalesced": 1,
     "alltoall_base": 1, "all_to_all_single": 1,
 }  # fmt: skip
-Calls = Counter[tuple[tuple[int, ...], str, int]]  # (ranks of the group, operation, bytes of the tensor) -> calls
+# (ranks of the group or the name that was given for it, operation, bytes of the tensor) -> calls
+Calls = Counter[tuple[tuple[int, ...] | str, str, int]]
 
 
 def _size(argument: Any) -> int:
@@ -31,8 +32,13 @@ def _size(argument: Any) -> int:
 
 
 @contextmanager
-def counted_collectives() -> Iterator[Calls]:
-    """Count this rank's collectives and sends. A gather counts what it puts together, a scatter what it cuts."""
+def counted_collectives(groups: dict[str, str] | None = None) -> Iterator[Calls]:
+    """Count this rank's collectives and sends. A gather counts what it puts together, a scatter what it cuts.
+
+    Args:
+        groups: name of a process group -> a name to count it under; left out: groups count by their ranks, so that
+            several groups of the same ranks are one.
+    """
     calls: Calls = Counter()
     kind = torch.distributed.ProcessGroup
     kept = {name: getattr(kind, name) for name in _COUNTED if hasattr(kind, name)}
@@ -40,7 +46,8 @@ def counted_collectives() -> Iterator[Calls]:
     def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, *arguments: Any, **options: Any) -> Any:
             ranks = tuple(dist.get_process_group_ranks(group))
-            calls[ranks, name, _size(arguments[_COUNTED[name]])] += 1
+            known = None if groups is None else groups.get(group.group_name)
+            calls[ranks if known is None else known, name, _size(arguments[_COUNTED[name]])] += len(ranks) > 1
             return method(group, *arguments, **options)
 
         return call
