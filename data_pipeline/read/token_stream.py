@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 from collections import OrderedDict
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -132,7 +133,7 @@ def check_not_rebuilt(folder: Path, manifest: Manifest, shard: ShardEntry) -> No
         )
 
 
-def open_shard(folder: Path, shard: ShardEntry) -> BinaryIO:
+def open_shard(folder: Path, shard: ShardEntry) -> BufferedReader:
     """Open a shard's file after checking its size.
 
     Raises:
