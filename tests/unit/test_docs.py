@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from lm_eval.config.task import TaskConfig
 
 from biroute.configs.cluster_profile import ClusterProfile
 from biroute.configs.load import config_from_tree
@@ -64,6 +65,8 @@ def test_yaml_is_a_configuration(page: Path) -> None:
         sections = {"model", "data", "train", "optim", "parallel", "checkpoint", "tracking", "slurm"}
         if set(tree) <= sections:
             assert config_from_tree(tree, page.name).model_dump()
+        elif "dataset_path" in tree:
+            assert TaskConfig(**tree).task  # of lm-eval; it has no other fields
         else:
             assert ClusterProfile.model_validate(tree)
 
