@@ -17,6 +17,7 @@ from biroute.configs.load import config_from_tree
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import rotary_tables
 from biroute.model.block import drawn_on_cpu
+from biroute.model.norm import RMSNorm
 
 Ranks = Callable[[int], WorkerPool]
 
@@ -101,6 +102,27 @@ def test_weights_on_a_device_are_those_of_the_cpu(ranks: Ranks) -> None:
     ((weight, expected, device),) = ranks(1).run(weights_job)
     assert device == emulated_device.TYPE
     assert weight.equal(expected.double())
+
+
+def norm_job() -> list[tuple[Tensor, Tensor]]:
+    """Output and gradients of a norm in bf16, on the device and on the CPU."""
+    emulated_device.activate()
+    norm = RMSNorm(32, eps=0.1).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(6, 2, 32).bfloat16().requires_grad_()
+    expected = [norm(x), *torch.autograd.grad(norm(x).square().sum(), (x, norm.weight))]
+    with Emulation():
+        there = to_device(x)
+        norm.weight = torch.nn.Parameter(to_device(norm.weight.detach()))
+        found = [norm(there), *torch.autograd.grad(norm(there).square().sum(), (there, norm.weight))]
+    return [(one.inner.detach(), other.detach()) for one, other in zip(found, expected, strict=True)]
+
+
+def test_a_norm_on_a_device_rounds_as_on_the_cpu(ranks: Ranks) -> None:
+    (pairs,) = ranks(1).run(norm_job)
+    for found, expected in pairs:
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
 
 
 def mixing_job() -> str:
