@@ -220,7 +220,8 @@ def plan(
     ] = "all",
     seconds: Annotated[float, typer.Option(min=0.03, help="time of the steps of each layout")] = 1.2,
     again: Annotated[
-        bool, typer.Option("--again", help="keep the faster of each time in the file of --out and of this run")
+        bool,
+        typer.Option("--again", help="keep the profiles in the file of --out, and the faster steps of both runs"),
     ] = False,
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option("--out", help="folder that keeps plan-measured.json")] = None,

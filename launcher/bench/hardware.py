@@ -1,7 +1,8 @@
 """`biroute bench hardware`: a hardware profile of this machine, measured with real processes, for `biroute plan`.
 
-What a core reaches depends on what its neighbours do: they share execution units, caches and memory. So each rank
-measures while the others train a block, and the slowest one counts; messages are measured together.
+Each rank measures its core alone, one after the other, and the slowest one counts: ranks that train do the same thing
+at the same moment only now and then, and two that multiply matrices at once would be told too slow. Messages are
+measured together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.bench.cpu_rates import BLOCK, block_step, data_mesh, measure_cpu, measure_optimizer
+from biroute.launcher.bench.cpu_rates import data_mesh, measure_cpu, measure_optimizer
 from biroute.launcher.bench.report import environment_info, make_folder
 from biroute.launcher.plan.hardware import GIB, CpuRates, HardwareProfile
 from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
@@ -33,7 +34,7 @@ from biroute.parallel.mesh.mesh import Mesh
 
 FILE = "this-machine.yaml"
 MATRIX, ROWS, COPY_ELEMENTS, EXCHANGED_ELEMENTS = 768, 1536, 1 << 21, 1 << 20
-FEWEST_REPEATS = 5
+FEWEST_REPEATS = 1
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,6 @@ def measure_hardware(ranks: int, seconds: float) -> Measured:
     return Measured(**_slowest(found))
 
 
-def faster(one: HardwareProfile, other: HardwareProfile) -> HardwareProfile:
-    """Return the less disturbed of two measurements: what else runs on a machine only makes it slower.
-
-    The rates of computation belong together, as some are what a block takes beyond others; links are chosen apart.
-    """
-    mine, theirs = one.model_dump(), other.model_dump()
-    computing = mine if one.peak_tflops_fp32 >= other.peak_tflops_fp32 else theirs
-    links = {
-        name: (min if name.endswith("_us") else max)(mine[name], theirs[name])
-        for name in mine
-        if name.startswith(("intra_node", "inter_node"))
-    }
-    return HardwareProfile.model_validate({**computing, **links})
-
-
 def _slowest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Take of each number the one of the slowest rank: the longest time, the lowest rate."""
     worst: dict[str, Any] = {}
@@ -102,24 +88,18 @@ def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
     }
     prepare_megatron(torch.device("cpu"))
     join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
-    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds, Path(folder))), "utf-8")
+    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds)), "utf-8")
     dist.barrier()
     os._exit(0)  # an orderly end would wait for the threads of all groups
 
 
-def _measure(rank: int, ranks: int, seconds: float, folder: Path) -> dict[str, Any]:
+def _measure(rank: int, ranks: int, seconds: float) -> dict[str, Any]:
     mesh = data_mesh(ranks)
     found: dict[str, Any] = {}
     for turn in range(ranks):
         dist.barrier()
-        done = folder / f"done-{turn}"
         if turn == rank:
             found = _measure_core(seconds, mesh)
-            done.touch()
-        else:
-            train = block_step(BLOCK, mesh)
-            while not done.exists():
-                train()
     dist.barrier()
     found["cpu"]["optimizer_gb_per_second"] = measure_optimizer(mesh) / 1e9
     copy = found.pop("copy_seconds")
@@ -179,18 +159,21 @@ def _linear_rate(dtype: torch.dtype, seconds: float) -> float:
 def _median_seconds(work: Callable[[], Any], seconds: float, *, together: bool = False) -> float:
     """Return the median time of a call; `together`: all ranks make the same number of calls."""
     work()
-    started = time.perf_counter()
-    work()
-    repeats = max(FEWEST_REPEATS, int(seconds / max(time.perf_counter() - started, 1e-9)))
+    times: list[float] = []
+
+    def once() -> None:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+
+    once()
+    repeats = max(FEWEST_REPEATS, int(seconds / max(times[0], 1e-9)))
     if together:
         number = torch.tensor([min(repeats, 10_000)])
         dist.broadcast(number, 0)
         repeats = int(number)
-    times = []
     for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
+        once()
     return statistics.median(times)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.bench.hardware import faster, measure_hardware, profile_of
+from biroute.launcher.bench.hardware import measure_hardware, profile_of
 from biroute.launcher.bench.plan.cases import CASES, Case
 from biroute.launcher.bench.plan.measure import measure
 from biroute.launcher.bench.plan.page import measured_seconds
 from biroute.launcher.bench.report import environment_info, make_folder, say
-from biroute.launcher.plan.hardware import HardwareProfile
 
 FILE = "plan-measured.json"
 Part = Literal["all", "bytes", "times"]
@@ -30,8 +29,8 @@ def run_bench(
         seconds: of each measured rate, and of the steps of each case.
         folder: of the JSON file; None to keep nothing.
         most_ranks: cases of more ranks are not timed, since they would share cores.
-        again: keep the faster of each rate and each case's steps in the file and of this run: what else runs on a
-            machine only makes it slower.
+        again: keep the profiles of the file, and of each case the faster steps of the file and of this run: what
+            else runs on a machine only makes it slower.
 
     Returns:
         `environment`, `hardware` (ranks -> profile), and `cases` (name -> `counted`, `timed`: a list of ranks).
@@ -53,9 +52,9 @@ def run_bench(
         timed = [case for case in cases if case.ranks <= most_ranks]
         for ranks in sorted({case.ranks for case in timed}):
             say(f"rates of {ranks} rank(s)")
+            if again and str(ranks) in answer["hardware"]:
+                continue
             profile = profile_of(measure_hardware(ranks, seconds / 3), ranks)
-            if again and (before := answer["hardware"].get(str(ranks))):
-                profile = faster(profile, HardwareProfile.model_validate(before))
             answer["hardware"][str(ranks)] = profile.model_dump(exclude_none=True)
         for case in timed:
             say(f"time of a step: {case.name}")
