@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-<<<<<<< HEAD
-from lm_eval.api.task import TaskConfig
-=======
 from lm_eval.config.task import TaskConfig
->>>>>>> eval15
 
 from biroute.configs.cluster_profile import ClusterProfile
 from biroute.configs.load import config_from_tree
@@ -69,13 +65,8 @@ def test_yaml_is_a_configuration(page: Path) -> None:
         sections = {"model", "data", "train", "optim", "parallel", "checkpoint", "tracking", "slurm"}
         if set(tree) <= sections:
             assert config_from_tree(tree, page.name).model_dump()
-<<<<<<< HEAD
-        elif "task" in tree:  # one of lm-eval's
-            assert TaskConfig(**tree).task == tree["task"]
-=======
         elif "dataset_path" in tree:
             assert TaskConfig(**tree).task  # of lm-eval; it has no other fields
->>>>>>> eval15
         else:
             assert ClusterProfile.model_validate(tree)
 
