@@ -1,7 +1,7 @@
 """The one door to files that BiRoute writes: atomic replacement, appending, new files, a lock between processes.
 
-None of them follows a symbolic link at the file's name or empties a file that exists: a run folder may be shared with
-people who may not change what else its owner has.
+Whoever writes here follows no symbolic link at the file's name and empties no file that exists: a run folder may be
+shared with people who may not change what else its owner has. Whoever reads waits for no pipe.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import socket
 import stat
@@ -105,6 +106,22 @@ def append_file(path: Path, *, buffering: int = -1) -> BinaryIO:
     """
     # Python's own type says BinaryIO only for some of the modes.
     return cast(BinaryIO, open(_open_regular(path, os.O_RDWR | os.O_APPEND), "a+b", buffering=buffering))
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file for reading that may come from somebody else, and do not wait for the writer of a FIFO.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
 
 
 def _open_regular(path: Path, flags: int) -> int:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import Field, TypeAdapter
 
+from biroute.configs.files import open_regular
+
 _TAIL_BYTES = 1 << 20
 LARGEST_BYTES = 64 << 20  # no record file of a run comes near
 UnixSeconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # what a calendar can show
@@ -37,7 +39,7 @@ def read_small(path: Path) -> bytes:
         OSError: it cannot be read.
         ValueError: it has more than 64 MiB.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(LARGEST_BYTES + 1)
     if len(content) > LARGEST_BYTES:
         raise ValueError(f"{path} has more than {LARGEST_BYTES >> 20} MiB")
@@ -50,7 +52,7 @@ def last_lines(path: Path, count: int) -> list[str]:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         return file.read(_TAIL_BYTES).decode("utf-8", errors="replace").splitlines()[-count:]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import open_regular
 from biroute.configs.records import last_lines
 from biroute.launcher.attempts.failures import bad_nodes, format_first_failure, log_file
 from biroute.launcher.attempts.journal import Attempt, read_attempts
@@ -170,7 +171,7 @@ def _follow_attempt(
 def _read_from(path: Path, position: int) -> tuple[str, int]:
     """Return the complete lines after byte `position`, and the position where they end."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(position)
             data = file.read()
     except OSError:

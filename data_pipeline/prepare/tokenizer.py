@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import open_regular
 from biroute.configs.schema import LEAST_VOCABULARY, TokenizerConfig
 
 if TYPE_CHECKING:
@@ -173,7 +174,8 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
         UsageError: the file cannot be read, the model is not usable, or its vocabulary size is another.
     """
     try:
-        model = path.read_bytes()
+        with open_regular(path) as file:
+            model = file.read()
     except OSError as error:
         raise UsageError(
             f"{path}: the tokenizer cannot be read ({error.strerror}); correct data.tokenizer.model_path"

@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from biroute.configs.errors import DISK_FULL, UsageError
+from biroute.configs.files import open_regular
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
@@ -164,7 +165,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        with open_regular(path) as file:  # of any size: that of a trillion tokens has 80 MB
+            manifest = Manifest.model_validate_json(file.read())
     except FileNotFoundError:
         state = "is not finished" if (folder / WORK_NAME).exists() else "holds no dataset"
         raise UsageError(f"data.dir={folder} {state}; run `biroute data build` with this configuration") from None

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import open_regular
 from biroute.configs.records import parse_json
 from biroute.data_pipeline.read.manifest import MANIFEST_NAME, Manifest, ShardEntry, SourceEntry, Split
 
@@ -118,7 +119,8 @@ def check_not_rebuilt(folder: Path, manifest: Manifest, shard: ShardEntry) -> No
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if _found_right.get((path, manifest.checksum)) == state:
             return
-        found = parse_json(path.read_bytes()).get("checksum")
+        with open_regular(path) as file:
+            found = parse_json(file.read()).get("checksum")
         if found == manifest.checksum:
             _found_right[path, manifest.checksum] = state
     except (OSError, ValueError, AttributeError):
@@ -140,7 +142,7 @@ def open_shard(folder: Path, shard: ShardEntry) -> io.BufferedReader:
     path = folder / shard.file
     remedy = "run `biroute data build` to make it again"
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise UsageError(f"{path}: the shard {what}; {remedy}") from None

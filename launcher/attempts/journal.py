@@ -225,7 +225,7 @@ def fencing_token_of(run_dir: Path) -> int:
         UsageError: the token is not a number.
     """
     try:
-        return int((run_dir / FENCING_TOKEN).read_text(encoding="ascii"))
+        return int(read_small(run_dir / FENCING_TOKEN))
     except FileNotFoundError:
         return 0
     except ValueError:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from biroute.configs.files import append_file
+from biroute.configs.files import append_file, open_regular
 from biroute.configs.records import parse_json
 
 _KEPT_IN_MEMORY = 10_000  # lines that are kept while the disk is full
@@ -44,7 +44,7 @@ def read_points(path: Path) -> list[Point]:
 def scan(path: Path, start_byte: int = 0) -> Iterator[tuple[Point | None, int]]:
     """Yield each complete line from `start_byte` on as (point, byte after it); for a damaged line point is None."""
     end = start_byte
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(start_byte)
         for line in file:
             if not line.endswith(b"\n"):

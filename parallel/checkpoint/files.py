@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from biroute.configs.changes import compare_settings
 from biroute.configs.errors import UsageError
+from biroute.configs.files import open_regular
 from biroute.parallel.checkpoint.meta import META_NAME, STEP_NAME, Fingerprint, RenamedError, read_meta
 
 PREFIX = "step-"
@@ -85,7 +86,7 @@ def check_newest(directory: Path, ours: dict[str, Any]) -> None:
 
 def fingerprint(path: Path) -> Fingerprint:
     """Read a file's size and SHA-256."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Fingerprint(bytes=path.stat().st_size, sha256=digest)
 

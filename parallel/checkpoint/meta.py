@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, model_validator
 
 from biroute.configs.errors import UsageError
+from biroute.configs.records import read_small
 
 FORMAT: Literal[1] = 1
 META_NAME = "meta.json"
@@ -87,7 +88,7 @@ def read_meta(path: Path) -> CheckpointMeta:
         RenamedError: its folder has the name of another step.
         OSError, ValueError: damaged or incomplete.
     """
-    text = (path / META_NAME).read_text(encoding="utf-8")
+    text = read_small(path / META_NAME)
     found = _AnyFormat.model_validate_json(text).format
     if found != FORMAT:
         raise UsageError(f"{path}: checkpoint format {found}, this BiRoute reads {FORMAT}")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from biroute.configs.errors import UsageError
 from biroute.configs.files import PlantedFileError, append_file, create_once, file_lock, new_file, write_atomically
 from biroute.configs.load import config_from_tree, write_config
-from biroute.launcher.attempts.journal import begin_attempt
-from biroute.launcher.attempts.run_files import JOURNAL
+from biroute.configs.records import last_lines
+from biroute.data_pipeline.prepare.tokenizer import load_tokenizer
+from biroute.data_pipeline.read.manifest import MANIFEST_NAME, ShardEntry, load_manifest
+from biroute.data_pipeline.read.token_stream import open_shard
+from biroute.launcher.attempts.journal import begin_attempt, read_attempts
+from biroute.launcher.attempts.run_files import FENCING_TOKEN, JOURNAL
+from biroute.launcher.track.metrics_log import read_points
+from biroute.parallel.checkpoint.files import fingerprint
+from biroute.parallel.checkpoint.meta import META_NAME, read_meta
 
 
 def lock(path: Path) -> None:
@@ -85,3 +94,36 @@ def test_a_configuration_with_a_password_is_only_for_its_owner(tmp_path: Path, u
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "config.yaml").stat().st_mode) == mode
     assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
+
+
+def shard_of(path: Path) -> None:
+    open_shard(path.parent, ShardEntry.model_construct(file=path.name, size_bytes=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("t.model", load_tokenizer),
+        (MANIFEST_NAME, lambda path: load_manifest(path.parent)),
+        ("train-000000.tar", shard_of),
+        (META_NAME, lambda path: read_meta(path.parent)),
+        ("weights.pt", fingerprint),
+        (JOURNAL, lambda path: read_attempts(path.parent)),
+        (FENCING_TOKEN, lambda path: begin_attempt(path.parent, nodes=[], world_size=1)),
+        ("metrics.jsonl", read_points),
+        ("left_nodes", lambda path: last_lines(path, 1)),
+    ],
+)
+def test_nobody_waits_for_the_writer_of_a_pipe(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    def too_long(*_: object) -> None:
+        raise AssertionError(f"{name}: waits for a writer")
+
+    os.mkfifo(tmp_path / name)
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(5)
+    try:
+        with pytest.raises((OSError, UsageError), match="it is not a regular file"):
+            read(tmp_path / name)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
