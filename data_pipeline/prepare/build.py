@@ -14,6 +14,7 @@ stages are repeated:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -189,8 +190,8 @@ class _Build:
         """Return the entry of a source that an earlier build finished, if nothing that it depends on has changed."""
         candidates = [entry for entry in self._previous.sources if entry.key == key] if self._previous else []
         record = self._work / f"{name}@{key}.json"
-        if record.exists():
-            candidates.append(SourceEntry.model_validate_json(record.read_bytes()))
+        with contextlib.suppress(OSError, ValueError):  # not made yet, or damaged
+            candidates.append(SourceEntry.model_validate_json(read_small(record)))
         for entry in candidates:
             if all(
                 is_whole(self._folder, shard, self._progress)

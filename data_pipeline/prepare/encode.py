@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -107,9 +109,19 @@ class PartEncoder:
 
 
 def read_part(path: Path, split: str) -> np.ndarray:
-    """Read the tokens of one split from a part; they are whole documents."""
-    with np.load(path, allow_pickle=False) as arrays:
-        tokens: np.ndarray = arrays[split]
+    """Read the tokens of one split from a part; they are whole documents.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            tokens: np.ndarray = arrays[split]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(
+            f"{path}: damaged since it was written ({' '.join(str(error).split())[:80]}); remove the folder "
+            f"{path.parent} and run the same command again"
+        ) from None
     return tokens
 
 

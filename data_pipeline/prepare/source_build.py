@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
+from biroute.configs.records import parse_json, read_small, record_of
 from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
 from biroute.data_pipeline.prepare.progress_bar import Progress
@@ -59,12 +61,13 @@ class SourceBuild:
         """
         self._parts.mkdir(exist_ok=True)
         summary = self._parts / f"summary-{PART_BYTES}.json"
-        if not summary.exists():
+        done = _read_summary(summary)
+        if done is None:
             num_parts, counts = self._tokenise()
-            write_atomically(summary, json.dumps({"parts": num_parts, "counts": counts.as_dict()}).encode())
-        record = json.loads(summary.read_bytes())
-        splits = {split: self._write_split(split, record["parts"]) for split in SPLITS}
-        entry = SourceEntry(name=self._source.name, key=self._key, counts=record["counts"], splits=splits)
+            done = _Summary(num_parts, counts.as_dict())
+            write_atomically(summary, json.dumps(asdict(done)).encode())
+        splits = {split: self._write_split(split, done.parts) for split in SPLITS}
+        entry = SourceEntry(name=self._source.name, key=self._key, counts=done.counts, splits=splits)
         write_atomically(self._parts.with_name(f"{self._parts.name}.json"), to_json(entry))
         shutil.rmtree(self._parts)
         return entry
@@ -107,9 +110,10 @@ class SourceBuild:
             return self._parts / f"{split}-{number:06d}.json"
 
         def done(number: int) -> ShardEntry | None:
-            if not record(number).exists():
+            try:
+                entry = ShardEntry.model_validate_json(read_small(record(number)))
+            except (OSError, ValueError):  # not made yet, or damaged
                 return None
-            entry = ShardEntry.model_validate_json(record(number).read_bytes())
             return entry if is_whole(self._folder, entry, self._progress) else None
 
         return write_stream(
@@ -123,6 +127,21 @@ class SourceBuild:
             done,
             lambda number, entry: write_atomically(record(number), to_json(entry)),
         )
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What tokenizing a source has left."""
+
+    parts: int
+    counts: dict[str, int]
+
+
+def _read_summary(path: Path) -> _Summary | None:
+    try:
+        return record_of(_Summary, parse_json(read_small(path)))
+    except (OSError, ValueError):  # not made yet, or damaged
+        return None
 
 
 def group_documents(documents: Iterable[Any]) -> Iterator[Texts]:

@@ -401,3 +401,21 @@ def test_no_name_of_a_source_gets_in_the_way(tmp_path: Path) -> None:
     assert build_dataset(data, QUIET).rebuilt == names
     assert build_dataset(data, QUIET).rebuilt == ()
     verify_dataset(data.dir, deep=True)
+
+
+def test_damaged_remains_of_a_build_are_made_again(built: DataConfig, tmp_path: Path) -> None:
+    data = copy_of(built, tmp_path / "d")
+    whole = tree_bytes(data.dir)
+    first, second = load_manifest(data.dir).sources[:2]
+    (data.dir / "manifest.json").unlink()
+    parts = data.dir / WORK_NAME / f"{first.name}@{first.key}"
+    parts.mkdir(parents=True)
+    (parts / f"summary-{source_build.PART_BYTES}.json").write_text('{"parts": "all"}')
+    (parts / "train-000000.json").write_text("[]")
+    parts.with_name(f"{second.name}@{second.key}.json").write_text("{")
+    (parts / f"part-{source_build.PART_BYTES}-000000.npz").write_bytes(b"PK\3\4 and nothing more")
+    with pytest.raises(UsageError, match=r"part-.*damaged since it was written.*remove the folder .*@"):
+        build_dataset(data, QUIET)
+    shutil.rmtree(parts)
+    build_dataset(data, QUIET)
+    assert tree_bytes(data.dir) == whole
