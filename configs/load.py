@@ -26,10 +26,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """Refuse a key that is given twice: YAML would drop the first one without a word."""
+    """Refuse a key that is no name, or is given twice: YAML would drop the first one without a word."""
     lines: dict[Any, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):  # Python has no dictionary with such keys
+            raise yaml.YAMLError(f"a list or section is no key, in line {line}; write a name before the colon")
         if key.value in lines:
             raise yaml.YAMLError(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}; join them")
         lines[key.value] = line

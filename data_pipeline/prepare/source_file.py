@@ -42,12 +42,21 @@ def open_bytes(path: str, on_bytes: Callable[[int], None] | None) -> Iterator[io
         raise UsageError(
             f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
         ) from None
+    except _TrailingError:
+        raise UsageError(
+            f"{path}: something else follows the zstd data; take it away, such as with: zstdcat {shlex.quote(path)} "
+            "2>/dev/null | zstd > intact.zst"
+        ) from None
     except (zlib.error, zstandard.ZstdError) as error:
         raise UsageError(
             f"{path}: not an intact compressed file ({' '.join(str(error).split())}); write it again"
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+class _TrailingError(Exception):
+    """What follows a complete frame is none."""
 
 
 class _CountingFile(io.RawIOBase):
@@ -77,6 +86,8 @@ class _ZstdFile(io.RawIOBase):
         self._raw = raw
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31` is the most
         self._frame: Any = None
+        self._frames = 0  # that are complete
+        self._begins = False  # nothing of the frame is decompressed yet
         self._input = b""
         self._output = memoryview(b"")
 
@@ -93,11 +104,25 @@ class _ZstdFile(io.RawIOBase):
                     return 0
             if self._frame is None:
                 self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
+                self._begins = True
+            self._output = memoryview(self._decompress())
             self._input = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
+                self._frames += 1
         size = min(len(buffer), len(self._output))
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]
         return size
+
+    def _decompress(self) -> bytes:
+        import zstandard
+
+        try:
+            output: bytes = self._frame.decompress(self._input)
+        except zstandard.ZstdError:
+            if self._begins and self._frames:
+                raise _TrailingError from None
+            raise
+        self._begins = False
+        return output

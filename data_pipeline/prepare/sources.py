@@ -38,7 +38,8 @@ _INVALID_OF_FEW = 1
 _CLEARLY_INVALID = 100  # documents, if they are also most of those read so far
 _ENCODINGS = ("GB18030", "BIG5", "SHIFT_JIS", "EUC-KR", "CP1252")
 _GUESSED_BYTES = 100_000
-_NOT_KEPT = ("records", "examples", "reading", "invalid_example")  # counts that no manifest keeps
+_MOSTLY_INVALID = 0.1  # of the characters: no stray byte, but another encoding
+_NOT_KEPT = ("records", "examples", "reading", "invalid_example", "mostly_invalid")  # counts that no manifest keeps
 _HELDOUT_FRACTION, _HELDOUT_FRACTION_OF_LITTLE, _LITTLE_BYTES = 0.01, 0.1, 10_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # A fixed key instead of the user's seed, so that a document stays held out when the training order changes.
@@ -80,6 +81,7 @@ class SourceCounts:
     records: int = field(default=0, compare=False)  # of .jsonl files, the malformed ones included
     reading: str = field(default="", compare=False)  # the file
     invalid_example: tuple[str, str] = field(default=("", ""), compare=False)  # first file not in UTF-8, its encoding
+    mostly_invalid: int = field(default=0, compare=False)  # documents that must be in another encoding
     examples: list[str] = field(default_factory=list)  # file, line and reason of the first malformed ones
 
     def as_dict(self) -> dict[str, int]:
@@ -204,9 +206,12 @@ def read_documents(
 
 def _check_encoding(source: SourceConfig, data: DataConfig, counts: SourceCounts, *, done: bool) -> None:
     """Refuse a source in another encoding: when all is read, or as soon as it is clear."""
-    invalid, most = counts.invalid_utf8_documents, max(0.5, data.max_invalid_utf8_fraction)
+    # The parts of a .txt file are documents here: a book in another encoding is more than one of its many parts.
+    invalid = max(counts.invalid_utf8_documents, counts.mostly_invalid)
+    most = max(0.5, data.max_invalid_utf8_fraction)
     if done:
-        too_many = invalid > max(_INVALID_OF_FEW, data.max_invalid_utf8_fraction * counts.documents)
+        few = 0 if counts.mostly_invalid > counts.documents / 2 else _INVALID_OF_FEW
+        too_many = invalid > max(few, data.max_invalid_utf8_fraction * counts.documents)
     else:
         too_many = invalid > _CLEARLY_INVALID and invalid > most * counts.documents
     if too_many:
@@ -333,12 +338,17 @@ def _txt_documents(stream: BinaryIO, limit: int, counts: SourceCounts) -> Iterat
         while len(rest) - start > limit or (not block and start < len(rest)):
             end = _cut_position(rest, start, limit)
             # Decoding may lengthen a part, since U+FFFD takes 3 bytes, so it is cut again.
-            for text, again in _cut(_decode(rest[start:end], file_counts), limit, SourceCounts()):
+            before = file_counts.mostly_invalid
+            pieces = list(_cut(_decode(rest[start:end], file_counts), limit, SourceCounts()))
+            if file_counts.mostly_invalid > before:
+                file_counts.mostly_invalid = before + len(pieces)
+            for text, again in pieces:
                 yield text, cut or again
             start = end
         rest = rest[start:] + block
     if file_counts.invalid_utf8_documents:
         counts.invalid_utf8_documents += 1
+        counts.mostly_invalid += file_counts.mostly_invalid
         counts.invalid_example = counts.invalid_example if counts.invalid_example[0] else file_counts.invalid_example
 
 
@@ -363,7 +373,9 @@ def _decode(data: bytes, counts: SourceCounts) -> str:
         counts.invalid_utf8_documents += 1
         if not counts.invalid_example[0]:
             counts.invalid_example = (counts.reading, _guess_encoding(data))
-        return data.decode("utf-8", errors="replace")
+        text = data.decode("utf-8", errors="replace")
+        counts.mostly_invalid += text.count("\ufffd") > _MOSTLY_INVALID * len(text)
+        return text
 
 
 def _kind_of(path: str) -> str:

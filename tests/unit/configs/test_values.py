@@ -26,6 +26,13 @@ def test_a_section_given_twice_is_an_error_with_both_lines(file: Path) -> None:
         load_config(file)
 
 
+@pytest.mark.parametrize("text", ["? [1, 2]\n: 3\n", "{a: 1}: 3\n", "train: {steps: 5, [a]: 1}\n"])
+def test_a_key_is_a_name(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"run\.yaml: not a readable .*\(a list or section is no key, in line 1"):
+        load_config(file)
+
+
 @pytest.mark.parametrize("text", ["/x/exp #1", "runs/a # b", "#1", "2024 #2"])
 def test_nothing_in_an_override_is_a_comment(file: Path, text: str) -> None:
     assert str(load_config(file, [f"train.run_dir={text}"]).train.run_dir) == text

@@ -214,7 +214,7 @@ def test_what_follows_gzip_data_is_named_with_a_remedy_that_works(tmp_path: Path
 
 def test_invalid_utf8_in_txt_is_counted_once_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\n" * 3000)
-    documents, counts = read(tmp_path / "a.txt", max_document_bytes=64)
+    documents, counts = read(tmp_path / "a.txt", max_document_bytes=64, max_invalid_utf8_fraction=1.0)
     assert counts.invalid_utf8_documents == 1
     assert counts.cut_documents == 1
     assert "".join(document.text for document in documents) == "\ufffd\n" * 3000
@@ -390,3 +390,23 @@ def test_split_depends_on_the_text_alone_and_grows_with_the_fraction(tmp_path: P
     assert len(heldout(tmp_path / "a.jsonl", 1.0)) == 200
     (tmp_path / "b.txt").write_text(texts[3])
     assert bool(heldout(tmp_path / "b.txt", 0.3)) == (texts[3] in large)
+
+
+@pytest.mark.parametrize("parts", [1, 40])
+def test_one_book_in_another_encoding_is_refused(tmp_path: Path, parts: int) -> None:
+    """However long it is: only few of the documents of its source would be invalid if the book counted as one."""
+    text = "".join(f"第{n}章：中文文本，你好世界。\n" for n in range(200))
+    (tmp_path / "book.txt").write_bytes(text.encode("gb18030"))
+    limit = {"max_document_bytes": len(text.encode("gb18030")) // parts + 40}
+    with pytest.raises(UsageError, match=r"documents are not UTF-8.*iconv -f GB18030"):
+        read(tmp_path / "book.txt", **limit)
+    assert read(tmp_path / "book.txt", max_invalid_utf8_fraction=1.0, **limit)[1].invalid_utf8_documents == 1
+    (tmp_path / "book.txt").write_bytes(text.encode() + b"a stray \xff byte")
+    assert read(tmp_path / "book.txt", **limit)[1].invalid_utf8_documents == 1
+
+
+def test_what_follows_zstd_data_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstd_frames(b"some text" * 99) + b"not a frame")
+    with pytest.raises(UsageError, match=r"something else follows the zstd data; .* zstdcat .*a\.txt\.zst"):
+        read(path)
