@@ -39,7 +39,7 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
     with tempfile.TemporaryFile() as output:  # what the server says matters only if it fails
         # In its own session, so that Ctrl-C reaches only this process, which then stops all processes of the server.
         server = subprocess.Popen(
-            command, env=server_environment(), start_new_session=True, stdout=output, stderr=output
+            command, env=server_environment(uri), start_new_session=True, stdout=output, stderr=output
         )
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -61,7 +61,7 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
 
 
 def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
-    """Return the command that serves `uri` with one worker.
+    """Return the command that serves `uri`, which the environment names, with one worker.
 
     Raises:
         UsageError: `uri` is already a server, or its database does not exist.
@@ -69,7 +69,7 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
     check_uri(uri, create=False)
     if uri.startswith("http"):
         raise UsageError(f"tracking.uri={without_password(uri)} is a server already; open it in a browser")
-    command = [sys.executable, "-P", "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-P", "-m", "mlflow", "server"]
     database = sqlite_path(uri)
     if database is not None:
         if not database.is_file():
@@ -80,11 +80,12 @@ def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
     return [*command, "--host", host, "--port", str(port), "--workers", "1"]
 
 
-def server_environment() -> dict[str, str]:
-    """Return this process's environment, with the features switched off that training does not use."""
+def server_environment(uri: str) -> dict[str, str]:
+    """Return this process's environment, with what is served and without the features that training does not use."""
     # Job execution alone starts a dozen processes and takes over 2 GB.
     light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return light | dict(os.environ)
+    # Not on the command line, which everybody on the machine can read: the URI may hold a password.
+    return light | dict(os.environ) | {"MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def check_port(host: str, port: int) -> None:

@@ -265,7 +265,8 @@ class Trainer:
             self.checkpoints,
             progress,
             self.about,
-            self.config.checkpoint.keep,
+            # What is saved on a signal while gradients are not finite may be bad: it displaces no good one.
+            self.config.checkpoint.keep + self._unsound,
             kept=_due(self.step, self.config.checkpoint.every_steps * self.config.checkpoint.keep_every),
             owner=self.stop_consensus.fencing_token,
             reached=lambda: self.watchdog.reached(saving),

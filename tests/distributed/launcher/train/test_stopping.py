@@ -97,6 +97,34 @@ def test_stopped_in_evaluation_and_in_a_save(
     assert stopped == {"step": 3, "signal": "SIGTERM"}, "although rank 0 did not get it"
 
 
+def diverging_job(tree: dict[str, Any]) -> str:
+    """Run with a gradient that is not finite from the second step on, and a signal right after the third."""
+    from biroute.launcher.train.trainer import Trainer
+
+    count = Trainer._count_skipped
+
+    def count_then_signal(self: Trainer, *arguments: Any) -> None:
+        count(self, *arguments)
+        if self.step == 3:
+            assert self._unsound
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Trainer._count_skipped = count_then_signal  # type: ignore[method-assign]
+    return run_job(tree)
+
+
+def test_what_is_saved_while_a_run_diverges_displaces_no_good_checkpoint(
+    ranks: Ranks, corpus: Path, tmp_path: Path
+) -> None:
+    tree = tree_of(corpus, tmp_path / "run", {})
+    tree["checkpoint"] = {"every_steps": 1, "keep": 1}
+    tree["optim"] = {"learning_rate": 1e25, "min_learning_rate": 1e25, "warmup_steps": 0}
+    (end,) = ranks(1).run(diverging_job, tree)
+    assert "by SIGUSR1 after step 3" in end
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000003", "step-00000001"]
+
+
 def failing_job(tree: dict[str, Any]) -> str:
     """Run, and fail on one rank in the middle of the first evaluation."""
     import torch.distributed as dist

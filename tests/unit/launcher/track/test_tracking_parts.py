@@ -17,7 +17,7 @@ from biroute.configs.messages import printable_json, without_password
 from biroute.launcher.track import run_metadata as run_metadata
 from biroute.launcher.track.artifact_uploader import is_inside
 from biroute.launcher.track.metrics_log import MetricsLog, read_points, scan
-from biroute.launcher.track.mlflow_ui import check_port, server_command
+from biroute.launcher.track.mlflow_ui import check_port, server_command, server_environment
 from biroute.launcher.track.upload_state import TrackingState
 from biroute.launcher.track.uploader import next_batch
 from biroute.launcher.track.uri import absolute_uri, experiment_name, run_page, sqlite_path, tracking_uri
@@ -339,6 +339,15 @@ def test_ui_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
         check_port("127.0.0.1", 99999)
     with pytest.raises(UsageError, match=r"use 127\.0\.0\.1 or"):
         check_port("192.0.2.1", 5055)  # an address reserved for documentation: no machine has it
+
+
+def test_what_is_served_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody on the machine can read it, and the URI of a database may hold a password."""
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:///another.db")
+    (tmp_path / "mlflow.db").touch()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert uri not in " ".join(server_command(uri, 5055))
+    assert server_environment(uri)["MLFLOW_BACKEND_STORE_URI"] == uri
 
 
 # ---- run_metadata ----
