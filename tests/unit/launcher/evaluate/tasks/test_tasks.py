@@ -204,6 +204,7 @@ def test_the_passage_that_goes_on_is_chosen_by_who_knows_the_text() -> None:
     for item in items:
         ends = {STOP}  # passages begin sentences, wherever they come from, and differ
         assert item.context[-1] in ends and len(set(item.choices)) == 4
+        pieces = []
         for passage in item.choices:
             places = [
                 (number, at) for number, piece in enumerate(text.pieces) for at in range(1, len(piece) - 15)
@@ -211,6 +212,8 @@ def test_the_passage_that_goes_on_is_chosen_by_who_knows_the_text() -> None:
             ]  # fmt: skip
             ((number, at),) = places
             assert text.pieces[number][at - 1] in ends and at >= LENGTH // 2
+            pieces.append(number)
+        assert pieces[0] not in pieces[1:]
     blind = score_task(Constant(), Choice(), text, count=12, seed=0)  # type: ignore[arg-type]
     assert blind.measures["accuracy"].value == pytest.approx(1 / 4)
 
