@@ -240,7 +240,9 @@ TIMES = """## Expected time of a layer, in ms
 
 Each kernel takes as long as its products, its reads from the cache or its bytes of memory, whichever is slowest;
 kernels and torch's operations follow one another, and each launch adds 5 us. The rates are those that *earlier
-versions of the kernels* and dense attention reached on that H200, at 131,072 tokens:
+versions of the kernels* and dense attention reached on that H200, at 131,072 tokens. Times were measured; bytes and
+affinities were computed from sizes, and backward's time is the measured one less that of joining. The threshold of
+sharing and the router's tiles were chosen with these rates, too, so the page cannot confirm them:
 """
 AFTER_RATES = """\
 For an H100, rates of memory are lower in proportion to its bandwidth (3.35 of 4.8 TB/s), the others equal. *At
