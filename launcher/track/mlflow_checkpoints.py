@@ -68,7 +68,7 @@ class CheckpointModels:
                 " " if letter in "[]" else "-" if letter in "/:.%\"'" else letter for letter in run_name
             )
             model = client.create_logged_model(
-                experiment_id, f"{' '.join(allowed.split())}-step-{step}", self._state.run_id,
+                experiment_id, f"{' '.join(allowed.split())[:200]}-step-{step}", self._state.run_id,
                 tags={RUN_TAG: self._state.run_key, STEP_TAG: str(step), STATE_TAG: ON_DISK},
                 params={"step": str(step), "path": str(path)}, model_type=MODEL_TYPE,
             )  # fmt: skip
