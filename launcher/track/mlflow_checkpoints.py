@@ -63,11 +63,12 @@ class CheckpointModels:
         model_id = self._models(client, experiment_id, step).get(str(step))
         if model_id is None:
             path = folder_of_step(self._run_dir / CHECKPOINTS, step)
-            name = f"{run_name}-step-{step}"
-            for forbidden in "/:.%\"'[]":  # in the names of models
-                name = name.replace(forbidden, " " if forbidden in "[]" else "-")
+            # What the names of models may not hold.
+            allowed = "".join(
+                " " if letter in "[]" else "-" if letter in "/:.%\"'" else letter for letter in run_name
+            )
             model = client.create_logged_model(
-                experiment_id, " ".join(name.split()), self._state.run_id,
+                experiment_id, f"{' '.join(allowed.split())[:200]}-step-{step}", self._state.run_id,
                 tags={RUN_TAG: self._state.run_key, STEP_TAG: str(step), STATE_TAG: ON_DISK},
                 params={"step": str(step), "path": str(path)}, model_type=MODEL_TYPE,
             )  # fmt: skip
