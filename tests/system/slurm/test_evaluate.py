@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.slurm_cluster import Cluster, wait_for
 from helpers.slurm_runs import submit, write_run
 
 _SECONDS = 240.0
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
 def test_checkpoints_are_evaluated_beside_the_training(
     cluster: Cluster, command: Callable[..., Any], corpus: Path, tmp_path: Path
 ) -> None:
