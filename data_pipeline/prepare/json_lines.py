@@ -34,7 +34,9 @@ def read_records(
             skipped(number, NOT_JSON, "not JSON (nested too deep)")
             continue
         except json.JSONDecodeError as error:
-            skipped(number, NOT_JSON, f"not JSON ({error.msg} at character {error.colno})")
+            several = "; a value over several lines: `jq -c .[]` or `jq -c .` writes each on one"
+            begins = several if line.strip() in (b"[", b"{") else ""
+            skipped(number, NOT_JSON, f"not JSON ({error.msg} at character {error.colno}){begins}")
             continue
         except ValueError as error:  # a number of too many digits
             skipped(number, NOT_JSON, f"not JSON ({str(error).split(';')[0]})")

@@ -135,6 +135,8 @@ def resolve_files(source: SourceConfig) -> list[SourceFile]:
 
 def why_no_file(pattern: str, *, folders: bool) -> str:
     """Say why a pattern names no file, and what to do; `folders`: it matches folders alone."""
+    if not pattern.strip():
+        return "is empty; name a file, or take it away"
     if folders:
         return f"is a folder; name its files, such as '{pattern.rstrip('/')}/*.txt'"
     if Path(pattern).name in (ENGLISH_NAME, CHINESE_NAME):

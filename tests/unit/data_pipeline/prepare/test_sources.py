@@ -309,6 +309,18 @@ def test_nothing_but_malformed_lines_names_the_field(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl")
 
 
+def test_json_over_several_lines_has_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}], indent=1))
+    (tmp_path / "a.json").rename(tmp_path / "a.jsonl")
+    with pytest.raises(UsageError, match=r"over several lines: `jq -c \.\[\]` or `jq -c \.` writes each on one"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"paths: '' is empty; name a file, or take it away"):
+        files_of("")
+
+
 def test_source_without_documents_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(UsageError, match=r"a\.txt holds no document \(1 empty"):
