@@ -29,31 +29,37 @@ TimeLimit = Annotated[str | None, typer.Option("--time", help="time limit, as sl
 Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="number of nodes, as slurm.nodes")]
 
 
+Evaluate = Annotated[
+    bool,
+    typer.Option("--evaluate", help="add a job of one node that evaluates each checkpoint beside the training"),
+]
+EvaluateOptions = Annotated[
+    str | None, typer.Option(help="of its `biroute evaluate`, such as '--tasks loss,recall --limit 8'")
+]
+EvaluateTime = Annotated[
+    str | None, typer.Option(help="its time limit; left out: the training's. It is queued again at the limit")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="check everything and say what would be submitted; write nothing")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="with --dry-run: print all files that would be written")
+]
+Test = Annotated[bool, typer.Option("--test", help="ask Slurm whether and when it could run the job; submit nothing")]
+
+
 def submit(
     config: ConfigPath,
     overrides: Overrides = None,
     partition: Partition = None,
     time_limit: TimeLimit = None,
     nodes: Nodes = None,
-    evaluate: Annotated[
-        bool,
-        typer.Option("--evaluate", help="add a job of one node that evaluates each checkpoint beside the training"),
-    ] = False,
-    evaluate_options: Annotated[
-        str | None, typer.Option(help="of its `biroute evaluate`, such as '--tasks loss,recall --limit 8'")
-    ] = None,
-    evaluate_time: Annotated[
-        str | None, typer.Option(help="its time limit; left out: the training's. It is queued again at the limit")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything and say what would be submitted; write nothing")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="with --dry-run: print all files that would be written")
-    ] = False,
-    test: Annotated[
-        bool, typer.Option("--test", help="ask Slurm whether and when it could run the job; submit nothing")
-    ] = False,
+    evaluate: Evaluate = False,
+    evaluate_options: EvaluateOptions = None,
+    evaluate_time: EvaluateTime = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    test: Test = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a run to Slurm; it resumes automatically until its last step.

@@ -22,59 +22,75 @@ if TYPE_CHECKING:
 evaluate_app = typer.Typer(no_args_is_help=True)
 
 
+Text = Annotated[
+    list[str] | None,
+    typer.Option(help="text file, or pattern such as 'a/*.txt', instead of the held-out split; repeatable"),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="what to measure, with commas between: loss, needle, recall, tracking, cloze, choice, or all of "
+        "these; lm_eval:NAME for a task of lm-eval"
+    ),
+]
+EveryCheckpoint = Annotated[
+    bool, typer.Option("--every-checkpoint", help="each valid checkpoint that has no result yet")
+]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="with --every-checkpoint: wait for new ones until the run ends")
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        help="sequences or documents to score, questions of each group of a task; left out: as many "
+        "sequences as training, all documents, 50 questions"
+    ),
+]
+Window = Annotated[int | None, typer.Option(help="tokens of the local window (W); left out: two regions")]
+WindowTokens = Annotated[
+    int, typer.Option(help="tokens of each sequence that are scored with the last W tokens alone as well")
+]
+Stride = Annotated[
+    int | None, typer.Option(help="of windows over documents longer than the model; left out: half its length")
+]
+Seed = Annotated[int, typer.Option(help="of the tasks: the same seed and text, the same questions")]
+Name = Annotated[str | None, typer.Option(help="of the results; left out: heldout, or the text's name")]
+Include = Annotated[
+    Path | None, typer.Option("--lm-eval-include", help="folder with YAML files of your own tasks for lm-eval")
+]
+Fewshot = Annotated[
+    int | None, typer.Option(help="examples before each question of lm-eval's tasks; left out: as each task says")
+]
+Ranks = Annotated[
+    int, typer.Option(min=1, help="processes on this machine that share the work; under srun: those it started")
+]
+Check = Annotated[bool, typer.Option("--check", help="only say what each task needs and whether it can run")]
+Out = Annotated[Path | None, typer.Option(help="folder for a Markdown report and the numbers as JSON")]
+NoTracking = Annotated[
+    bool, typer.Option("--no-tracking", help="write nothing to the run folder, send nothing to MLflow")
+]
+
+
 @evaluate_app.command("evaluate")
 def evaluate_run(
     run: RunOrConfig,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="text file, or pattern such as 'a/*.txt', instead of the held-out split; repeatable"),
-    ] = None,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="what to measure, with commas between: loss, needle, recall, tracking, cloze, choice, or all of "
-            "these; lm_eval:NAME for a task of lm-eval"
-        ),
-    ] = "loss",
+    text: Text = None,
+    tasks: Tasks = "loss",
     checkpoint: Checkpoint = None,
-    every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="each valid checkpoint that has no result yet")
-    ] = False,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="with --every-checkpoint: wait for new ones until the run ends")
-    ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="sequences or documents to score, questions of each group of a task; left out: as many "
-            "sequences as training, all documents, 50 questions"
-        ),
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="tokens of the local window (W); left out: two regions")] = None,
-    window_tokens: Annotated[
-        int, typer.Option(help="tokens of each sequence that are scored with the last W tokens alone as well")
-    ] = 64,
-    stride: Annotated[
-        int | None, typer.Option(help="of windows over documents longer than the model; left out: half its length")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="of the tasks: the same seed and text, the same questions")] = 0,
-    name: Annotated[str | None, typer.Option(help="of the results; left out: heldout, or the text's name")] = None,
-    include: Annotated[
-        Path | None, typer.Option("--lm-eval-include", help="folder with YAML files of your own tasks for lm-eval")
-    ] = None,
-    fewshot: Annotated[
-        int | None, typer.Option(help="examples before each question of lm-eval's tasks; left out: as each task says")
-    ] = None,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="processes on this machine that share the work; under srun: those it started")
-    ] = 1,
-    check: Annotated[
-        bool, typer.Option("--check", help="only say what each task needs and whether it can run")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="folder for a Markdown report and the numbers as JSON")] = None,
-    no_tracking: Annotated[
-        bool, typer.Option("--no-tracking", help="write nothing to the run folder, send nothing to MLflow")
-    ] = False,
+    every_checkpoint: EveryCheckpoint = False,
+    follow: Follow = False,
+    limit: Limit = None,
+    window: Window = None,
+    window_tokens: WindowTokens = 64,
+    stride: Stride = None,
+    seed: Seed = 0,
+    name: Name = None,
+    include: Include = None,
+    fewshot: Fewshot = None,
+    ranks: Ranks = 1,
+    check: Check = False,
+    out: Out = None,
+    no_tracking: NoTracking = False,
     device: Device = "auto",
     precision: Precision = "fp32",
     tokenizer: TokenizerFile = None,
