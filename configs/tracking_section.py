@@ -11,7 +11,7 @@ from biroute.configs.section import Section
 
 # What BiRoute sets, and the fields that are tags; see launcher/track/mlflow_run.py.
 _RESERVED_TAGS = (
-    r"(biroute|mlflow|attempt|version|git|config|parallel|train|data|slurm|plan)\..*"
+    r"(biroute|mlflow|attempt|version|git|config|parallel|train|data|slurm)\..*"
     r"|attempt|layout|world_size|host|nonfinite|group|copied_from"
 )
 

@@ -82,7 +82,6 @@ def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
         ("model.attention={topk: 4}", ["model.attention is a section; set its fields"]),
         ("tracking.tags={biroute.sent_bytes: '7'}", ["tag 'biroute.sent_bytes' is one that BiRoute or MLflow sets"]),
         ("tracking.tags={layout: mine}", ["tag 'layout' is one that BiRoute or MLflow sets; choose another name"]),
-        ("tracking.tags={plan.device: mine}", ["tag 'plan.device' is one that BiRoute or MLflow sets"]),
         ("tracking.parent=no such run", ["not the id of an MLflow run, which has 32 hexadecimal digits"]),
         ("tracking.experiment=", ["tracking.experiment is empty; give a value"]),
         ("optim.learning_rate=fast", ["optim.learning_rate='fast': not a number"]),

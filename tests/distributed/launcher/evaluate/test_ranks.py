@@ -30,13 +30,14 @@ def measured_job() -> Any:
     trained: Any = SimpleNamespace(model=model, tokenizer=ByteTokenizer(), config=config)
     rows = [np.array(random_tokens(length, length)) for length in (49, 7, 30, 2, 25, 48, 11)]
     tokens = [random_tokens(n % 3 + 1, n) for n in range(len(rows))]
-    passes, hidden_states = [0], model.layers.hidden_states
+    passes = [0]
+    for layers in (model.layers, model._plain_layers):  # those of losses, and those of the cached decode
 
-    def counted(inputs: Any) -> Any:
-        passes[0] += 1
-        return hidden_states(inputs)
+        def counted(inputs: Any, hidden_states: Any = layers.hidden_states) -> Any:
+            passes[0] += 1
+            return hidden_states(inputs)
 
-    model.layers.hidden_states = counted  # type: ignore[method-assign]
+        layers.hidden_states = counted  # type: ignore[method-assign]
 
     def ask(kind: Any, *arguments: Any) -> list[Any]:
         return [
