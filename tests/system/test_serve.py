@@ -61,7 +61,8 @@ def test_it_serves_until_a_signal_and_running_texts_end_with_what_they_have(
         assert process.stderr is not None
         assert process.stderr.read() == "stopping: running texts end with what they have\nstopped\n"
     assert answer.startswith(b"HTTP/1.1 200") and answer.rstrip().endswith(b"0")
-    assert b'"finish_reason": "abort"' in answer or b'"finish_reason": "length"' in answer
+    # The signal may come behind the last token, however many of them there were.
+    assert any(b'"finish_reason": "%s"' % reason in answer for reason in (b"abort", b"length", b"stop"))
     assert b"data: [DONE]" in answer
 
 
