@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,22 @@ def findings(answer: Mapping[str, Any]) -> list[str]:
     }
     last = max(seconds)
     first = min((length for length in seconds if length >= 4096), default=min(seconds))
-    slower = [f"{length:,}" for length, of in seconds.items() if of[ROUTED] > of[LLAMA]]
+    llama = {row["length"]: row["variants"][LLAMA]["generate_token_seconds"] for row in answer["rows"]}
     return [
         f"From {first:,} to {last:,} tokens a routed token takes "
         f"{seconds[last][ROUTED] / seconds[first][ROUTED]:.2f} times as long, an exact one "
         f"{seconds[last][EXACT] / seconds[first][EXACT]:.2f} times.",
         f"At {last:,} tokens the fast one is {seconds[last][DENSE] / seconds[last][ROUTED]:.1f} times as fast as our "
         f"dense decode and {seconds[last][LLAMA] / seconds[last][ROUTED]:.1f} times as fast as {LLAMA}.",
-        f"The fast one is slower than {LLAMA} at {', '.join(slower)} tokens."
-        if slower
-        else f"The fast one is slower than {LLAMA} nowhere.",
+        f"The fast one is slower than a forward pass of {LLAMA} "
+        f"{_where(length for length, of in seconds.items() if of[ROUTED] > of[LLAMA])}, and than its `generate` "
+        f"{_where(length for length, of in seconds.items() if of[ROUTED] > llama[length])}.",
     ]
+
+
+def _where(lengths: Iterable[int]) -> str:
+    found = ", ".join(f"{length:,}" for length in lengths)
+    return f"at {found} tokens" if found else "nowhere"
 
 
 def _times(answer: Mapping[str, Any]) -> list[list[str]]:
