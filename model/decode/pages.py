@@ -176,10 +176,8 @@ class Candidates:
         assert self._pending is not None
         _, groups, _, size = self._pending.shape
         count = self.rule.descriptors_per_region
-        if self._fused():
-            like = self._pending.new_empty((groups, 0, count * size), dtype=torch.float32)
-        else:
-            like = self._pending.new_empty((count * groups, 0, size), dtype=torch.float32)
+        shape = (groups, 0, count * size) if self._fused() else (count * groups, 0, size)
+        like = self._pending.new_empty(shape, dtype=torch.float32)
         self._found = grown(self._found, like, regions, 1, self._most)
 
     def _descriptors(self) -> Tensor:
