@@ -40,7 +40,7 @@ versions: types ## lint, types and parity tests with the oldest and the newest a
 	done
 
 # The main job: real text -> shards -> a trained model that MLflow shows. Each part skips what is done.
-train: $(INSTALLED) data/demo/text/.complete ## the main job: real text, shards, a trained model that MLflow shows (about ten minutes)
+train: $(INSTALLED) data/demo/text/.complete ## the main job: real text, shards, a trained model that MLflow shows (seven to fifteen minutes)
 	$(BIN)/biroute data build configs/demo.yaml
 	$(BIN)/biroute train configs/demo.yaml
 	@echo "to compare with:"
@@ -72,7 +72,7 @@ check: $(INSTALLED) types ## lint, types, import contract, fast tests: before ea
 # On a machine with a GPU: the tests of the kernels, compiled for it, and what the machine can do.
 gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, and what it can do
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse && \
+	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse tests/unit/model/test_swiglu.py && \
 	    $(BIN)/biroute doctor --gpu; \
 	else echo "make gpu-check: torch sees no GPU here, so nothing was checked"; fi
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,18 @@ def new_file(path: Path, *, private: bool = False) -> BinaryIO:
     path.unlink(missing_ok=True)
     mode = _OWNER_ONLY if private else _ANYONE
     return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "w+b")
+
+
+def try_writing(folder: Path) -> None:
+    """Write a file into a folder, and leave nothing there.
+
+    `os.access` would not do: it allows root everything, also where nobody can write, such as in /proc and /sys.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def create_once(path: Path, content: bytes, *, private: bool = False) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
+from biroute.configs.given_file import read_given
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.configs.section import section_of
@@ -155,8 +156,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         hint = f"; BiRoute includes one of that name: {shipped}" if shipped.is_file() else ""
         raise UsageError(f"{path}: no such configuration file{hint}")
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = parse_yaml(read_given(path))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UsageError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if tree is None:
         return {}
@@ -187,7 +188,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str, keys: Sequence[str], override: str) -> Any:
-    """Read the value of an override: YAML, but a text or path is what was written, such as 2024, 010 or a #b."""
+    """Read the value of an override: YAML, but a text or path is what was written, such as 2024, a #b or ` a`."""
     try:
         value = text if _has_comment(text) else parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -195,6 +196,8 @@ def _override_value(text: str, keys: Sequence[str], override: str) -> Any:
             return text
         shown = text if len(text) < 80 else f"{text[:60]}..."
         raise UsageError(f"override {override[:80]!r}: {shown!r} is not a YAML value; quote it") from None
+    if _is_text(keys) and isinstance(value, str):
+        return text if _is_plain(text) else value
     return text if _is_text(keys) and isinstance(value, int | float | datetime.date) else value
 
 
@@ -217,6 +220,12 @@ def _kind_of(keys: Sequence[str]) -> Any:
             return None
         model = section_of(model.model_fields[key].annotation)
     return model
+
+
+def _is_plain(text: str) -> bool:
+    """Is this a text without quotes, of which YAML would cut off the blanks at either end?"""
+    node = yaml.compose(text, _Loader)
+    return isinstance(node, yaml.ScalarNode) and node.style is None
 
 
 def _has_comment(text: str) -> bool:
@@ -252,7 +261,11 @@ def _what_is_wanted(kind: str, value: Any) -> str:
         return "is empty; give a value, or leave the line out for the default"
     if kind in ("string_type", "path_type"):
         scalar = isinstance(value, int | float | datetime.date)
-        return f"not a text; put it in quotes: '{value}'" if scalar else "not a text but a list or section"
+        return (
+            f"not a text; put it in quotes: '{value}'"
+            if scalar
+            else "not a text but a list or section; put it in quotes"
+        )
     if kind in ("int_parsing", "int_type", "int_from_float"):
         try:
             whole = float(value)

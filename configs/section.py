@@ -7,9 +7,9 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.fields import FieldInfo
 
 # identity: another value makes it another run, so a resume refuses it unless train.accept_changes names the field.
@@ -18,6 +18,7 @@ OnResume = Literal["identity", "recipe", "free"]
 # For `json_schema_extra` of fields that are not of their section's kind.
 IDENTITY: dict[str, JsonValue] = {"on_resume": "identity"}
 RECIPE: dict[str, JsonValue] = {"on_resume": "recipe"}
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -48,6 +49,9 @@ def _as_meant(name: str, value: Any, wanted: str) -> Any:
         raise ValueError(f"{name}={str(value).lower()} is neither a number nor a text; give the value itself")
     if not isinstance(value, str):
         return value
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        # Linux ends names at a NUL, and Python cannot write half a character, long after this could be told.
+        raise ValueError(f"{name}={value!r} has a NUL or bytes that are not UTF-8; write it without them")
     if re.search(r"\b(int|float)\b", wanted):
         return _number(name, value)
     return _path(name, value) if "Path" in wanted else value

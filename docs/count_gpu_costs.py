@@ -30,10 +30,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers.emulated_device import FREE  # noqa: E402
 
-from biroute.launcher.generate.trained import open_trained  # noqa: E402
-from biroute.model.attention.block_sparse import attention, backward, cost, forward, router  # noqa: E402
+from biroute.launcher.generate.trained import ModelChoice, open_trained  # noqa: E402
+from biroute.model.attention.block_sparse import attention, backward, cost, descriptors, forward, plan_kernels, router  # noqa: E402
+from biroute.model.attention.block_sparse.descriptors import mean_descriptors  # noqa: E402
+from biroute.model.attention.block_sparse.plan_reference import reference_plan  # noqa: E402
 from biroute.model.attention.grid import RegionGrid  # noqa: E402
-from biroute.model.attention.routing import key_descriptors, query_descriptors, route_regions  # noqa: E402
+from biroute.model.attention.routing import LARGEST_DESCRIPTOR, route_regions  # noqa: E402
 from biroute.model.attention.rule import RouteRule  # noqa: E402
 
 HEADS, GROUPS, HEAD_SIZE, REGION, TOPK = 32, 8, 128, 64, 32
@@ -86,26 +88,29 @@ class _NotRun:
 
 
 @contextmanager
-def no_kernels() -> Iterator[None]:
-    """Inside, kernels are launched without effect."""
-    places = [
-        (forward, "region_forward"), (forward, "query_forward"), (backward, "output_delta"),
-        (backward, "region_backward"), (backward, "query_backward"), (backward, "add_extra_units"),
-        (router, "route_blocks"),
-    ]  # fmt: skip
+def in_place_of(places: list[tuple[Any, str]], other: Callable[[], Any]) -> Iterator[None]:
+    """Inside, names of modules mean something else."""
     kept = [getattr(module, name) for module, name in places]
     try:
         for module, name in places:
-            setattr(module, name, _NotRun())
+            setattr(module, name, other())
         yield
     finally:
-        for (module, name), kernel in zip(places, kept, strict=True):
-            setattr(module, name, kernel)
+        for (module, name), one in zip(places, kept, strict=True):
+            setattr(module, name, one)
+
+
+KERNELS = [
+    (forward, "region_forward"), (forward, "query_forward"), (backward, "output_delta"),
+    (backward, "region_backward"), (backward, "query_backward"), (backward, "finish_head"),
+    (backward, "join_units"), (router, "route_blocks"), (descriptors, "mean_rows"), (plan_kernels, "plan_groups"),
+    (plan_kernels, "place_regions"), (plan_kernels, "sort_pairs"),
+]  # fmt: skip
 
 
 def trained_routes(run: Path, text: Path) -> dict[int, Tensor]:
     """Routes int32 [1, G, N, K] of the longest sequence by tokens of a query block."""
-    trained = open_trained(run, device="cpu")
+    trained = open_trained(ModelChoice(run=run, device="cpu"))
     tokens = trained.tokenizer.encode(text.read_text(encoding="utf-8"))
     if len(tokens) < LENGTHS[-1]:
         raise SystemExit(f"{text}: {len(tokens)} tokens; a text of {LENGTHS[-1]} is needed")
@@ -147,17 +152,30 @@ def count(route: Tensor, block: int) -> dict[str, Any]:
     grid = RegionGrid(REGION, block, True, HEAD_SIZE**-0.5, path="block_sparse")
     q, k = (torch.empty(1, n, tokens, HEAD_SIZE, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS))
     call = attention.Call.of(q, k, k, route, grid)
-    kernels = {"forward": cost.forward_cost(call), "backward": cost.backward_cost(call)}
+    # The kernels of the plan would take long in the interpreter.
+    with in_place_of([(attention, "make_plan")], lambda: reference_plan):
+        kernels = {"forward": cost.forward_cost(call), "backward": cost.backward_cost(call)}
+        turned = call.turned()
+        launches = list(turned.backward_launches())
+    plan = launches[0].plan
+    of_tiles = sum((cost.tiles_of_regions(turned, launch) for launch in launches), cost.Cost())
     needed = cost.needed_flops(call)
-    tiles = call.plan.counts.numel()
-    shared, scattered, pairs = (int(x.sum()) for x in (call.plan.counts, call.plan.scattered, route >= 0))
-    del call
+    tiles = plan.counts.numel()
+    shared, scattered, pairs = (int(x.sum()) for x in (plan.counts, plan.scattered, route >= 0))
+    del call, plan, turned
     return {
         "tokens": tokens,
         "block": block,
         "tiles": tiles,
         "shared_regions_of_a_tile": shared / tiles,
         "scattered_pairs": scattered / pairs,
+        "partial_dq_bytes": scattered * block * HEADS // GROUPS * HEAD_SIZE * q.element_size(),
+        # Of region_backward: what it does for tiles, and the queries and upstream gradients of a head in one launch.
+        "tiles_of_regions": {
+            "flops": of_tiles.flops,
+            "read": of_tiles.read,
+            "rows_at_once": 2 * launches[0].blocks * block * (HEADS // GROUPS) * HEAD_SIZE * q.element_size(),
+        },
         "needed_flops": {"forward": needed[0], "backward": needed[1]},
         "kernels": {side: {name: vars(one) for name, one in costs.items()} for side, costs in kernels.items()},
         "torch": torch_operations(q, k, route, grid),
@@ -170,7 +188,7 @@ def torch_operations(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> d
     found: dict[str, Any] = {}
     meter = Meter()
     v, dout = torch.empty_like(k), torch.empty_like(q)
-    with no_kernels(), meter:
+    with in_place_of(KERNELS, _NotRun), meter:
         kept = route.clone()  # int32, what autograd keeps
         for x in (q, k, v):
             meter.hold(x)
@@ -188,16 +206,18 @@ def torch_operations(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> d
     return found
 
 
-def count_router(q: Tensor, k: Tensor, route: Tensor, block: int, descriptors: int) -> dict[str, Any]:
+def count_router(q: Tensor, k: Tensor, route: Tensor, block: int, per_region: int) -> dict[str, Any]:
     """The router with the descriptors that it compares, in bf16."""
-    rule = RouteRule(REGION, block, TOPK, True, descriptors_per_region=descriptors)
+    rule = RouteRule(REGION, block, TOPK, True, descriptors_per_region=per_region)
     meter = Meter()
-    with no_kernels(), meter:
-        keys = key_descriptors(k, REGION, descriptors)
-        queries = query_descriptors(q, GROUPS, block, causal=True)
+    with in_place_of(KERNELS, _NotRun), meter:
+        size = REGION // per_region
+        keys = mean_descriptors(k, GROUPS, size, size, largest=LARGEST_DESCRIPTOR)
+        queries = mean_descriptors(q, GROUPS, 1, block, largest=LARGEST_DESCRIPTOR, dtype=torch.bfloat16)
         router.fused_route(queries, keys, rule, dtype=torch.bfloat16)
     kernel = cost.router_cost(route, rule, head_size=HEAD_SIZE, element_size=2, num_regions=q.shape[2] // REGION)
-    return {"launches": meter.launches, "moved": meter.moved, "route_blocks": vars(kernel)}
+    means = cost.descriptors_cost(k, GROUPS, size, size, 4) + cost.descriptors_cost(q, GROUPS, 1, block, 2)
+    return {"launches": meter.launches, "moved": meter.moved, "route_blocks": vars(kernel), "mean_rows": vars(means)}
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ COSTS = PAGE.with_suffix(".json")
 
 HEADS, GROUPS, HEAD_SIZE, REGION, ELEMENT = 32, 8, 128, 64, 2
 LAUNCH_SECONDS = 5e-6
+SECOND_CACHE = 50e6  # bytes, of an H100 and an H200
+PLAN = {"plan_groups", "place_regions", "sort_pairs"}
 
 # Dense attention (PyTorch's), bf16, H 32, G 8, D 128, causal, on one NVIDIA H200, 2026-11-26, in ms: forward, and
 # forward and backward together.
@@ -27,7 +29,9 @@ MEASURED = {
     "stream": (69e9, 22.0, "region by region, forward: {:.1f} TB/s of memory"),
     "back": (103e9, 44.0, "the same, backward: {:.1f} TB/s"),
     "merge": (35e9, 21.4, "joining the partial results of each query: {:.1f} TB/s"),
-    "held": (1.43e9, 10.0, "selecting: {:.2f} * 10^12 affinities held on chip per second"),
+    # 1.43e9 affinities with padding; that kernel stopped once the count fitted, after 14 rounds with white noise:
+    # with its other sums and scans 18.4 for each affinity.
+    "scanned": (26.4e9, 10.0, "selecting: {:.1f} * 10^12 affinities that its sums and scans go through, per second"),
 }
 
 
@@ -40,7 +44,7 @@ class Rates:
     stream: float  # bytes of memory: kernels that stream
     back: float  # the same, with the gradients of keys and values held in registers
     merge: float  # the same, many short pieces
-    held: float  # affinities selected from
+    scanned: float  # affinities that sums and scans of the selection go through
 
     @staticmethod
     def expected(profile: HardwareProfile) -> Rates:
@@ -57,31 +61,37 @@ def layer_seconds(row: dict[str, Any], rates: Rates, descriptors: str = "8") -> 
     """Expected seconds of the parts of a layer: router, forward, backward."""
     kernels, torch = row["kernels"], row["torch"]
     partials = kernels["forward"].get("region_forward", {}).get("written", 0)
-    partial_dq = partials * HEAD_SIZE * ELEMENT / (HEAD_SIZE * ELEMENT + 4)
 
-    def launched(side: str) -> float:
+    def around(side: str) -> float:
+        """Launches, torch's operations, and the plan: short pieces all over memory."""
         number = sum(kernel["launches"] for kernel in kernels[side].values()) + torch[side]["launches"]
-        return number * LAUNCH_SECONDS + torch[side]["moved"] / rates.stream
+        plan = sum(kernels[side][name]["read"] + kernels[side][name]["written"] for name in PLAN & set(kernels[side]))
+        return number * LAUNCH_SECONDS + torch[side]["moved"] / rates.stream + plan / rates.merge
 
     def tiles(kernel: dict[str, int], merged: float) -> float:
         shared = max(kernel["flops"] / rates.products, (kernel["read"] - merged) / rates.cache)
         return shared + merged / rates.merge + kernel["written"] / rates.stream
 
-    forward = launched("forward") + tiles(kernels["forward"]["query_forward"], partials)
+    forward = around("forward") + tiles(kernels["forward"]["query_forward"], partials)
     if partials:
         region = kernels["forward"]["region_forward"]
         forward += max(region["flops"] / rates.products, (region["read"] + region["written"]) / rates.stream)
-    backward = launched("backward") + tiles(kernels["backward"]["query_backward"], partial_dq)
-    region = kernels["backward"]["region_backward"]
-    backward += max(region["flops"] / rates.products, (region["read"] + region["written"]) / rates.back)
-    for name in ("output_delta", "add_extra_units"):
+    backward = around("backward") + tiles(kernels["backward"]["query_backward"], row["partial_dq_bytes"])
+    region, of_tiles = kernels["backward"]["region_backward"], row["tiles_of_regions"]
+    # Regions stream the same tiles: from the cache if all rows of a launch and head take half of it at most.
+    rows = rates.cache if 2 * of_tiles["rows_at_once"] <= SECOND_CACHE else rates.stream
+    backward += max(of_tiles["flops"] / rates.products, of_tiles["read"] / rows)
+    moved = region["read"] + region["written"] - of_tiles["read"]
+    backward += max((region["flops"] - of_tiles["flops"]) / rates.products, moved / rates.back)
+    for name in ("output_delta", "finish_head", "join_units"):
         kernel = kernels["backward"].get(name, {"read": 0, "written": 0})
         backward += (kernel["read"] + kernel["written"]) / rates.stream
     router = row["router"][descriptors]
-    chosen = router["route_blocks"]
-    routing = router["moved"] / rates.stream + (router["launches"] + chosen["launches"]) * LAUNCH_SECONDS
+    chosen, means = router["route_blocks"], router["mean_rows"]
+    routing = (router["moved"] + means["read"] + means["written"]) / rates.stream
+    routing += (router["launches"] + chosen["launches"] + means["launches"]) * LAUNCH_SECONDS
     routing += max(chosen["flops"] / rates.products, (chosen["read"] + chosen["written"]) / rates.cache)
-    routing += chosen["held"] / rates.held
+    routing += chosen["scanned"] / rates.scanned
     return {"router": routing, "forward": forward, "backward": backward}
 
 
@@ -92,7 +102,7 @@ def least_seconds(row: dict[str, Any], profile: HardwareProfile) -> dict[str, fl
     rows = tokens * HEADS * HEAD_SIZE * ELEMENT
     keys = 2 * tokens * GROUPS * HEAD_SIZE * ELEMENT
     partials = row["kernels"]["forward"].get("region_forward", {}).get("written", 0)
-    moved = {"forward": 2 * rows + keys + 2 * partials, "backward": 4 * rows + 2 * keys + 2 * partials}
+    moved = {"forward": 2 * rows + keys + 2 * partials, "backward": 4 * rows + 2 * keys + 2 * row["partial_dq_bytes"]}
     found = {}
     for side in ("forward", "backward"):
         flops = sum(kernel["flops"] for kernel in row["kernels"][side].values())
@@ -181,7 +191,7 @@ def _time_row(row: dict[str, Any]) -> list[str]:
 
 def _count_rows(row: dict[str, Any]) -> list[list[str]]:
     found = []
-    router = {"router": {"route_blocks": row["router"]["8"]["route_blocks"]}, **row["kernels"]}
+    router = {"router": {name: row["router"]["8"][name] for name in ("route_blocks", "mean_rows")}, **row["kernels"]}
     extra = {"router": row["router"]["8"], **{side: row["torch"][side] for side in ("forward", "backward")}}
     for side, kernels in router.items():
         flops, read, written, launches = (
@@ -239,12 +249,24 @@ launches and tiles are *counted*: from a route follows everything that the kerne
 TIMES = """## Expected time of a layer, in ms
 
 Each kernel takes as long as its products, its reads from the cache or its bytes of memory, whichever is slowest;
-kernels and torch's operations follow one another, and each launch adds 5 us. The rates are those that *earlier
+kernels and torch's operations follow one another, and each launch adds 5 us. The kernels of the plan move their bytes
+at the lowest rate, that of joining; their own instructions, and the latency of integer operations in the cache that
+set the bits of words, are not counted. No kernel like them was ever timed. The rates are those that *earlier
 versions of the kernels* and dense attention reached on that H200, at 131,072 tokens. Times were measured; bytes and
 affinities were computed from sizes, and backward's time is the measured one less that of joining. The threshold of
-sharing and the router's tiles were chosen with these rates, too, so the page cannot confirm them:
+sharing and the router's tiles were chosen with these rates, too, so the page cannot confirm them. Tiles of 128 rows
+are counted at dense attention's rate of products. The kernel that selected stopped when its count fitted, after 14
+rounds of 32 with white noise (simulated); today's does all rounds, in two stages:
 """
 AFTER_RATES = """\
+`region_backward` streams tiles that share a region, whose rows lie together, and gathers those of scattered pairs.
+The tiles take as long as their products, at the rate of dense attention, or their rows: from the cache where all
+queries and upstream gradients that a launch sees of one head take half of the second cache (25 of 50 MB) at most,
+since the programs at work then stream the same tiles again and again; elsewhere at the rate of streaming memory, as
+if no row were ever found in the cache. So 8,192 tokens, and 32,768 with a route per token, are counted with the
+cache. All else that this kernel moves, gathered rows, partial results and gradients of keys and values, goes at the
+measured rate of gathering, backward. One part follows the other.
+
 For an H100, rates of memory are lower in proportion to its bandwidth (3.35 of 4.8 TB/s), the others equal. *At
 least*: data-sheet rates of the H200, each input read once, no launch: what no tuning of these kernels can beat,
 forward / forward + backward.
@@ -253,28 +275,31 @@ COUNTS = """## Counted
 
 *Padding*: operations that the route does not ask for: masked and empty places of products, shared regions that not
 all of a tile chose; backward, two of seven products, as each of its kernels computes the scores for itself.
-*torch*: bytes of torch's own operations, which make the plan, descriptors and delta. Launches: of kernels + of
-torch's operations; they grow with S only through pieces of 384 MiB of partial results and of 2^23 pairs.
+*torch*: bytes of torch's own operations: zeros, and other types. Launches: of kernels (those of the plan and of the
+descriptors are among them) + of torch's operations; they grow with S only through pieces of 768 MiB of partial
+results.
 """
 TILES = """\
-A tile is 64 query rows (a block of 64 tokens: 256). *Shared*: regions that a tile attends as one product;
+A tile is 128 query rows (a block of 64 tokens: 256). *Shared*: regions that a tile attends as one product;
 *scattered*: pairs of a query block and a region that are attended region by region. Peak: both directions, with
 inputs and gradients, in GiB; dense: the same tensors of dense attention without any buffer of its kernels.
 """
 MISSED = """## What is not met, and what limits it
 
-- *A route per token*. At 131,072 tokens on the H200, in ms: gathering queries and upstream gradients of each region's
-  visitors, backward, 39; keys and values of shared regions from the cache, 15 in each direction (a tile of 64 query
-  rows is small: in forward this takes half as long again as its products); partial results written and read again, 13
-  forward and as many backward; selecting the k best regions 10, reading descriptors 10; torch's sorts and sums that
-  make the plan 5 in each direction, as forward's plan is not kept for backward.
-- *Short sequences*. At 8,192 tokens 32 regions are a quarter of the sequence, and tiles of 16 tokens visit most
-  regions anyway; the kernels then do dense attention's work at a lower rate. `path="auto"` calls dense attention
-  only where *every* region is routed, as another result would be wrong. Where sequences are that short, a route
-  per region (`query_block_size` equal to `region_size`) or dense layers are faster.
-- *Backward of a route per region at 32,768*: counted with the rate at which single tokens were gathered; blocks of
-  64 tokens lie together, so this is a careful figure.
-- *Peak memory* of short sequences: scratch of at least 64 MiB counts there (1.41 at 8,192 tokens). Compared with
+- *A route per token* of 131,072 tokens meets the target of both directions by 2%, less than such a page can tell. On
+  the H200, in ms: gathering queries and upstream gradients of scattered pairs, and writing their part of dq, 18;
+  streaming the tiles that share a region 16 (12 if they came from the cache); products of the shared regions of a
+  tile 11 forward and 9 backward; partial results written and read again, 8 forward, and read backward 9; selecting
+  the k best regions 6, reading descriptors 6; the gradients of keys and values, which are read and written again for
+  each segment of a sequence, 3; the plan 1 in each direction, as forward's plan is not kept for backward.
+- *Short sequences*. At 8,192 tokens 32 regions are a quarter of the sequence, and tiles of 32 tokens visit most
+  regions anyway; backward does seven products where dense attention does five. 0.05 ms are missing, in ms: products
+  of shared regions 0.8 forward and 1.6 backward; gathering, and gradients read and written again, 0.5; launches of
+  backward 0.3; the router 0.2; partial results read 0.2. `path="auto"` calls dense attention only where *every*
+  region is routed, as another result would be wrong; `docs/gpu.md` says why dense attention under a mask does not
+  help. Where sequences are that short, a route per region (`query_block_size` equal to `region_size`) or dense
+  layers are faster.
+- *Peak memory* of short sequences: scratch of at least 96 MiB counts there (1.45 at 8,192 tokens). Compared with
   dense attention's tensors alone; the backward of FlashAttention-2 needs more (fp32 gradients of queries; those of
   keys and values for each query head), and whether PyTorch calls it depends on the backend that it chooses.
 - Not counted: region ranks (their parts use the same kernels), whole training steps, and anything about time that

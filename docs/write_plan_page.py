@@ -55,16 +55,16 @@ MEASURED_WHY = """### What is off, and why
 
 What is called a cause here is not proven, where it says so.
 
-- *The machine varies.* It is a virtual one, and other work ran on it. The rates were measured once, before the first
-  round of steps; then all layouts were timed again, and the faster median of each counts. Ten minutes later the same
-  command found matrix products 20% faster (0.189 instead of 0.157 TFLOP/s); with those rates the layouts of one rank
-  would be predicted 7 to 23% too fast.
-- *Two ranks.* Their profile has the rates of one process, and links that two processes measured. Two processes that
-  multiply matrices at the same moment reached half of it each (0.078 TFLOP/s), perhaps because the virtual cores
-  share execution units; with rates measured so, layouts of two ranks were predicted 3 to 54% too slow. Ranks that
-  train are seldom both at it, so `biroute bench hardware` now measures each alone. That choice was made with these
-  layouts in view, and most of them are now predicted a little too fast.
-- *Region ranks* are 15 to 28% too fast. The last rank attends most and the others wait for it; its attention to
+- *Nearly all are predicted too fast*, dense layouts of one rank by 2 to 7%, routed ones by 7 to 16%. A rate is
+  measured in a loop over one operation, whose data stay in the caches. Of routed layers the descriptors are left out
+  of the formulas, and gathering small regions takes longer than the one rate of copies says.
+- *The machine varies.* It is a virtual one, and nothing else ran on it. On the day before, while other work did (and
+  routed attention was a little slower), the same command found matrix products at 0.157 instead of 0.210 TFLOP/s,
+  steps that took 13 to 49% longer, and 17 of 18 layouts within 25%.
+- *Two ranks.* A core alone is faster than one beside another: two processes that multiply matrices at the same moment
+  may reach half of it each. How much a whole block loses is measured as one factor, 1.05 here, for all that a rank
+  computes.
+- *Region ranks* are 10 to 24% too fast. The last rank attends most and the others wait for it; its attention to
   earlier keys is a call of its own, whose results are merged, which the formulas leave out. How much that takes was
   not measured.
 - *Memory* of pipelines is 6 to 8% too low, and of their last stage, which does not hold most, about 20%: what the
@@ -100,8 +100,15 @@ The reasons are not proven; each is something that the formulas leave out.
 - *MegaScale (rows 13 to 17)* has a parallel transformer block and sliding windows, which are not modelled.
 - *Rows 1 to 4*: the microbatch is not published, and matters: with microbatch 1, row 4 would be 24% too slow, since
   fewer gradients travel beside computation.
-- *Memory of 70B and of 405B under 1F1B (rows 26, 27)*: 22% too low. What float8 and asynchronous tensor parallelism
-  need is not in the formulas, nor is fragmentation; why row 27 needs less when interleaved is not explained either.
+- *Memory of 70B and of 405B (rows 26, 27)* was 22% too low, until the formulas had what torchtitan does there and
+  the source code says: inputs of matrices that tensor ranks keep gathered; a loss over divided words
+  (`loss_parallel`) that holds four fp32 values for each token and word; logits that the last stage keeps to the end
+  of a step; a copy of a block's gradients in the order of the ranks. Row 27 needs less when interleaved because its
+  eight microbatches are no more than its stages: all backward passes of a rank's second part come before those of
+  its first, so that whole fp32 gradients of only one part exist at a time, 12 GiB less.
+- *Rows 27b* were not used to complete the formulas, which cannot tell them from row 27: a microbatch has as many
+  tokens. That row 27 (82.5 GiB) needs 7 GiB more than the first of them (75.3) may be copies in another order, which
+  tensor ranks make where a microbatch has several sequences. The longest one is 12% too low, which is not explained.
 """
 
 

@@ -29,6 +29,7 @@ from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.exact_sums import ExactColumnParallelLinear, ExactRowParallelLinear
 from biroute.model.norm import RMSNorm
+from biroute.model.swiglu import SwiGLU
 
 
 def megatron_config(
@@ -47,6 +48,7 @@ def megatron_config(
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the MLP calls the activation of its layer spec, `SwiGLU`
         add_bias_linear=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -188,7 +190,7 @@ def _submodules(
         pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
-            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
         ),
         mlp_bda=get_bias_dropout_add,
     )

@@ -58,7 +58,7 @@ def plan_layers(
     common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
     train = config.train
     common |= {"exact_sums": train.exact_sums}
-    vocabulary = {**common, "vocab_size": config.padded_vocab_size}
+    vocabulary = {"matrix": VocabularyMatrix(**common, vocab_size=config.padded_vocab_size)}
     block = {**common, "activation_checkpointing": train.activation_checkpointing, "shard": shard}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
     norm |= {"partial_gradient_group": groups.tp} if sequence_parallel else {}
@@ -105,6 +105,25 @@ class LayerSequence(nn.Module):
         return self.logits(self.hidden_states(x))
 
 
+@dataclass(frozen=True)
+class VocabularyMatrix:
+    """The matrix [V, C] of an embedding or a head: its size, and how it is drawn and split over the tensor ranks."""
+
+    model: ModelConfig
+    vocab_size: int
+    groups: ProcessGroupCollection
+    sequence_parallel: bool
+    exact_sums: bool
+
+    def for_megatron(self) -> dict[str, Any]:
+        """Return the arguments that Megatron-core's embedding and its linear layer have in common."""
+        return {
+            "init_method": drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=self.model.init_std)),
+            "config": megatron_config(self.model, self.groups.tp.size(), self.sequence_parallel),
+            "tp_group": self.groups.tp,
+        }
+
+
 class Embedding(VocabParallelEmbedding):
     """Token embedding; given hidden states instead of tokens it is the tied head.
 
@@ -112,23 +131,14 @@ class Embedding(VocabParallelEmbedding):
     With `sequence_parallel` the hidden states are of this tensor rank's tokens, [S / T, B, C].
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        vocab_size: int,
-        groups: ProcessGroupCollection,
-        sequence_parallel: bool,
-        exact_sums: bool = False,
-    ) -> None:
+    def __init__(self, matrix: VocabularyMatrix) -> None:
         super().__init__(
-            vocab_size,
-            model.hidden_size,
-            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
-            reduce_scatter_embeddings=sequence_parallel,
-            config=megatron_config(model, groups.tp.size(), sequence_parallel),
-            tp_group=groups.tp,
+            matrix.vocab_size,
+            matrix.model.hidden_size,
+            reduce_scatter_embeddings=matrix.sequence_parallel,
+            **matrix.for_megatron(),
         )
-        self.product = exact_product if exact_sums else F.linear
+        self.product = exact_product if matrix.exact_sums else F.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, S] int64 -> [S, B, C]; or hidden states [S, B, C] -> logits [S, B, V / T]."""
@@ -143,24 +153,10 @@ class Embedding(VocabParallelEmbedding):
 class Head(nn.Module):
     """Untied output projection, [S, B, C] (`sequence_parallel`: [S / T, B, C]) -> logits [S, B, V / T]."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        vocab_size: int,
-        groups: ProcessGroupCollection,
-        sequence_parallel: bool,
-        exact_sums: bool = False,
-    ) -> None:
+    def __init__(self, matrix: VocabularyMatrix) -> None:
         super().__init__()
-        linear = ExactColumnParallelLinear if exact_sums else ColumnParallelLinear
-        self.projection = linear(
-            model.hidden_size,
-            vocab_size,
-            config=megatron_config(model, groups.tp.size(), sequence_parallel),
-            init_method=drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=model.init_std)),
-            bias=False,
-            tp_group=groups.tp,
-        )
+        linear = ExactColumnParallelLinear if matrix.exact_sums else ColumnParallelLinear
+        self.projection = linear(matrix.model.hidden_size, matrix.vocab_size, bias=False, **matrix.for_megatron())
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.projection(hidden)[0]

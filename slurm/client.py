@@ -23,6 +23,7 @@ _UNCLEAR = re.compile(
     r"timed out|Zero Bytes|Unexpected message|communication|connection (reset|failure)", re.IGNORECASE
 )
 _SEPARATOR = "\x1f"  # a character that no field contains
+_NOTE = "BiRoute: "  # begins a job's comment that its batch script wrote
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT")
 
 
@@ -39,6 +40,7 @@ class Job:
     exit_code: str = ""
     submitted: str = ""  # local time, such as 2026-11-27T17:30:00
     begins: str = ""  # when it began, or is expected to; "" if Slurm does not say
+    note: str = ""  # what its batch script could write nowhere else, such as where it does not see the run folder
 
     @property
     def live(self) -> bool:
@@ -146,7 +148,7 @@ def queue(job_ids: Sequence[str] = (), seconds: float | None = None) -> list[Job
     Raises:
         UsageError: Slurm is not available, or does not answer within `seconds`.
     """
-    fields = ["%i", "%T", "%L", "%r", "%N", "%V", "%S", "%o"]
+    fields = ["%i", "%T", "%L", "%r", "%N", "%V", "%S", "%k", "%o"]
     which = [f"--jobs={','.join(job_ids)}"] if job_ids else ["--me"]
     command = ["squeue", "--noheader", *which, "--format", _SEPARATOR.join(fields)]
     try:
@@ -158,10 +160,12 @@ def queue(job_ids: Sequence[str] = (), seconds: float | None = None) -> list[Job
     if answer.returncode != 0:
         raise UsageError(f"squeue fails: {_said(answer)}")
     jobs = []
-    for row in _rows(answer.stdout, 8):
-        job_id, state, time_left, reason, nodes, submitted, begins, script = row
+    for row in _rows(answer.stdout, 9):
+        job_id, state, time_left, reason, nodes, submitted, begins, comment, script = row
         begins = begins if begins[:1].isdigit() else ""  # N/A
-        jobs.append(Job(job_id, state, _script(script), time_left, reason, nodes, "", submitted, begins))
+        jobs.append(
+            Job(job_id, state, _script(script), time_left, reason, nodes, "", submitted, begins, _note(comment))
+        )
     return jobs
 
 
@@ -170,6 +174,7 @@ def find_job(job_id: str) -> Job | None:
     answer = _call(["scontrol", "show", "job", "-o", job_id])
     if answer.returncode == 0 and (state := _field(answer.stdout, "JobState")):
         command = re.search(r" Command=(.*?) WorkDir=", answer.stdout)
+        comment = re.search(r" Comment=(.*?) StdErr=", answer.stdout)
         return Job(
             job_id,
             state,
@@ -177,8 +182,26 @@ def find_job(job_id: str) -> Job | None:
             reason=_field(answer.stdout, "Reason"),
             nodes=_field(answer.stdout, "NodeList").replace("(null)", ""),
             exit_code=_field(answer.stdout, "ExitCode"),
+            note=_note(comment.group(1)) if comment else "",
         )
     return next(iter(past_jobs([job_id])), None)
+
+
+def refuses_to_queue_again(job_id: str) -> bool:
+    """Return whether Slurm holds that a job may not be queued again, whatever its script asked for.
+
+    A site's plug-in decides that for each job; JobRequeue of `scontrol show config` is only for scripts that do not
+    ask. False if Slurm does not say.
+    """
+    try:
+        answer = _call(["scontrol", "show", "job", "-o", job_id], seconds=LOOK_SECONDS)
+    except (UsageError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and _field(answer.stdout, "Requeue") == "0"
+
+
+def _note(comment: str) -> str:
+    return comment.removeprefix(_NOTE) if comment.startswith(_NOTE) else ""
 
 
 def _rows(output: str, columns: int) -> list[list[str]]:

@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 
 if TYPE_CHECKING:
     from biroute.slurm.client import Job
+    from biroute.slurm.run_folder import RunFolder
     from biroute.slurm.submit import Submission
 
 RUN = "[RUN_DIR|CONFIG|JOB]"
@@ -104,8 +107,7 @@ def submit(
     echo(f"job {answer['job_id']}, {_in_words(submission)}")
     if answer.get("evaluation_job_id"):
         echo(f"job {answer['evaluation_job_id']} evaluates its checkpoints")
-    if waits := _why_it_waits(answer["job_id"]):
-        echo(waits)
+    _tell_of_job(answer["job_id"], requeue=submission.config.slurm.requeue)
     echo(f"follow it with: biroute logs --follow {request.run_dir}")
 
 
@@ -157,6 +159,16 @@ def _in_words(submission: Submission) -> str:
         f"run folder {request.run_dir}",
     ]
     return "\n".join(lines)
+
+
+def _tell_of_job(job_id: str, *, requeue: bool) -> None:
+    """Say what Slurm makes of a job that was just submitted, as far as it says so."""
+    from biroute.slurm import client
+
+    if requeue and client.refuses_to_queue_again(job_id):
+        echo("this site does not queue a job again (Requeue=0): at each stop BiRoute submits a new job instead")
+    if waits := _why_it_waits(job_id):
+        echo(waits)
 
 
 def _why_it_waits(job_id: str) -> str:
@@ -229,7 +241,7 @@ def status(
 
 
 def _show_status(targets: list[str], as_json: bool, states: list[str]) -> None:
-    from biroute.slurm.run_folder import find_run, known_runs
+    from biroute.slurm.run_folder import find_run, known_runs, told_gone
     from biroute.slurm.status import among, survey
     from biroute.slurm.status_text import format_status, format_table
 
@@ -237,6 +249,7 @@ def _show_status(targets: list[str], as_json: bool, states: list[str]) -> None:
     queue = _queue()
     runs = [find_run(target) for target in targets] if targets else known_runs(queue)
     found, unreadable = survey(runs, queue)
+    unreadable += [] if targets else told_gone(queue)
     found = among(found, states)
     if as_json:
         echo(json.dumps([one.as_json() for one in found]))
@@ -247,7 +260,7 @@ def _show_status(targets: list[str], as_json: bool, states: list[str]) -> None:
         echo(format_table(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     for line in unreadable:
         echo(line, err=True)
-    if not runs:
+    if not runs and not unreadable:
         nothing = "no runs: none of your jobs is one, and ./runs contains none; name a run folder, a configuration"
         echo(f"{nothing} or a job", err=as_json)
     elif not found and not unreadable:
@@ -277,16 +290,17 @@ def logs(
     if preflight + job + follow > 1:
         raise UsageError("--preflight, --job and --follow exclude each other; choose one")
     run = find_run(target)
-    if preflight or job:
-        echo(format_preflight(run, attempt, lines) if preflight else format_job_output(run, lines))
-        return
-    if not follow:
-        echo(format_logs(run, attempt, rank, lines))
-        return
-    try:
-        follow_logs(run, rank, lines, echo)
-    except KeyboardInterrupt:
-        echo("")
+    with _unreadable_is_one_line(run):
+        if preflight or job:
+            echo(format_preflight(run, attempt, lines) if preflight else format_job_output(run, lines))
+            return
+        if not follow:
+            echo(format_logs(run, attempt, rank, lines))
+            return
+        try:
+            follow_logs(run, rank, lines, echo)
+        except KeyboardInterrupt:
+            echo("")
 
 
 def cancel(
@@ -300,7 +314,10 @@ def cancel(
     from biroute.slurm.control import cancel_run
     from biroute.slurm.run_folder import find_run
 
-    for line in cancel_run(find_run(target), now=now):
+    run = find_run(target)
+    with _unreadable_is_one_line(run):
+        lines = cancel_run(run, now=now)
+    for line in lines:
         echo(line)
 
 
@@ -323,7 +340,8 @@ def resume(
     from biroute.slurm.run_folder import find_run
 
     run = find_run(target)
-    job_id = resume_run(run, _with_limits(overrides, time_limit, nodes), partition)
+    with _unreadable_is_one_line(run):
+        job_id = resume_run(run, _with_limits(overrides, time_limit, nodes), partition)
     echo(f"job {job_id}, run {run.name}")
     try:
         if (evaluation := resume_evaluation(run, job_id)) is not None:
@@ -335,8 +353,19 @@ def resume(
             echo("\n".join(forecast.lines()))
     except UsageError as error:  # the job is submitted, whatever there is to say of it
         echo(f"nothing is predicted: {error}", err=True)
-    if waits := _why_it_waits(job_id):
-        echo(waits)
+    config = run.config()
+    _tell_of_job(job_id, requeue=config is not None and config.slurm.requeue)
+
+
+@contextmanager
+def _unreadable_is_one_line(run: RunFolder) -> Iterator[None]:
+    """Name the file of a run folder that cannot be read or written, such as that of another user."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # not of a file: a closed pipe
+            raise
+        raise UsageError(f"run {run.name}: {error.filename}: {error.strerror}; correct it and try again") from None
 
 
 def _queue() -> list[Job] | None:

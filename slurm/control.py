@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from biroute.configs.errors import UsageError
-from biroute.configs.files import create_once, write_atomically
+from biroute.configs.files import create_once, file_lock, write_atomically
 from biroute.configs.load import load_config, parse_yaml
 from biroute.launcher.attempts.run_files import (
     CONFIG,
@@ -20,6 +20,7 @@ from biroute.launcher.attempts.run_files import (
     EVALUATE_SCRIPT,
     HARDWARE,
     PROFILE,
+    RESUME_LOCK,
     SCRIPT,
     SUBMISSION,
 )
@@ -28,6 +29,8 @@ from biroute.slurm.evaluation import submit_evaluation
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.status import status_of
 from biroute.slurm.submit import explain_run_dir_errors, freeze_request, prepare, record_job
+
+_LOCK_SECONDS = 2.0
 
 
 def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
@@ -48,46 +51,27 @@ def cancel_run(run: RunFolder, *, now: bool) -> list[str]:
     jobs, evaluations = run.jobs_in(queue), run.evaluations_in(queue)
     if not jobs and not evaluations:
         raise UsageError(f"run {run.name} has no job queued or running; it is {status_of(run, []).state}")
-    if not jobs:  # the training has ended, and what it was stays as it is
-        return _end(evaluations, "evaluation ")
-    with explain_run_dir_errors(run.path):
-        create_once(
-            run.cancelled_mark, b""
-        )  # first: a job's script looks for the mark as soon as its ranks have ended
+    # Without jobs the training has ended, and what it was stays as it is; a submission that is gone takes no mark,
+    # and its job is not queued again without it.
+    if jobs and run.cancelled_mark.parent.is_dir():
+        with explain_run_dir_errors(run.path):
+            # First: a job's script looks for the mark as soon as its ranks have ended.
+            create_once(run.cancelled_mark, b"")
     told, failed = [], []
-    for job in jobs:
+    for job in [*jobs, *evaluations]:
+        name = f"job {job.job_id}" if job in jobs else f"evaluation job {job.job_id}"
         try:
-            if job.state == "RUNNING" and not now:
+            if job in jobs and job.state == "RUNNING" and not now:
                 client.ask_to_stop(job.job_id)
-                told.append(f"job {job.job_id} saves and ends (`biroute cancel --now` would not wait for it)")
+                told.append(f"{name} saves and ends (`biroute cancel --now` would not wait for it)")
             else:
                 client.cancel(job.job_id)
-                told.append(f"job {job.job_id} cancelled")
+                told.append(f"{name} cancelled")
         except UsageError as error:  # one job must not keep the others alive
-            failed.append(f"job {job.job_id}: {error}")
-    try:
-        told += _end(evaluations, "evaluation ")
-    except UsageError as error:
-        failed.append(str(error))
+            failed.append(f"{name}: {error}")
     if failed:
-        raise UsageError(
-            f"{'; '.join([*told, *failed])}; the run is marked as cancelled, so none of its jobs is queued again: "
-            "run the same command again to end them"
-        )
-    return told
-
-
-def _end(jobs: Sequence[client.Job], what: str) -> list[str]:
-    """End jobs at once; one that Slurm does not end keeps none of the others alive."""
-    told, failed = [], []
-    for job in jobs:
-        try:
-            client.cancel(job.job_id)
-            told.append(f"{what}job {job.job_id} cancelled")
-        except UsageError as error:
-            failed.append(f"{what}job {job.job_id}: {error}")
-    if failed:
-        raise UsageError("; ".join([*told, *failed]))
+        marked = "the run is marked as cancelled, so none of its jobs is queued again: " if jobs else ""
+        raise UsageError(f"{'; '.join([*told, *failed])}; {marked}run the same command again to end them")
     return told
 
 
@@ -114,14 +98,21 @@ def resume_run(run: RunFolder, overrides: Sequence[str] = (), partition: str | N
             usable; or Slurm refuses.
     """
     run.check_ours("resume")
-    if not run.script.exists():
-        raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
+    _check_submission(run)
     config = run.config()
     if config is not None and config.train.run_dir.resolve() != run.path.resolve():
         raise UsageError(
             f"{run.path} was copied or moved from {config.train.run_dir}, where its job would run; move it back, or "
             "submit a run with a new train.run_dir, after `biroute checkpoint copy`"
         )
+    try:
+        with file_lock(run.path / SUBMISSION / RESUME_LOCK, _LOCK_SECONDS, required=True):
+            return _resume(run, overrides, partition)
+    except TimeoutError:
+        raise UsageError(f"run {run.name}: another `biroute resume` of it is under way; wait for its end") from None
+
+
+def _resume(run: RunFolder, overrides: Sequence[str], partition: str | None) -> str:
     jobs = run.jobs_in(client.queue())
     if jobs:
         raise UsageError(
@@ -137,6 +128,18 @@ def resume_run(run: RunFolder, overrides: Sequence[str] = (), partition: str | N
         job_id = _submit_again(run)
     record_job(run.path, job_id, "resume", changes)
     return job_id
+
+
+def _check_submission(run: RunFolder) -> None:
+    """Refuse to submit what is not all there: the job would end as soon as it begins."""
+    if not run.script.parent.exists() and not run.job_ids():
+        raise UsageError(f"run {run.name} was not submitted to Slurm; run its `biroute train` command again")
+    missing = run.missing() or (None if run.script.exists() else run.script)
+    if missing is not None:
+        raise UsageError(
+            f"run {run.name}: {missing} was deleted or moved; bring it back, or submit a run with a new "
+            "train.run_dir, after `biroute checkpoint copy`"
+        )
 
 
 def _submit_again(run: RunFolder) -> str:

@@ -66,6 +66,12 @@ def parse_arguments(text: str) -> tuple[str, ...]:
             raise UsageError(f"--evaluate-options: {name} is set by the job, or of no use to it; leave it out")
         if name == "--text" and "--name" not in " ".join(words):
             raise UsageError("--evaluate-options: --text needs --name, by which results that exist are known")
+    for before, word in zip(["", *words], words, strict=False):
+        if not word.startswith("-") and (not before.startswith("--") or "=" in before):
+            raise UsageError(
+                f"--evaluate-options: {word!r} is neither an option of `biroute evaluate` nor the value of one; "
+                "leave it out"
+            )
     for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--tasks" or word.startswith("--tasks="):
             task_names(word.partition("=")[2] or following)

@@ -17,7 +17,7 @@ from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.plan.cluster import fitting_change, plan_on_cluster
 from biroute.launcher.plan.hardware import GIB
 from biroute.launcher.plan.prediction import Plan
-from biroute.launcher.plan.report import duration
+from biroute.launcher.plan.report import duration, too_large
 from biroute.parallel.checkpoint.files import list_checkpoints
 from biroute.parallel.checkpoint.meta import read_meta
 from biroute.slurm import client
@@ -59,13 +59,9 @@ class Forecast:
         plan = self.plan
         if plan.fits:
             return
-        change = fitting_change(plan)
-        advice = f"with {change} it would fit" if change else "use a smaller model, or devices with more memory"
         raise UsageError(
-            f"the run does not fit: a rank needs {_gib(plan.memory.total)} GiB in layout {plan.layout}, and "
-            f"{plan.hardware.device} has {plan.hardware.memory_gib:g} GiB, "
-            f"{_gib(plan.memory.total - plan.device_bytes)} GiB too few; {advice}; this is the plan's "
-            "prediction: without `hardware` in the cluster profile it is not asked"
+            f"{too_large(plan, fitting_change(plan))}; this is the plan's prediction: without `hardware` in the "
+            "cluster profile it is not asked"
         )
 
     def lines(self) -> list[str]:

@@ -30,8 +30,18 @@ _LINES = 1000  # of the job's output, which ranks do not write to
 
 
 def begin(run_dir: Path) -> int:
-    """Take over the run folder for this job and return the number of the attempt."""
+    """Take over the run folder for this job and return the number of the attempt.
+
+    Raises:
+        UsageError: another run was moved into the place of the folder.
+    """
     env = os.environ
+    submitted_as = _submitted_as(run_dir)
+    if submitted_as != run_dir.resolve():
+        raise UsageError(
+            f"{run_dir} holds a run that was submitted as {submitted_as}, and this job is of another one; move both "
+            "back to their places"
+        )
     return begin_attempt(
         run_dir,
         nodes=expand_nodes(env.get("SLURM_JOB_NODELIST", "")),
@@ -39,6 +49,14 @@ def begin(run_dir: Path) -> int:
         job=env.get("SLURM_JOB_ID"),
         restart=int(env.get("SLURM_RESTART_COUNT", "0")),
     )
+
+
+def _submitted_as(run_dir: Path) -> Path:
+    """Return the run folder of the submission that is there; the ranks and `end` tell if it cannot be read."""
+    try:
+        return load_config(run_dir / SUBMISSION / CONFIG).train.run_dir.resolve()
+    except UsageError:
+        return run_dir.resolve()
 
 
 def end(run_dir: Path, attempt: int, status: int, signal_name: str) -> str:

@@ -16,6 +16,7 @@ from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.journal import read_attempts
 from biroute.launcher.attempts.run_files import (
     CANCELLED,
+    CODE,
     CONFIG,
     EVALUATE_SCRIPT,
     JOBS,
@@ -57,6 +58,12 @@ class RunFolder:
             with contextlib.suppress(UsageError):
                 return load_config(path)
         return None
+
+    def missing(self) -> Path | None:
+        """Return what its job needs of the submission and does not find; None if all is there."""
+        submission = self.path / SUBMISSION
+        needed = (submission, submission / CODE, submission / CONFIG)
+        return next((path for path in needed if not path.exists()), None)
 
     def job_ids(self) -> list[str]:
         """Return the ids of all jobs of this run, oldest first, including those that were submitted by hand."""
@@ -148,7 +155,9 @@ def find_run(target: str) -> RunFolder:
     path = Path(target)
     if path.is_dir():
         if not is_run(path):
-            raise UsageError(f"{target} holds no run; name a run folder, a configuration or a job id")
+            raise UsageError(
+                _of_gone_run(path) or f"{target} holds no run; name a run folder, a configuration or a job id"
+            )
         return RunFolder(path.resolve())
     if target.isdigit():
         return _run_of_job(target)
@@ -156,10 +165,13 @@ def find_run(target: str) -> RunFolder:
         run_dir = load_config(path).train.run_dir
         if not is_run(run_dir):
             raise UsageError(
-                f"{target}: its run folder {run_dir} holds no run; submit it with `biroute submit {target}`"
+                _of_gone_run(run_dir)
+                or f"{target}: its run folder {run_dir} holds no run; submit it with `biroute submit {target}`"
             )
         return RunFolder(run_dir.resolve())
-    raise UsageError(f"{target}: no such run folder, configuration or job; `biroute status` lists the runs")
+    raise UsageError(
+        _of_gone_run(path) or f"{target}: no such run folder, configuration or job; `biroute status` lists the runs"
+    )
 
 
 def known_runs(queue: list[client.Job] | None) -> list[RunFolder]:
@@ -167,6 +179,28 @@ def known_runs(queue: list[client.Job] | None) -> list[RunFolder]:
     found = {folder.resolve() for folder in _RUNS.glob("*/") if is_run(folder)}
     found |= {run for job in queue or [] if (run := _run_of_script(job.script)) is not None}
     return [RunFolder(path) for path in sorted(found)]
+
+
+def told_gone(queue: list[client.Job] | None) -> list[str]:
+    """Return a line for each job in `queue` whose run folder was deleted or moved."""
+    return [line for job in queue or [] if (line := _gone(job))]
+
+
+def _gone(job: client.Job) -> str:
+    """Say that the run folder of a job was deleted or moved, and what ends the job; "" if it is there or no run's."""
+    folder = _folder_of_script(job.script)
+    if folder is None or is_run(folder):
+        return ""
+    what = f"job {job.job_id}, {job.state}: its run folder {folder} was deleted or moved"
+    return f"{what}; `scancel {job.job_id}` ends the job" if job.live else f"{what}, and the job has ended"
+
+
+def _of_gone_run(path: Path) -> str:
+    """Say which jobs of this user wait for a run folder that is gone; "" if none does, or Slurm does not answer."""
+    with contextlib.suppress(UsageError):
+        queue = client.queue(seconds=client.LOOK_SECONDS)
+        return "; ".join(told_gone([job for job in queue if _folder_of_script(job.script) == path.resolve()]))
+    return ""
 
 
 def _run_of_job(job_id: str) -> RunFolder:
@@ -179,19 +213,27 @@ def _run_of_job(job_id: str) -> RunFolder:
     except UsageError as error:
         unreachable, job = error, None
     for run in _local_runs():  # Slurm forgets a job some minutes after its end
-        if job_id in run.job_ids():
-            return run
+        with contextlib.suppress(OSError, UsageError):  # one that cannot be read must not hide the others
+            if job_id in run.job_ids():
+                return run
     if unreachable is not None:
         raise unreachable
+    if job is not None and (gone := _gone(job)):
+        raise UsageError(gone)
     what = "is not a BiRoute job" if job else "is not known to Slurm"
     raise UsageError(f"job {job_id} {what}; `biroute status` lists the runs")
 
 
 def _run_of_script(script: Path | None) -> Path | None:
+    folder = _folder_of_script(script)
+    return folder if folder is not None and is_run(folder) else None
+
+
+def _folder_of_script(script: Path | None) -> Path | None:
+    """Return the run folder in which a batch script lay when it was submitted; None if it is not BiRoute's."""
     if script is None or script.parent.name != SUBMISSION or script.name not in (SCRIPT, EVALUATE_SCRIPT):
         return None
-    run = script.parent.parent
-    return run if is_run(run) else None
+    return script.parent.parent
 
 
 def _local_runs() -> Iterator[RunFolder]:

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from biroute.configs.cluster_profile import ClusterProfile
-from biroute.launcher.attempts.run_files import LOGS, SCRIPT, SUBMISSION
+from biroute.launcher.attempts.run_files import SCRIPT, SUBMISSION
 
 TEMPLATE = "train.sbatch.j2"
 
@@ -31,6 +31,8 @@ class JobRequest:
         python: the command that starts the ranks' interpreter.
         host_python: an interpreter outside of containers. It keeps the attempt journal where pyxis starts the
             containers, because only srun's tasks are inside those.
+        below_mount_point: whether the parent of the run folder is where a file system is mounted: a node that has not
+            mounted it has an empty folder there.
     """
 
     run_dir: Path
@@ -44,6 +46,7 @@ class JobRequest:
     signal_seconds: int
     requeue: bool
     max_restarts: int
+    below_mount_point: bool = False
 
     @property
     def script(self) -> Path:
@@ -64,6 +67,7 @@ def render_job(request: JobRequest) -> str:
         run_dir=str(request.run_dir),
         options=list(_options(request)),
         requeue=request.requeue,
+        below_mount_point=request.below_mount_point,
         max_restarts=Quoted(request.max_restarts),
         python=request.python,
         journal_python=(request.host_python,) if container_options(profile) else request.python,
@@ -104,9 +108,7 @@ def _options(request: JobRequest) -> Iterator[str]:
             "time": request.time_limit,
             "signal": f"B:USR1@{request.signal_seconds}",
             "chdir": request.working_dir,
-            # A restarted job appends. A percent sign in the path is escaped: Slurm expands patterns such as %j.
-            "output": str(request.run_dir / LOGS).replace("%", "%%") + "/slurm-%j.out",
-            "open-mode": "append",
+            "output": "/dev/null",  # the script writes into the run folder, if it sees it
         },
     )
     yield "--requeue" if request.requeue else "--no-requeue"
@@ -116,11 +118,11 @@ def _options(request: JobRequest) -> Iterator[str]:
 
 
 def sbatch_options(profile: ClusterProfile, values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a job's name, what all jobs on a cluster share, and its other `values` as options; None is left out."""
+    """Yield a job's name, what all jobs on a cluster share, and its other `values` as options; not what is empty."""
     fields = ("account", "partition", "qos", "constraint", "reservation")
     shared = {name: getattr(profile, name) for name in fields}
     found = {"job-name": values["job-name"], **shared, **values}
-    yield from (f"--{name}={value}" for name, value in found.items() if value is not None)
+    yield from (f"--{name}={value}" for name, value in found.items() if value not in (None, ""))
 
 
 class Quoted(str):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import import_module
 from pathlib import Path
 
+from biroute.configs.code_folders import PARTS, code_folder
 from biroute.configs.files import write_atomically
 from biroute.launcher.track.run_metadata import REVISION_NAME, git_tags
 
-PARTS = ("configs", "data_pipeline", "launcher", "model", "parallel", "slurm")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -21,7 +20,6 @@ def snapshot_code(folder: Path) -> None:
         OSError: the copy cannot be written.
     """
     for part in PARTS:
-        source = Path(str(import_module(f"biroute.{part}").__file__)).parent
-        shutil.copytree(source, folder / "biroute" / part, ignore=_LEFT_OUT)
+        shutil.copytree(code_folder(part), folder / "biroute" / part, ignore=_LEFT_OUT)
     tags = git_tags(Path(__file__))
     write_atomically(folder / "biroute" / REVISION_NAME, json.dumps(tags, indent=1).encode() + b"\n")

@@ -125,6 +125,8 @@ def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None, queue:
     if state == "running" and live is None and attempts[-1].job is None:
         state, reason = _without_slurm(run, attempts[-1])
     stranger = run.stranger()
+    if live and stranger is None:
+        reason = _told_missing(run, live[0]) or reason
     if stranger is not None:
         reason = f"a run of {stranger[1]}" + (f"; {reason}" if reason else "")
     config, point = run.config(), run.last_point()
@@ -148,6 +150,17 @@ def _status(run: RunFolder, live: list[Job] | None, last_job: Job | None, queue:
         evaluations=tuple(run.evaluations_in(queue or []) if stranger is None else []),
         left_nodes=tuple(run.left_nodes()),
     )
+
+
+def _told_missing(run: RunFolder, job: Job) -> str:
+    """Say what a job does not find any more, so that it ends; "" if all is there."""
+    missing = run.missing()
+    if missing is None and job.script is not None and not job.script.parent.exists():
+        missing = job.script.parent.parent  # known by its number: the folder was moved here
+    if missing is None:
+        return ""
+    ends = "when it begins" if job.state == "PENDING" else "for good at its next stop"
+    return f"{missing} was deleted or moved: job {job.job_id} ends {ends}; `scancel {job.job_id}` ends it now"
 
 
 def run_state(
@@ -186,6 +199,8 @@ def _state_without_job(slurm_answers: bool, last: Attempt | None, job: Job | Non
     if not slurm_answers and (last is None or last.ended is None or last.decision == "requeue"):
         return "unknown", "Slurm does not answer here"
     ended = f"job {job.job_id} ended as {_ending(job)}" if job is not None and not job.live else ""
+    if ended and job is not None and job.note:
+        return "failed", f"{ended}: {job.note}"
     if ended and job is not None and job.state.startswith("CANCELLED") and (last is None or last.ended is None):
         return "cancelled", f"{ended}; {RESUME}"
     if last is None:

@@ -54,6 +54,8 @@ def _tell_job(job: Job, kind: str) -> str:
         words.append(f"on {job.nodes}")
     if job.state == "RUNNING" and job.time_left:
         words.append(f"{job.time_left} to its time limit")
+    if job.note:
+        words.append(job.note)
     return ", ".join(words)
 
 

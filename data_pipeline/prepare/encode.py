@@ -12,7 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
-from biroute.data_pipeline.prepare.child_process import become_child
+from biroute.data_pipeline.prepare.child_process import become_child, starting_children
 from biroute.data_pipeline.prepare.tokenizer import Tokenizer, load_tokenizer
 from biroute.data_pipeline.read.manifest import SPLITS
 
@@ -48,6 +49,7 @@ class PartEncoder:
         self._workers = workers or len(os.sched_getaffinity(0))
         self._arguments = (str(model), dtype)
         self._pool: ProcessPoolExecutor | None = None
+        self._others: set[BaseProcess] = set()  # children that are not the pool's
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._on_finished = on_finished
 
@@ -55,15 +57,21 @@ class PartEncoder:
         if self._workers == 1:
             _set_up(*self._arguments)
         else:
+            self._others = set(active_children())
             # spawn, because this process may have threads, and forking is not safe then.
             self._pool = ProcessPoolExecutor(
                 self._workers, get_context("spawn"), initializer=_start_worker, initargs=self._arguments
             )
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:
+            # What they are at is not waited for: they may still be starting. A part is written whole or not at all.
+            for child in set(active_children()) - self._others:
+                child.kill()
+        self._pool.shutdown(cancel_futures=True)
 
     def submit(self, path: Path, texts: Texts, mark: int) -> None:
         """Queue `texts` for encoding into the file `path`; blocks while too many parts are queued.
@@ -81,7 +89,7 @@ class PartEncoder:
             _encode_part(path, texts)
             self._on_finished(mark)
             return
-        with self._explain_death():
+        with self._explain_death(), starting_children():
             self._waiting.append((self._pool.submit(_encode_part, path, texts), mark))
         while len(self._waiting) > 2 * self._workers:
             self._take()

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from biroute.configs.data_section import DataConfig, SourceConfig
 from biroute.configs.errors import UsageError
 from biroute.configs.files import write_atomically
 from biroute.configs.records import parse_json, read_small, record_of
-from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.prepare.encode import PartEncoder, Texts, read_part
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.shard_writer import write_stream

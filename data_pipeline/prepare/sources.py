@@ -21,8 +21,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO, NamedTuple
 
+from biroute.configs.data_section import DataConfig, SourceConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import DataConfig, SourceConfig
 from biroute.data_pipeline.examples.demo_files import CHINESE_NAME, ENGLISH_NAME
 from biroute.data_pipeline.prepare.file_patterns import matching_paths
 from biroute.data_pipeline.prepare.json_lines import read_records

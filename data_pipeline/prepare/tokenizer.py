@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from biroute.configs.data_section import LEAST_VOCABULARY, TokenizerConfig
 from biroute.configs.errors import UsageError
 from biroute.configs.files import open_regular
-from biroute.configs.schema import LEAST_VOCABULARY, TokenizerConfig
 
 if TYPE_CHECKING:
     from biroute.data_pipeline.prepare.sources import Document
@@ -119,9 +119,9 @@ class Tokenizer:
         flat = iter(self._processor.encode([piece for split in pieces for piece in split], num_threads=1))
         encoded = []
         for split in pieces:
-            ids = next(flat)
-            for _ in split[1:]:
-                ids = [*ids, *self._mark_ids, *next(flat)]
+            ids = list(next(flat))
+            for _ in split[1:]:  # in place: a text of marks alone would take the square of its length
+                ids += [*self._mark_ids, *next(flat)]
             encoded.append(ids)
         return encoded
 

@@ -78,7 +78,13 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise UsageError(
             f"{folder / TOKENIZER_NAME}: the tokenizer is missing; run `biroute data build` to make it again"
         )
-    tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
+    try:
+        tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
+    except UsageError:  # its remedies are for a tokenizer that the configuration names
+        raise UsageError(
+            f"{folder / TOKENIZER_NAME}: the tokenizer is damaged; put it back, or run `biroute data build` to make "
+            "it again"
+        ) from None
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UsageError(
             f"{folder / TOKENIZER_NAME}: fingerprint {tokenizer.fingerprint[:12]}, but the shards were made with "

@@ -202,9 +202,9 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
                 f"data.dir={folder}: the disk is full ({error.strerror}); free some space and run the same command "
                 "again to continue, or set data.dir to another disk"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UsageError(
-                f"data.dir={folder}: cannot write {error.filename or 'there'} ({error.strerror}); "
+                f"data.dir={folder}: cannot write {error.filename2 or error.filename or 'there'} ({error.strerror}); "
                 "set data.dir to a folder of your own"
             ) from None
         raise

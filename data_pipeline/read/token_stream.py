@@ -77,9 +77,10 @@ class TokenStream:
         return np.frombuffer(self._map(number), dtype=self._dtype, count=count, offset=begin)
 
     def _map(self, number: int) -> mmap.mmap:
-        if number in self._maps:
-            self._maps.move_to_end(number)
-            return self._maps[number]
+        found = self._maps.pop(number, None)
+        if found is not None and found.size() >= len(found):  # or it was cut short since: reading it would be SIGBUS
+            self._maps[number] = found
+            return found
         shard = self._shards[number]
         with open_shard(self._folder, shard) as file:
             first = sample_key(self._name, self._split, number * self.manifest.samples_per_shard)

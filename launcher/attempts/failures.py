@@ -45,9 +45,21 @@ _WORDS_OF_SLURM = {
     "REQUEUED": "queued again by Slurm or an administrator",
     "CANCELLED": "scancel",
 }
-_OUT_OF_MEMORY = re.compile(r"oom[-_ ]?kill|out[- ]of[- ]memory|can't allocate memory|MemoryError", re.IGNORECASE)
-_OF_THE_GPU = re.compile(r"(CUDA|HIP) (error: )?out of memory", re.IGNORECASE)
+# The kernel and Slurm with cgroups, Slurm without them, C, torch and Python.
+_OUT_OF_MEMORY = re.compile(
+    r"oom[-_ ]?kill|out[- ]of[- ]memory|exceeded (job |step )?memory limit"
+    r"|can(no|')t allocate memory|bad_alloc|MemoryError",
+    re.IGNORECASE,
+)
+# torch, NCCL, cuBLAS.
+_OF_THE_GPU = re.compile(
+    r"(CUDA|HIP) (error: |failure (\d+ )?')?out of memory|BLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+_MORE_MEMORY = (
+    "give the job more (memory_per_node of the cluster profile, then `biroute resume RUN slurm.profile=PROFILE`)"
+)
 _LESS_MEMORY = "lower train.microbatch_size, or set train.activation_checkpointing=true"
+_ENDED_BY = {"SIGBUS": ": a file that it had mapped was cut short, or /dev/shm is full; try `biroute data verify`"}
 _RANKS_NAMED = 4
 _LINES_OF_LOG_SHOWN = 25
 _BRIEF_CHARACTERS = 300
@@ -103,11 +115,16 @@ def record_failure(logs: Path, rank: int, step: int, error: Exception) -> None:
     kind: Kind = "error"
     if isinstance(error, UsageError):
         kind = "user"
-    elif _LOST_PEER.search(str(error)):
+    elif is_consequence(error):
         kind = "peer"
     text = f"{error}" if kind == "user" else f"{type(error).__name__}: {error}"
     lines = "".join(traceback.format_exception(error))
     write_failure(logs, Failure(rank, socket.gethostname(), time.time(), step, kind, text, lines))
+
+
+def is_consequence(error: Exception) -> bool:
+    """Return whether an error is the loss of the connection to another rank, which ended before."""
+    return bool(_LOST_PEER.search(str(error)))
 
 
 def write_failure(logs: Path, failure: Failure) -> None:
@@ -256,7 +273,8 @@ def ending(status: int) -> str:
     number = -status if status < 0 else status - 128
     with contextlib.suppress(ValueError):
         if number > 0:
-            return f"ended by {signal.Signals(number).name}"
+            name = signal.Signals(number).name
+            return f"ended by {name}{_ENDED_BY.get(name, '')}"
     return f"exited with status {status}"
 
 
@@ -288,7 +306,7 @@ def _memory_remedy(said: Sequence[str]) -> str:
     if any(_OF_THE_GPU.search(text) for text in said):
         return f": the GPU's memory ran out; {_LESS_MEMORY}"
     if any(_OUT_OF_MEMORY.search(text) for text in said):
-        return f": memory ran out; give the job more (memory_per_node of the cluster profile), or {_LESS_MEMORY}"
+        return f": memory ran out; {_MORE_MEMORY}, or {_LESS_MEMORY}"
     return ""
 
 

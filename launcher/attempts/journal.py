@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,10 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, FencedError, UsageError
-from biroute.configs.files import append_file, file_lock, write_atomically
+from biroute.configs.files import append_file, file_lock, try_writing, write_atomically
 from biroute.configs.records import UnixSeconds, parse_json, read_small, record_of
 from biroute.launcher.attempts.failures import End, last_step
-from biroute.launcher.attempts.run_files import CANCELLED, FENCING_TOKEN, JOURNAL, SUBMISSION, log_dir
+from biroute.launcher.attempts.run_files import (
+    CANCELLED,
+    CHECKPOINTS,
+    FENCING_TOKEN,
+    JOURNAL,
+    LOGS,
+    SUBMISSION,
+    log_dir,
+)
 
 CANCELLED_MARK = Path(SUBMISSION) / CANCELLED
 NO_END = "no end recorded: its node was lost or the job killed"
@@ -73,10 +80,18 @@ def make_run_dir(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        try_writing(path)
     except OSError as error:
         raise UsageError(f"train.run_dir={path}: {error.strerror}; use a folder that can be written") from None
+    for part in (path / CHECKPOINTS, path / LOGS):
+        try:
+            if part.exists():  # said now, and not after the steps before the first save
+                try_writing(part)
+        except OSError as error:
+            raise UsageError(
+                f"{part}: nothing can be written there ({error.strerror}); make it a folder that can be written, or "
+                "set train.run_dir to another one"
+            ) from None
 
 
 def begin_attempt(

@@ -40,12 +40,14 @@ LOGS = "logs"
 PREFLIGHT = "preflight"  # in an attempt's logs
 SUBMISSION = "submission"
 SCRIPT = "job.sbatch"  # in the submission
+CODE = "code"  # in the submission: the packages as they were
 EVALUATE_SCRIPT = "evaluate.sbatch"  # in the submission, of `biroute submit --evaluate`
 EVALUATIONS = "evaluations.jsonl"  # in the submission: the jobs of that script
 PROFILE = "profile.yaml"  # in the submission
 HARDWARE = "hardware.yaml"  # in the submission, if the profile names such a file
 JOBS = "jobs.jsonl"  # in the submission
 EARLIER = "earlier"  # in the submission: configuration, profile and script before each change by a resume
+RESUME_LOCK = ".resume.lock"  # in the submission
 CANCELLED = "cancelled"  # in the submission
 LEFT_NODES = "left-nodes"  # in the submission: nodes on which not even an attempt could be recorded
 

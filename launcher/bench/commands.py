@@ -59,9 +59,10 @@ def attention(
 
     Example: biroute bench attention --length 2048 --length 8192 --out docs/benchmarks
     """
-    from biroute.launcher.bench.attention.measure import LENGTHS, TARGETS, run_bench
+    from biroute.launcher.bench.attention.measure import LENGTHS, TARGETS, check_lengths, run_bench
     from biroute.launcher.bench.attention.page import attention_page
 
+    check_lengths(lengths or LENGTHS)
     measure: Callable[..., list[dict[str, Any]]] | None = None
     if train_step:
         from biroute.launcher.bench.attention.train_step import STEP_MODEL, measure_train_steps
@@ -190,7 +191,7 @@ def hardware(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="processes, as many as will train; left out: one for each core")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, help="time of each measurement")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600, help="time of each measurement")] = 1.0,
     as_json: AsJson = False,
     out: Annotated[Path | None, typer.Option("--out", help="folder for this-machine.yaml")] = None,
 ) -> None:
@@ -218,7 +219,7 @@ def plan(
     part: Annotated[
         str, typer.Option("--part", help="bytes: of messages and memory; times: with hardware profiles; all: both")
     ] = "all",
-    seconds: Annotated[float, typer.Option(min=0.03, help="time of the steps of each layout")] = 1.2,
+    seconds: Annotated[float, typer.Option(min=0.03, max=3600, help="time of the steps of each layout")] = 1.2,
     again: Annotated[
         bool,
         typer.Option("--again", help="keep the profiles in the file of --out, and the faster steps of both runs"),
@@ -278,7 +279,7 @@ def logging(
 def decode(
     lengths: Annotated[
         list[int] | None,
-        typer.Option("--length", min=64, help="tokens before, repeatable; left out: 512 to 65,536"),
+        typer.Option("--length", min=64, max=1 << 22, help="tokens before, repeatable; left out: 512 to 65,536"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="tokens to measure, of which the fastest is reported")] = 32,
     as_json: AsJson = False,

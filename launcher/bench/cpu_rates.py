@@ -51,7 +51,7 @@ ROUNDS = 20
 
 
 def measure_cpu(clock: Clock, mesh: Mesh, linear_rate: float) -> dict[str, Any]:
-    """Measure the fields of `CpuRates` on this rank, but for the optimizer's. No collective.
+    """Measure the fields of `CpuRates` on this rank alone, and the time of a whole block. No collective.
 
     Args:
         clock: measures a call.
@@ -180,7 +180,7 @@ def _routing(clock: Clock) -> dict[str, float]:
 
 
 def _block(clock: Clock, mesh: Mesh, linear_rate: float, dense: dict[str, float]) -> dict[str, float]:
-    """Return the rate of what a block does beyond its products and its attention, and the time of a tiny block."""
+    """Return the rate of what a block does beyond its products and its attention, and the times of both blocks."""
     tiny, whole = (clock(block_step(model, mesh)) for model in (TINY, BLOCK))
     config = _config(BLOCK, mesh.layout.world_size)
     work = Workload(config, mesh.layout, Execution.of(config, cpu=True))
@@ -188,7 +188,11 @@ def _block(clock: Clock, mesh: Mesh, linear_rate: float, dense: dict[str, float]
     attended = pair_seconds(dense, BLOCK.head_size) * pairs
     rest = whole - tiny - 3 * work.linear_flops / linear_rate - attended
     moved = 3 * elementwise_bytes(work)
-    return {"elementwise_gb_per_second": 1e-9 * moved / max(rest, 0.05 * whole), "block_ms": 1e3 * tiny}
+    return {
+        "elementwise_gb_per_second": 1e-9 * moved / max(rest, 0.05 * whole),
+        "block_ms": 1e3 * tiny,
+        "whole_block_ms": 1e3 * whole,
+    }
 
 
 def block_step(model: ModelConfig, mesh: Mesh) -> Callable[[], Any]:

@@ -1,8 +1,8 @@
 """`biroute bench hardware`: a hardware profile of this machine, measured with real processes, for `biroute plan`.
 
-Each rank measures its core alone, one after the other, and the slowest one counts: ranks that train do the same thing
-at the same moment only now and then, and two that multiply matrices at once would be told too slow. Messages are
-measured together.
+Each rank measures its core alone, one after the other, and the slowest one counts. How much longer all ranks take
+when they compute at once is one factor, from a whole block: ranks that train seldom do the same operation at the same
+moment, and two that multiply matrices at once would be told too slow. Messages are measured together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from biroute.configs.schema import TrainConfig
-from biroute.launcher.bench.cpu_rates import data_mesh, measure_cpu, measure_optimizer
+from biroute.launcher.bench.cpu_rates import BLOCK, block_step, data_mesh, measure_cpu, measure_optimizer
 from biroute.launcher.bench.report import environment_info, make_folder
+from biroute.launcher.bench.several_processes import reports_of_ranks
 from biroute.launcher.plan.hardware import GIB, CpuRates, HardwareProfile
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
-from biroute.launcher.ranks.rendezvous import join_processes
-from biroute.launcher.start.library_warnings import ignore_library_warnings
-from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh
 
 FILE = "this-machine.yaml"
@@ -57,13 +52,7 @@ def default_ranks() -> int:
 
 def measure_hardware(ranks: int, seconds: float) -> Measured:
     """Start `ranks` processes of one thread each, and measure for about `seconds` each rate."""
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when the ranks import them
-    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
-        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, args=(ranks, seconds, folder), nprocs=ranks, join=True, start_method="spawn"
-        )
-        found = [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-    return Measured(**_slowest(found))
+    return Measured(**_slowest(reports_of_ranks(_measure, (seconds,), ranks)))
 
 
 def _slowest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -74,26 +63,12 @@ def _slowest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(values[0], dict):
             worst[name] = _slowest(values)
         else:
-            worst[name] = max(values) if name.endswith(("_ns", "_ms", "_seconds")) else min(values)
+            worst[name] = max(values) if name.endswith(("_ns", "_ms", "_seconds", "_factor")) else min(values)
     return worst
 
 
-def _rank(rank: int, ranks: int, seconds: float, folder: str) -> None:
-    ignore_library_warnings()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
-    }
-    prepare_megatron(torch.device("cpu"))
-    join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
-    Path(folder, f"{rank}.json").write_text(json.dumps(_measure(rank, ranks, seconds)), "utf-8")
-    dist.barrier()
-    os._exit(0)  # an orderly end would wait for the threads of all groups
-
-
-def _measure(rank: int, ranks: int, seconds: float) -> dict[str, Any]:
+def _measure(seconds: float) -> dict[str, Any]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = data_mesh(ranks)
     found: dict[str, Any] = {}
     for turn in range(ranks):
@@ -101,6 +76,9 @@ def _measure(rank: int, ranks: int, seconds: float) -> dict[str, Any]:
         if turn == rank:
             found = _measure_core(seconds, mesh)
     dist.barrier()
+    step = block_step(BLOCK, mesh)
+    alone = found["cpu"].pop("whole_block_ms") / 1e3
+    found["cpu"]["all_ranks_factor"] = max(1.0, _median_seconds(step, seconds, together=True) / alone)
     found["cpu"]["optimizer_gb_per_second"] = measure_optimizer(mesh) / 1e9
     copy = found.pop("copy_seconds")
     if ranks == 1:
@@ -212,7 +190,7 @@ COMMENTS = {
 
 def profile_text(profile: HardwareProfile, measured: Measured) -> str:
     """Return the profile as YAML, with how each number was found."""
-    facts = environment_info()
+    facts = environment_info(threads=1)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     lines = [f"# Made by `{facts['command']}` on {date}: {facts['machine']}; {facts['software']}."]
     values = profile.model_dump(exclude_none=True)

@@ -14,7 +14,8 @@ import torch
 
 from biroute.configs.schema import RunConfig
 from biroute.launcher.bench.report import Findings, Page, Table, environment_info, say
-from biroute.launcher.bench.single_process import CPU, join_alone
+from biroute.launcher.bench.several_processes import CPU
+from biroute.launcher.bench.single_process import join_alone
 from biroute.launcher.track.tracker import Tracker, open_tracker
 from biroute.launcher.train.measurements import Measurements
 from biroute.launcher.train.stragglers import Stragglers

@@ -22,8 +22,8 @@ COLOURS = ("#3b6fb6", "#d1603d", "#3f8f5b", "#8a5aa8", "#b8892b", "#2b9aa8", "#a
 BASELINE_COLOUR = "#5f6368"
 
 
-def environment_info() -> dict[str, str]:
-    """Return machine, software, date and command of this run for reports."""
+def environment_info(threads: int | None = None) -> dict[str, str]:
+    """Return machine, software, date and command of this run for reports; `threads` of a rank, left out: ours."""
     import torch
 
     commit = git_tags(Path(__file__))
@@ -32,7 +32,7 @@ def environment_info() -> dict[str, str]:
         code += ", with uncommitted changes"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "machine": f"{_processor()}, {cores} core(s), {torch.get_num_threads()} thread(s)",
+        "machine": f"{_processor()}, {cores} core(s), {threads or torch.get_num_threads()} thread(s)",
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
         "code": code,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

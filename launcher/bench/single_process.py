@@ -7,20 +7,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
-from biroute.launcher.ranks.rendezvous import join_processes
+from biroute.launcher.bench.several_processes import CPU, join_group
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rule import Router
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
-
-CPU = torch.device("cpu")
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # the process group reads its file until this process ends
 
@@ -33,9 +29,7 @@ def join_alone(config: RunConfig) -> Mesh:
     prepare_megatron(CPU)
     if not dist.is_initialized():
         _folders.append(tempfile.TemporaryDirectory(prefix="biroute-bench-"))
-        rendezvous = Path(_folders[-1].name) / "rendezvous"
-        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", RENDEZVOUS_FILE: str(rendezvous)})
-        join_processes(find_rank_environment(), config.train)
+        join_group(0, 1, Path(_folders[-1].name), config.train)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, also of a group that somebody else has begun
     return build_mesh(resolve_layout(config, 1))
 

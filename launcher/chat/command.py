@@ -19,6 +19,9 @@ HELP = """/reset   forget the conversation
 /quit    end, as Ctrl-D does
 Ctrl-C stops an answer. Anything else is said to the model."""
 
+# Bytes of a line. What is read of a line that never ends, as `yes | tr -d '\n'` writes one, must not fill the memory.
+LONGEST_LINE = 1 << 24
+
 
 @dataclass(frozen=True)
 class Request:
@@ -50,11 +53,16 @@ def chat(request: Request, settings: Settings, say: Say) -> None:
             line = _read_line().strip()
         except EOFError:
             return
-        except KeyboardInterrupt:  # as in a shell: the line is dropped
-            print()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # nobody types, so this is meant for the command
+                raise
+            print()  # as in a shell: the line is dropped
             continue
         except UnicodeDecodeError:
             say("this line is not UTF-8")
+            continue
+        except UsageError as error:
+            say(str(error))
             continue
         if line == "/quit":
             return
@@ -68,6 +76,7 @@ def _read_line() -> str:
     Raises:
         EOFError: there is none.
         UnicodeDecodeError: it is not UTF-8.
+        UsageError: it is longer than any model reads; it is left out.
     """
     if sys.stdin.isatty():
         try:
@@ -76,13 +85,26 @@ def _read_line() -> str:
             print()  # behind the prompt
             raise
     # As bytes: a line that is not UTF-8 would else take all the others of its block with it.
-    line = sys.stdin.buffer.readline()
+    line = sys.stdin.buffer.readline(LONGEST_LINE + 1)
     if not line:
         raise EOFError
+    if len(line) > LONGEST_LINE:
+        while line and not line.endswith(b"\n"):
+            line = sys.stdin.buffer.readline(LONGEST_LINE)
+        raise UsageError(f"this line is longer than {LONGEST_LINE:,} bytes, and left out; say less")
     return line.decode()
 
 
 def _answer(line: str, conversation: Conversation, trained: Trained, say: Say) -> None:
+    """Do what a line asks for, until that is done or Ctrl-C stops it."""
+    try:
+        _do(line, conversation, trained, say)
+    except KeyboardInterrupt:
+        print(flush=True)
+        say("(stopped)")
+
+
+def _do(line: str, conversation: Conversation, trained: Trained, say: Say) -> None:
     if not line.startswith("/"):
         _talk(line, conversation, say)
     elif line == "/reset":
@@ -91,7 +113,7 @@ def _answer(line: str, conversation: Conversation, trained: Trained, say: Say) -
     elif line == "/help":
         print(HELP, flush=True)
     elif line == "/routes":
-        if conversation.last is None:
+        if conversation.last is None or not conversation.last.tokens:  # or Ctrl-C came before the first one
             say("(no answer yet)")
             return
         for one in brief_routes(trained.model, trained.tokenizer, conversation.last):
@@ -113,6 +135,3 @@ def _talk(line: str, conversation: Conversation, say: Say) -> None:
         say("this line is not UTF-8")
     except UsageError as error:
         say(str(error))
-    except KeyboardInterrupt:
-        print(flush=True)
-        say("(stopped)")

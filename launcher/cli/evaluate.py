@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -107,12 +108,15 @@ def evaluate_run(
         raise UsageError(f"--checkpoint={checkpoint} and --every-checkpoint exclude each other; use one of them")
     if follow and not every_checkpoint:
         raise UsageError("--follow is for --every-checkpoint; give both")
-    from biroute.launcher.ranks.environment import started_by_launcher
+    from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, started_by_launcher
+    from biroute.launcher.ranks.stop_signal import end_on_signals
     from biroute.launcher.start.library_warnings import ignore_library_warnings
 
     joins = started_by_launcher() and not check
     if ranks > 1 and not joins and not check:
         raise typer.Exit(_on_local_ranks(ranks))
+    if RENDEZVOUS_FILE in os.environ:  # a rank that _on_local_ranks started
+        end_on_signals()
     ignore_library_warnings()
     from biroute.launcher.evaluate import command
     from biroute.launcher.evaluate.ranks import EvaluationRanks, join_ranks
@@ -130,6 +134,7 @@ def evaluate_run(
         place = join_ranks(request.model) if joins else EvaluationRanks()
         _run(request, place, every_checkpoint, follow, out, as_json)
     except KeyboardInterrupt:
+        echo("stopped; results that were shown are kept", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

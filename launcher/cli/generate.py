@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from biroute.configs.errors import EXIT_INTERRUPTED
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import (
     AsJson,
@@ -39,14 +38,14 @@ def generate_texts(
         Path | None, typer.Option(help='file of prompts: one a line, or lines {"prompt": "..."} in a .jsonl file')
     ] = None,
     checkpoint: Checkpoint = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens after a prompt")] = 128,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="most tokens after a prompt")] = Settings.max_tokens,
+    temperature: Temperature = Settings.temperature,
+    top_k: TopK = Settings.top_k,
+    top_p: TopP = Settings.top_p,
+    min_p: MinP = Settings.min_p,
+    repetition_penalty: RepetitionPenalty = Settings.repetition_penalty,
     stop: Annotated[list[str] | None, typer.Option(help="text to end at, which is left out; repeatable")] = None,
-    seed: Annotated[int, typer.Option(help="of the draws: the same seed, the same text")] = 0,
+    seed: Annotated[int, typer.Option(help="of the draws: the same seed, the same text")] = Settings.seed,
     samples: Annotated[int, typer.Option(help="texts for each prompt")] = 1,
     batch_size: MaxBatch = 8,
     document_start: Annotated[
@@ -81,9 +80,6 @@ def generate_texts(
         model, texts, samples=samples, batch_size=batch_size, document_start=document_start, truncate=truncate,
         echo=show_prompt, as_json=as_json,
     )  # fmt: skip
-    try:
-        answer = generate(request, settings, lambda line: echo(line, err=True))
-    except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    answer = generate(request, settings, lambda line: echo(line, err=True))
     if answer:
         echo(answer)

@@ -6,11 +6,19 @@ importing them, and `biroute --help` stays fast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from biroute.configs.errors import EXIT_INTERRUPTED, UsageError
+from biroute.launcher.cli.echo import echo
+
+# Of the Click that this Typer brings or uses: a word of the command line that cannot be.
+_CommandLineError: Any = typer.BadParameter.mro()[1]
 
 
 class Mount(NamedTuple):
@@ -103,8 +111,32 @@ class LazyCommand(TyperCommand):
         return load_command(self.name).make_context(info_name, args, parent=parent, **extra)
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Say in one line what ends a command: a word that cannot be (Typer would draw a box), or Ctrl-C."""
+    try:
+        yield
+    except _CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # no error: its words are the whole help
+            raise
+        words = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx else "biroute"
+        raise UsageError(f"{words}; `{command} --help` says what there is") from None
+    except KeyboardInterrupt:  # in a command that has nothing to say about what it keeps
+        echo("stopped", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
 class LazyGroup(TyperGroup):
-    """The top group of `biroute`: its own commands, then those of `MOUNTED`."""
+    """The top group of `biroute`: its own commands, then those of `MOUNTED`. What ends one of them is one line."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        with _in_one_line():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _in_one_line():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *MOUNTED]

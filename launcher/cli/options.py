@@ -25,7 +25,7 @@ Fast = Annotated[
 TokenizerFile = Annotated[
     Path | None, typer.Option(help="file of the tokenizer; left out: the run's, or its dataset's")
 ]
-# How a text is continued: the fields of `Settings`.
+# How a text is continued: the fields of `Settings`, which has their defaults.
 Temperature = Annotated[float, typer.Option(help="divides the logits; 0: always the likeliest token")]
 TopK = Annotated[int, typer.Option(help="draw only from so many likeliest tokens; 0: from all")]
 TopP = Annotated[float, typer.Option(help="draw only from the likeliest tokens with this probability")]

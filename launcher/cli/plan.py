@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +45,8 @@ def plan(
 ) -> None:
     """Predict memory, bytes between ranks, time and cost of a run before it is submitted.
 
+    Where nothing that was asked for fits into the devices' memory, the exit status is 2.
+
     Example: biroute plan configs/demo.yaml parallel.data=null --nodes 1 --nodes 2 train.global_batch_size=64
     """
     from biroute.configs.load import load_config
@@ -53,6 +56,8 @@ def plan(
     loaded = load_config(config, overrides or [])
     profile = load_hardware(hardware or DEFAULT_HARDWARE)
     if price is not None:
+        if not math.isfinite(price):
+            raise UsageError(f"--price {price} is no price; give a number")
         profile = profile.model_copy(update={"price_per_device_hour": price})
     assumed = [] if hardware else [f"hardware {DEFAULT_HARDWARE}; --hardware names another profile"]
     fraction = ASSUMED_EXCHANGE if exchange_fraction is None else exchange_fraction
@@ -67,6 +72,8 @@ def plan(
     echo(json.dumps(answer.values) if as_json else answer.text)
     for path in written if not as_json else ():
         echo(f"wrote {path}")
+    if answer.too_large:
+        raise UsageError(answer.too_large)
 
 
 def _devices(config: RunConfig, profile: HardwareProfile, nodes: list[int]) -> tuple[list[int], list[str]]:
@@ -86,25 +93,29 @@ class _Answer:
     def __init__(self, config: RunConfig, profile: HardwareProfile, fraction: float, assumed: list[str]) -> None:
         self.config, self.profile, self.fraction, self.assumed = config, profile, fraction, assumed
         self.text = ""
+        self.too_large = ""  # why nothing that was asked for fits; "" if something does
         self.values: dict[str, Any] = {}
         self._drawn: list[Any] = []
 
     def plan(self, counts: list[int]) -> None:
         from biroute.configs.layout import resolve_layout
         from biroute.launcher.plan.prediction import make_plan
-        from biroute.launcher.plan.report import as_values, assumptions, plan_table
+        from biroute.launcher.plan.report import as_values, assumptions, plan_table, too_large
+        from biroute.launcher.plan.search import remedy
 
         plans = [
             make_plan(self.config, resolve_layout(self.config, count), self.profile, self.fraction)
             for count in counts
         ]
         self._drawn = plans
+        if not any(one.fits for one in plans):
+            self.too_large = too_large(plans[-1], remedy(plans[-1]))
         assumed = [*self.assumed, *assumptions(plans[0])]
         self.text = "\n".join([plan_table(plans), *(f"assumed: {one}" for one in assumed)])
         self.values = {"plans": [as_values(one) for one in plans], "assumed": self.assumed}
 
     def search(self, counts: list[int]) -> None:
-        from biroute.launcher.plan.report import as_values, assumptions, search_table
+        from biroute.launcher.plan.report import as_values, assumptions, nothing_fits, search_table
         from biroute.launcher.plan.search import search_layouts
 
         if self.config.parallel.data:
@@ -117,6 +128,10 @@ class _Answer:
                 {"devices": count, "plans": [as_values(one) for one in found.plans[:10]], "dropped": found.dropped}
             )
             self._drawn += found.plans[:1]
+            if found.smallest is not None:
+                self.too_large = nothing_fits(found.smallest)
+        if self._drawn:
+            self.too_large = ""
         if self._drawn:
             texts += [f"assumed: {one}" for one in [*self.assumed, *assumptions(self._drawn[0])]]
         self.text = "\n".join(texts)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from biroute.configs.errors import EXIT_INTERRUPTED, UsageError
+from biroute.configs.errors import UsageError
 from biroute.launcher.cli.echo import echo
 from biroute.launcher.cli.options import AsJson, Checkpoint, Device, Precision, RunOrConfig, TokenizerFile
 from biroute.launcher.generate.model_choice import ModelChoice
@@ -51,9 +51,6 @@ def show(
     from biroute.launcher.routes.command import Request, show_routes
 
     request = Request(model, content, str(text), max_tokens=max_tokens, out=out, as_json=as_json)
-    try:
-        answer = show_routes(request, lambda line: echo(line, err=True))
-    except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    answer = show_routes(request, lambda line: echo(line, err=True))
     if answer:
         echo(answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ serve_app = typer.Typer(no_args_is_help=True)
 def serve_model(
     run: RunOrConfig,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port to listen on")] = 8000,
+    port: Annotated[int, typer.Option(help="TCP port to listen on; 0: any free one")] = 8000,
     max_batch: MaxBatch = 8,
     queue: Annotated[int, typer.Option(help="texts that may wait; more get the status 429")] = 64,
     checkpoint: Checkpoint = None,
@@ -36,12 +37,27 @@ def serve_model(
         raise UsageError(f"--max-batch={max_batch} is out of range; use at least 1")
     if queue < 0:
         raise UsageError(f"--queue={queue} is out of range; use at least 0 (0: no text waits)")
+    # All that can be said is said before the model is loaded, which takes seconds.
+    _check_extra()
+    from biroute.launcher.serve.listener import bind
     from biroute.launcher.start.library_warnings import ignore_library_warnings
     from biroute.launcher.track.mlflow_ui import check_port
 
-    check_port(host, port)  # before the model is loaded, which takes seconds
+    if port:
+        check_port(host, port)
+    else:
+        bind(host, port).close()
     ignore_library_warnings()
     from biroute.launcher.serve.command import Request, serve
 
     request = Request(model, host=host, port=port, max_batch=max_batch, queue=queue)
     serve(request, lambda line: echo(line, err=True))
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"biroute serve needs {' and '.join(missing)}, not installed here; install it with "
+            "`pip install 'biroute[serve]'`"
+        )

@@ -12,7 +12,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.schema import ModelConfig
 from biroute.launcher.evaluate.forward import ForwardModel
 from biroute.launcher.evaluate.losses import far_context, mean_losses, score_windows
-from biroute.launcher.evaluate.material import Material, heldout_material, text_material
+from biroute.launcher.evaluate.material import HELDOUT, Material, heldout_material, text_material
 from biroute.launcher.evaluate.ranks import EvaluationRanks
 from biroute.launcher.evaluate.results import PREFIX, Evaluation, Section
 from biroute.launcher.evaluate.tasks.catalog import TASKS
@@ -66,6 +66,8 @@ class Request:
         for option, value in (("limit", self.limit), ("window", self.window), ("window-tokens", self.window_tokens)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option}={value} is out of range; use at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed={self.seed} is out of range; use from 0 to 2^63 - 1")
 
     def _check_harness(self) -> None:
         names = self.harness_tasks
@@ -194,7 +196,7 @@ def wanted_metrics(request: Request) -> set[str] | None:
     """Return metrics that a checkpoint has once this request was done; None where the name comes from the text."""
     if LOSS in request.tasks and request.texts and request.name is None:
         return None
-    losses = {f"{PREFIX}{request.name or 'heldout'}/loss"}
+    losses = {f"{PREFIX}{request.name or HELDOUT}/loss"}
     tasks = {f"{PREFIX}{_task_name(request, name)}/accuracy" for name in request.own_tasks if name != LOSS}
     # lm-eval's metrics are known when a task is loaded; its number of documents is always one.
     tasks |= {f"{PREFIX}{_task_name(request, f'lm_eval/{name}')}/documents" for name in request.harness_tasks}

@@ -16,7 +16,8 @@ from biroute.launcher.evaluate.results import Evaluation
 from biroute.launcher.generate.trained import run_folder
 from biroute.launcher.track.evaluations import evaluated
 from biroute.launcher.track.sync import is_training
-from biroute.parallel.checkpoint.survey import survey
+from biroute.parallel.checkpoint.meta import STEP_NAME
+from biroute.parallel.checkpoint.survey import Found, survey
 
 _LOOK_SECONDS = 5.0
 
@@ -41,13 +42,17 @@ def evaluate_all(
     Raises:
         UsageError: as in `evaluate`, where it concerns every checkpoint; or none is valid.
     """
-    run_dir, done, valid = run_folder(request.model.run), set[int](), 0
+    run_dir, done, damaged, valid = run_folder(request.model.run), set[int](), set[Path](), 0
     wanted = wanted_metrics(request)
     if wanted is None:
         raise UsageError("--every-checkpoint with --text needs --name, by which results that exist are known")
     ranks = ranks or EvaluationRanks()
     while True:
         ended = ranks.from_first(not _goes_on(run_dir))  # before looking: what was saved until then is seen
+        for one in _look(run_dir):
+            if one.problem and one.path not in damaged:
+                damaged.add(one.path)
+                say(f"{one.path}: {one.problem}; passed over")
         for step in ranks.from_first([step for step in _steps(run_dir) if step not in done]):
             done.add(step)
             if ranks.from_first(request.tracking and wanted <= evaluated(run_dir).get(step, {}).keys()):
@@ -72,8 +77,13 @@ def evaluate_all(
 
 
 def _steps(run_dir: Path) -> list[int]:
+    return sorted(one.meta.progress.step for one in _look(run_dir) if one.meta is not None and not one.problem)
+
+
+def _look(run_dir: Path) -> list[Found]:
+    """Return the checkpoints that were finished, damaged ones among them."""
     found = survey(run_dir / CHECKPOINTS, deep=False)
-    return sorted(one.meta.progress.step for one in found if one.meta is not None and not one.problem)
+    return [one for one in found if STEP_NAME.fullmatch(one.path.name)]
 
 
 def _goes_on(run_dir: Path) -> bool:

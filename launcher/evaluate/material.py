@@ -17,6 +17,7 @@ from biroute.launcher.generate.trained import Trained
 
 Say = Callable[[str], None]
 
+HELDOUT = "heldout"  # name of the results of the held-out split
 _TASK_SEQUENCES = 256  # held-out sequences that tasks are made of, if there are so many
 
 
@@ -66,7 +67,7 @@ def heldout_material(trained: Trained, *, limit: int | None, name: str | None, s
     length = trained.config.model.sequence_length
     about = f"the first {wanted} of {reader.num_sequences} held-out sequences of {length} tokens"
     windows = [Window(tokens, unit=number) for number, tokens in enumerate(sequences[:wanted])]
-    return Material(name or "heldout", about, "sequences", windows, sequences[:for_tasks])
+    return Material(name or HELDOUT, about, "sequences", windows, sequences[:for_tasks])
 
 
 def text_material(
@@ -75,8 +76,13 @@ def text_material(
     """Take the documents of files, each whole and by itself.
 
     Raises:
-        UsageError: as in `read_texts` and `document_windows`.
+        UsageError: as in `read_texts` and `document_windows`, or they have the name of the held-out split.
     """
+    chosen = name or _name_of(patterns)
+    if chosen == HELDOUT:  # in MLflow its results would be taken for those of the held-out split
+        raise UsageError(
+            f"--text={patterns[0]} is named {HELDOUT}, as the results of the held-out split; give --name another name"
+        )
     texts = read_texts(patterns, say)
     length, end = trained.config.model.sequence_length, trained.tokenizer.eos_id
     stride = max(1, length // 2) if stride is None else stride
@@ -92,7 +98,7 @@ def text_material(
             f"{stride} tokens, so that every later token has at least {length - stride + 1} tokens of context"
         )
     pieces = [np.array([*one, end], dtype=np.int64) for one in documents]
-    return Material(name or _name_of(patterns), about, "documents", windows, pieces)
+    return Material(chosen, about, "documents", windows, pieces)
 
 
 def _name_of(patterns: Sequence[str]) -> str:

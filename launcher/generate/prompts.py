@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def _of_file(file: Path) -> list[str]:
         data = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--prompts={file}: {error.strerror}; name a text file, or a .jsonl file") from None
+    data = data.removeprefix(codecs.BOM_UTF8)  # no part of the first prompt
     # Only \n ends a line: other line breaks of Unicode may be part of a prompt.
     lines = data.removesuffix(b"\n").split(b"\n") if data else []
     prompts = [_of_line(line, f"{file}, line {number}", file.suffix) for number, line in enumerate(lines, 1)]

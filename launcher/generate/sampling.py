@@ -6,6 +6,7 @@ Shapes: V tokens of the tokenizer (the padding of the vocabulary is left out).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def choose_token(logits_V: Tensor, seen: Sequence[int], settings: Settings, unif
     if settings.temperature == 0:
         token = _likeliest(penalized_V)
     else:
-        token = _draw(_cut(penalized_V / settings.temperature, settings), uniform)
+        token = _draw(_cut(_cool(penalized_V, settings.temperature), settings), uniform)
     return Choice(token, float(log_probability_V[token]))
 
 
@@ -79,6 +80,17 @@ def _penalize(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     ids = torch.tensor(sorted(set(seen)))
     found = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(found > 0, found / penalty, found * penalty))
+
+
+def _cool(logits_V: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature; where that passes what fp32 holds, only the likeliest tokens are left."""
+    cooled_V = logits_V / temperature
+    if math.isfinite(cooled_V.max()):
+        return cooled_V
+    # Relative to the largest: 0 for that one, and -inf for all others, as the limit of small temperatures is.
+    bound = torch.finfo(logits_V.dtype).max
+    finite_V = logits_V.clamp(-bound, bound)  # a tiny repetition penalty may have made them infinite
+    return (finite_V - finite_V.max()).double() / temperature
 
 
 def _cut(logits_V: Tensor, settings: Settings) -> Tensor:

@@ -55,3 +55,5 @@ class Settings:
                 raise UsageError(f"--{name}={value} is out of range; use {wanted}")
         if "" in self.stop:
             raise UsageError("--stop is empty, and would end every text at once; give the text to stop at")
+        if any("\ud800" <= one <= "\udfff" for one in "".join(self.stop)):
+            raise UsageError("--stop is not valid UTF-8, which no text holds; give it in UTF-8")

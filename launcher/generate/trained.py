@@ -25,7 +25,7 @@ from biroute.launcher.train.identity import TOKENIZER_FINGERPRINT, model_identit
 from biroute.model.decode.cached_model import CachedModel
 from biroute.model.language_model import LayerSequence, plan_layers
 from biroute.parallel.checkpoint.files import check_same_model
-from biroute.parallel.checkpoint.meta import CheckpointMeta, read_meta
+from biroute.parallel.checkpoint.meta import STEP_NAME, CheckpointMeta, read_meta
 from biroute.parallel.checkpoint.survey import checkpoint_of, survey
 from biroute.parallel.checkpoint.weights import load_weights, read_weights
 from biroute.parallel.mesh.megatron import groups_of_one
@@ -56,8 +56,11 @@ def open_trained(choice: ModelChoice, say: Say = lambda _: None) -> Trained:
     """
     run_dir = run_folder(choice.run)
     place = choose_device(choice.device)
-    for checkpoint in _candidates(run_dir / CHECKPOINTS, choice.step):
-        meta = read_meta(checkpoint)
+    for checkpoint in _candidates(run_dir / CHECKPOINTS, choice.step, say):
+        try:
+            meta = read_meta(checkpoint)
+        except FileNotFoundError:  # a run that trains has removed it just now
+            continue
         config = _config_of(run_dir, checkpoint, meta, say)
         if not config.model.causal:
             raise UsageError(
@@ -111,7 +114,13 @@ def find_tokenizer(run_dir: Path, config: RunConfig, meta: CheckpointMeta, given
     for path in places:
         if not path.is_file():
             continue
-        tokenizer = load_tokenizer(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except UsageError as error:
+            if given:
+                raise
+            others.append(str(error).partition(";")[0])
+            continue
         if wanted in (None, tokenizer.fingerprint[:12]):
             return tokenizer
         others.append(f"{path} is another one ({tokenizer.fingerprint[:12]})")
@@ -131,19 +140,27 @@ def run_folder(run: Path) -> Path:
     return run
 
 
-def _candidates(directory: Path, step: int | None) -> Iterator[Path]:
-    """Yield the checkpoint of a step, or the complete ones, newest first.
+def _candidates(directory: Path, step: int | None, say: Say) -> Iterator[Path]:
+    """Yield the checkpoint of a step, or the complete ones, newest first; one that is passed over is said.
+
+    It looks anew for each: while one was read, a run that trains may have removed it and saved another.
 
     Raises:
         UsageError: there is none, or that of the step is not complete.
     """
-    chosen, found = checkpoint_of(directory, step), survey(directory, deep=False)
-    problem = next((one.problem for one in found if one.path == chosen), "")
-    if problem:
-        raise UsageError(f"{chosen}: {problem}; choose another with --checkpoint")
-    yield chosen
-    if step is None:
-        yield from [one.path for one in found if not one.problem and one.path != chosen]
+    chosen, looked = checkpoint_of(directory, step), set[Path]()
+    if step is not None:
+        problem = next((one.problem for one in survey(directory, deep=False) if one.path == chosen), "")
+        if problem:
+            raise UsageError(f"{chosen}: {problem}; choose another with --checkpoint")
+        yield chosen
+        return
+    while one := next((one for one in survey(directory, deep=False) if one.path not in looked), None):
+        looked.add(one.path)
+        if not one.problem:
+            yield one.path
+        elif STEP_NAME.fullmatch(one.path.name):  # what was never finished is no checkpoint yet
+            say(f"{one.path}: {one.problem}; trying the one before it")
 
 
 def _config_of(run_dir: Path, checkpoint: Path, meta: CheckpointMeta, say: Say) -> RunConfig:

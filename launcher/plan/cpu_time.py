@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from biroute.launcher.plan.hardware import AttentionRate, CpuRates
+from biroute.launcher.plan.hardware import AttentionRate, CpuRates, HardwareProfile
 from biroute.launcher.plan.workload import Workload
 from biroute.model.attention.paths import ComputedPairs, masked_pairs, prefers_mask, tiled_pairs
 
@@ -44,6 +44,18 @@ def attention_time(work: Workload, cpu: CpuRates, layer: int) -> AttentionTime:
         seconds(rate.backward_pair_ns, rate.backward_gflops, BACKWARD_PRODUCTS, BACKWARD_COPIES),
         _routing(work, cpu, layer),
     )
+
+
+def busy_factor(hardware: HardwareProfile, ranks: int) -> float:
+    """Return how many times as long a rank computes while all of so many ranks do.
+
+    Cores share units, caches and memory. What all ranks of a node lose together was measured; fewer lose less, in
+    proportion.
+    """
+    others = min(ranks, hardware.devices_per_node) - 1
+    if hardware.cpu is None or others < 1:
+        return 1.0
+    return 1 + (hardware.cpu.all_ranks_factor - 1) * others / (hardware.devices_per_node - 1)
 
 
 def computed_pairs(work: Workload, cpu: CpuRates, layer: int) -> tuple[AttentionRate, ComputedPairs]:

@@ -41,6 +41,9 @@ class CpuRates(Section):
     loss_gb_per_second: PositiveFloat = Field(description="cross-entropy, bytes as a plan counts them")
     optimizer_gb_per_second: PositiveFloat = Field(description="a step of AdamW, bytes as a plan counts them")
     block_ms: float = Field(ge=0, description="time of a block of almost no size, forward and backward: calls")
+    all_ranks_factor: float = Field(
+        ge=1, description="how many times as long a block takes while all ranks of the node compute one"
+    )
 
 
 class HardwareProfile(Section):
@@ -117,7 +120,10 @@ def load_hardware(name: str, given_as: str = "--hardware ") -> HardwareProfile:
     source = path if path.is_file() else resources.files("biroute.configs").joinpath(SHIPPED_HARDWARE, f"{name}.yaml")
     if not source.is_file():
         known = ", ".join(shipped_names())
-        raise UsageError(f"{given_as}{name}: no such hardware profile; name a YAML file, or one of {known}")
+        raise UsageError(
+            f"{given_as}{name}: no such hardware profile; name one of {known}, or a YAML file: "
+            "`biroute bench hardware --out .` makes ./this-machine.yaml for this machine"
+        )
     try:
         tree = parse_yaml(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

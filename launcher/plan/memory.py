@@ -72,7 +72,10 @@ def memory_of_stage(work: Workload, stage: int, exchange_fraction: float) -> Mem
     routes, gathered = _routing(work, stage)
     activations = in_flight * (layers * kept + last * norm)
     recomputed = 0.0 if execution.recompute == "none" else whole - kept
-    logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor * execution.logit_bytes * last
+    recomputed += 2 * _whole_input(work)  # its two gradients, of the MLP's two halves
+    logit_bytes = execution.logit_bytes + work.microbatches * execution.output_bytes
+    logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor * logit_bytes * last
+    logits += 2 * _whole_input(work) * last  # of the LM head: its input, and the gradient
     buffers = _buffers(work, stage)
     if execution.on_cpu and work.layout.zero_stage < 3:
         # The bucket fills as backward frees activations, or after it.
@@ -132,11 +135,17 @@ def activations_of_block(work: Workload) -> float:
     # Queries, keys and values as projected; queries and keys rotated; the output, and a copy for the next matrix.
     smeared = work.key_size if model.key_smear else 0
     attention = element * (4 * work.query_size + 3 * work.key_size + smeared) + 4 * model.num_heads
-    # Both halves of the first matrix, silu of the one, a copy of the other, and their product.
-    mlp = element * 5 * model.ffn_hidden_size
+    mlp = element * work.execution.mlp_tensors * model.ffn_hidden_size
     norms = 8 * (work.query_size + work.key_size) if model.qk_norm else 0
     of_norms = residual + 2 * _normalized(work) / work.tokens
-    return work.tokens * (of_norms + (attention + mlp + norms) / work.layout.tensor) + _scores(work)
+    gathered = 2 * _whole_input(work) * (1 - 1 / work.residual_ranks)  # of attention and MLP
+    return work.tokens * (of_norms + (attention + mlp + norms) / work.layout.tensor) + gathered + _scores(work)
+
+
+def _whole_input(work: Workload) -> float:
+    """Return the bytes of a matrix's input where tensor ranks keep it gathered, else 0."""
+    kept = work.execution.whole_inputs and work.residual_ranks > 1
+    return float(work.tokens * work.config.model.hidden_size * work.element_size * kept)
 
 
 def _normalized(work: Workload) -> float:
@@ -173,7 +182,11 @@ def _buffers(work: Workload, stage: int) -> float:
     """Return the bytes of a bucket of gradients in fp32, and in stage 3 of the weights that are gathered at once."""
     parameters, element = work.parameters_of_stage(stage), work.element_size
     if work.execution.gathers == "once":
-        return (element + 4.0) * parameters
+        # With no more microbatches than stages, an interleaved schedule has all backward passes of one part behind
+        # it, and that part's gradients divided, before the next part's begin (Narayanan et al., figure 4).
+        parts = work.execution.virtual_stages if work.microbatches <= work.layout.pipe else 1
+        block = 4.0 * work.block_matrices / work.layout.tensor  # of its gradients, in the order of the ranks
+        return (element + 4.0 / parts) * parameters + block
     if work.execution.gathers == "blocks":
         # The weights of this block and the next one, and this block's gradients before they are scattered.
         return 3 * element * (work.block_matrices + work.embedding) / work.layout.tensor

@@ -169,6 +169,26 @@ def _fits(plan: Plan) -> str:
     return f"no: {over} too much; " + (f"{override} would fit" if override else "try --search, or more nodes")
 
 
+def too_large(plan: Plan, change: str | None) -> str:
+    """Say by how much a plan that does not fit is too large, and which `change`, if any is known, makes it fit."""
+    advice = f"with {change} it would fit" if change else "use a smaller model, or devices with more memory"
+    return f"{_over(plan)}; {advice}"
+
+
+def nothing_fits(smallest: Plan) -> str:
+    """Say by how much the smallest of all layouts is too large, and what may help."""
+    smaller = ", or train.microbatch_size=1" if smallest.config.train.microbatch_size > 1 else ""
+    return f"{_over(smallest)}; plan more --nodes{smaller}"
+
+
+def _over(plan: Plan) -> str:
+    hardware, over = plan.hardware, plan.memory.total - plan.device_bytes
+    return (
+        f"the run does not fit: a rank needs {_gib(plan.memory.total)} in layout {plan.layout}, and "
+        f"{hardware.device} has {hardware.memory_gib:g} GiB, {_gib(over)} too few"
+    )
+
+
 def _exchange(plan: Plan) -> str:
     exchange = plan.region_exchange
     return "" if exchange is None else f"{_bytes(exchange.expected)}, {_bytes(exchange.bound)}"
@@ -194,6 +214,13 @@ def search_table(found: Found, most: int = 10) -> str:
     text = f"{total} layouts tried, {len(found.plans)} are legal and fit"
     text += f"; the fastest {min(most, len(found.plans))}:\n" if found.plans else "\n"
     text += _aligned(lines) if found.plans else ""
+    if found.smallest is not None:
+        least, over = found.smallest, _gib(found.smallest.memory.total - found.smallest.device_bytes)
+        recompute = "yes" if least.config.train.activation_checkpointing else "no"
+        text += (
+            f"least memory: {least.layout}, recompute {recompute}: "
+            f"{_gib(least.memory.total)} of {_gib(least.device_bytes)}, {over} too much"
+        )
     for reason, count in found.dropped.items():
         text += f"\nfell out: {count:5} {reason}"
     return text

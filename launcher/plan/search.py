@@ -22,10 +22,14 @@ TOO_LARGE = "needs more memory than the device has"
 
 @dataclass(frozen=True)
 class Found:
-    """The plans that fit, the fastest first, and how many others fell out for each reason."""
+    """The plans that fit, the fastest first, and how many others fell out for each reason.
+
+    `smallest` is the one that needs least memory of those that do not fit, where none fits.
+    """
 
     plans: list[Plan]
     dropped: Mapping[str, int]
+    smallest: Plan | None = None
 
 
 def search_layouts(config: RunConfig, devices: int, hardware: HardwareProfile, exchange_fraction: float) -> Found:
@@ -36,7 +40,7 @@ def search_layouts(config: RunConfig, devices: int, hardware: HardwareProfile, e
     Raises:
         UsageError: no layout is legal; the line has the commonest reason.
     """
-    plans, dropped = list[Plan](), Counter[str]()
+    plans, dropped, smallest = list[Plan](), Counter[str](), None
     for parallel, recompute in _candidates(devices):
         try:
             changed = changed_config(config, parallel, {"activation_checkpointing": recompute})
@@ -49,11 +53,13 @@ def search_layouts(config: RunConfig, devices: int, hardware: HardwareProfile, e
             plans.append(plan)
         else:
             dropped[TOO_LARGE] += 1
+            if smallest is None or plan.memory.total < smallest.memory.total:
+                smallest = plan
     if not plans and not dropped[TOO_LARGE]:
         reason, count = dropped.most_common(1)[0]
         raise UsageError(f"--search: no layout of {devices} ranks is legal; the commonest reason ({count}): {reason}")
     plans.sort(key=lambda plan: (plan.step.total, plan.memory.total))
-    return Found(plans, dict(dropped.most_common()))
+    return Found(plans, dict(dropped.most_common()), None if plans else smallest)
 
 
 def _candidates(devices: int) -> Iterator[tuple[dict[str, Any], bool]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from biroute.launcher.plan.communication import Axis, Traffic, traffic
-from biroute.launcher.plan.cpu_time import attention_time
+from biroute.launcher.plan.cpu_time import attention_time, busy_factor
 from biroute.launcher.plan.hardware import HardwareProfile
 from biroute.launcher.plan.workload import Workload
 
@@ -83,15 +83,15 @@ def step_time(work: Workload, hardware: HardwareProfile, exchange_fraction: floa
     """
     stages, layers = work.layout.pipe, work.layers_of_stage
     # The stage that takes longest sets the pace; the last one has the head, so it is compared with the longest other.
-    candidates = {layers.index(max(layers)), stages - 1}
-    found = [_stage_time(work, hardware, stage, exchange_fraction) for stage in candidates]
-    slowest = max(found, key=lambda step: step.total)
+    first_longest = layers.index(max(layers))
+    longest = _stage_time(work, hardware, first_longest, exchange_fraction)
     if stages == 1:
-        return slowest
+        return longest
+    last = longest if first_longest == stages - 1 else _stage_time(work, hardware, stages - 1, exchange_fraction)
+    slowest = max(longest, last, key=lambda step: step.total)
     # An idle rank waits for the other stages' share of a microbatch, head included where it is.
-    head = _head(work, hardware) / stages
-    block = _stage_time(work, hardware, layers.index(max(layers)), exchange_fraction)
-    busy = block.total - block.optimizer - block.data - block.head
+    head = last.head / work.microbatches / stages
+    busy = longest.total - longest.optimizer - longest.data - longest.head
     busy *= work.config.model.num_layers / stages / max(layers)
     bubble = (stages - 1) / work.execution.virtual_stages * (busy / work.microbatches + head)
     return StepTime(**{**slowest.parts(), "bubble": bubble})
@@ -122,13 +122,14 @@ def _stage_time(work: Workload, hardware: HardwareProfile, stage: int, exchange_
     hidden = execution.hidden if hardware.cpu is None else frozenset[str]()
     exposed = {axis: max(0.0, time - computing[axis]) if axis in hidden else time for axis, time in seconds.items()}
     last = stage == work.layout.pipe - 1
+    slower = busy_factor(hardware, work.layout.world_size)
     return StepTime(
-        matmul=3 * matmul,
-        attention=attention + attention_backward,
-        routing=routing,  # the choice has no backward
-        head=batches * _head(work, hardware) * last,
-        elementwise=3 * (elementwise + scores),
-        recomputation=again,
+        matmul=slower * 3 * matmul,
+        attention=slower * (attention + attention_backward),
+        routing=slower * routing,  # the choice has no backward
+        head=slower * batches * _head(work, hardware) * last,
+        elementwise=slower * 3 * (elementwise + scores),
+        recomputation=slower * again,
         optimizer=_optimizer(work, hardware, stage),
         bubble=0.0,
         **exposed,

@@ -33,6 +33,9 @@ class Execution:
     reduces_each_microbatch: bool = False  # gradients are summed over data ranks after each microbatch
     reduction: Literal["all_reduce", "reduce_scatter"] = "all_reduce"  # how gradients are summed
     reduction_bytes: float = 4.0  # an element of a gradient as it travels
+    # What an MLP keeps for backward, in times its width: both halves of the first matrix and their product, where
+    # silu and product are one kernel.
+    mlp_tensors: float = 3.0
     keeps_scores: bool = False  # attention writes its S x S scores to memory, and computes both halves of them
     norm_passes: float = 20.0  # bytes that a norm reads and writes for each element, forward
     # On CPUs PyTorch's norms keep their normalized input for backward, in fp32, and a buffer takes no memory before
@@ -43,6 +46,10 @@ class Execution:
     # Fully sharded weights (FSDP): gathered block by block and then freed, or kept with whole fp32 gradients until
     # the last microbatch.
     gathers: Literal["buckets", "blocks", "once"] = "buckets"
+    # Tensor ranks with sequence parallelism keep the gathered input of a matrix for backward (DTensor), instead of
+    # gathering it again (Megatron).
+    whole_inputs: bool = False
+    output_bytes: float = 0.0  # that a pipeline keeps to the end of a step, for each token and word of its output
 
     @classmethod
     def of(cls, config: RunConfig, *, cpu: bool = False) -> Execution:
@@ -61,6 +68,7 @@ class Execution:
             reduction="reduce_scatter" if stage == 3 else "all_reduce",
             # F.rms_norm in fp32 of a bf16 input: a copy to fp32, the norm, a copy back.
             norm_passes=2 * element + 16.0 if bf16 else 8.0,
+            mlp_tensors=5.0 if cpu else 3.0,  # also silu of the one half, and a copy of the other
             on_cpu=cpu,
         )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Mapping
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
+from biroute.configs.code_folders import PARTS, code_folder
 from biroute.configs.errors import UsageError
 from biroute.configs.load import flatten
 from biroute.configs.messages import without_password
@@ -16,7 +17,7 @@ from biroute.launcher.attempts.run_files import SUBMISSION
 from biroute.parallel.messages import gather_messages
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "sentencepiece", "triton")
-_CODE = ("configs", "model", "parallel", "data_pipeline", "launcher")
+_CODE = [part for part in PARTS if part != "slurm"]  # what a rank may import
 _SHOWN = 3  # differences in the message
 # A dataset may lie in another folder on each node; its manifest's checksum is compared instead.
 _OF_A_NODE = ("data.dir",)
@@ -52,7 +53,7 @@ def check_submission(config_path: Path, config: RunConfig, world_size: int) -> N
     if config_path.parent != config.train.run_dir / SUBMISSION:
         return
     frozen = config_path.parent / "code" / "biroute"
-    own = Path(str(import_module("biroute.configs").__file__)).parents[1]
+    own = code_folder("configs").parent
     if frozen.is_dir() and not own.samefile(frozen):
         raise UsageError(
             f"this rank runs the code in {own}, and not what was submitted, {frozen}; look at PYTHONPATH in the "
@@ -81,7 +82,7 @@ def code_checksum() -> str:
     """Return a hash of all modules that a rank may import from BiRoute."""
     digest = hashlib.sha256()
     for part in _CODE:
-        folder = Path(str(import_module(f"biroute.{part}").__file__)).parent
+        folder = code_folder(part)
         for path in sorted(folder.rglob("*.py")):
             content = path.read_bytes()
             digest.update(f"{part}/{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from biroute.configs.errors import EXIT_STOPPED, StoppedError
+from biroute.configs.process import signal_when_parent_dies
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -63,6 +64,23 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
+
+
+def end_on_signals() -> None:
+    """In a rank that saves nothing: let signals end it as they end any process, and let it end with its launcher.
+
+    The launcher starts its ranks with them blocked. Ctrl-C comes to rank 0 from the terminal and from the launcher;
+    the second one would cut off what the first one makes it say.
+    """
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal_when_parent_dies(signal.SIGTERM)
 
 
 def _end_on_signal(reader: int, note: Callable[[str], None]) -> None:

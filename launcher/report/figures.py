@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from biroute.configs.messages import printable
 from biroute.launcher.bench.report import COLOURS
 from biroute.launcher.report.compare import HELDOUT, LOSS, RATE, ComparedRun
 from biroute.launcher.track.figures import new_figure, save_figure
@@ -46,5 +47,5 @@ def draw_throughput(runs: Sequence[ComparedRun], names: Sequence[str], path: Pat
 
 def _short(name: str) -> str:
     # matplotlib hides names that begin with an underscore and reads a $ as mathematics.
-    name = name.replace("$", r"\$").lstrip("_")
+    name = printable(" ".join(name.split())).replace("$", r"\$").lstrip("_")
     return name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 3]}..."

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from biroute.configs.errors import UsageError
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file, as it is.
+    """Return the text of a file, as it is, without the mark of UTF-8 at its beginning.
 
     Raises:
         UsageError: it cannot be read, is empty or is not UTF-8.
     """
     try:
-        data = file.read_bytes()
+        data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UsageError(f"--text={file}: {error.strerror}; name a text file") from None
     if not data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -77,11 +78,22 @@ def _train(study: Study, config_of: Callable[[Size], RunConfig], say: Say) -> in
             say(f"{size.name}: finished, in {size.run_dir}")
             continue
         say(f"{size.name}: {size.layout}, {study.steps} steps")
-        status = train_on_ranks(config_of(size), size.ranks)
+        status = train_on_ranks(_with_equal_threads(config_of(size)), size.ranks)
         if status != EXIT_OK:
             say(f"{size.name}: ended with exit status {status}; run the same command again to continue")
             return status
     return EXIT_OK
+
+
+def _with_equal_threads(config: RunConfig) -> RunConfig:
+    """Give each rank one thread, unless something else is set.
+
+    With its share of the cores a rank would have the more threads the fewer ranks there are, and more ranks would
+    seem to gain less than they do.
+    """
+    if config.train.threads_per_rank or "OMP_NUM_THREADS" in os.environ:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"threads_per_rank": 1})})
 
 
 def _report(

@@ -229,7 +229,7 @@ def _stops(value: Any) -> tuple[str, ...]:
         raise RequestError(f"stop={_shown(value)}: give a text, or a list of texts, none empty", param="stop")
     if len(stops) > _MOST_STOPS:
         raise RequestError(f"stop has {len(stops)} texts; use at most {_MOST_STOPS}", param="stop")
-    return tuple(stops)
+    return tuple(_unicode(one, "stop") for one in stops)
 
 
 def _include_usage(body: _Body) -> bool:

@@ -34,3 +34,12 @@ class RequestError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def stopping() -> RequestError:
+    """Return what is said while the server stops."""
+    return RequestError("the server is stopping; try again later", status=503, headers={"Retry-After": "5"})

@@ -1,99 +1,78 @@
-"""The server: it listens, gives each connection a thread, and stops cleanly."""
+"""The server: uvicorn in a thread of its own, which stops cleanly."""
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
-from typing import Any
 
-from biroute.configs.errors import UsageError
-from biroute.launcher.serve.handler import Handler
+import uvicorn
+
+from biroute.launcher.serve.app import build_app
+from biroute.launcher.serve.connection import bounded
+from biroute.launcher.serve.limits import Limits
+from biroute.launcher.serve.listener import LOOPBACK, bind
 from biroute.launcher.serve.service import Service
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MOST_CONNECTIONS = 512
-_TOO_MANY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 5\r\nContent-Length: 0\r\n\r\n"
 
-
-class Server(ThreadingHTTPServer):
+class Server:
     """Serves one model.
 
     Attributes:
         service: what it answers with.
-        local_only: it listens on this machine's own address only.
+        port: that it listens on.
     """
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, host: str, port: int, service: Service) -> None:
+    def __init__(self, host: str, port: int, service: Service, limits: Limits | None = None) -> None:
         """Listen on `port` of `host`, 0 for any port.
 
         Raises:
             UsageError: that is not possible.
         """
-        self.service, self.local_only = service, host in LOOPBACK
-        self._answering = 0
-        self._changed = threading.Condition()
-        self._connections = threading.BoundedSemaphore(_MOST_CONNECTIONS)
-        try:
-            self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            super().__init__((host, port), Handler)
-        except OSError as error:
-            raise UsageError(f"--host={host} --port={port}: {error.strerror}; choose another with --port") from None
+        self.service, self._limits = service, limits or Limits()
+        self._listener = bind(host, port)
+        self.port = int(self._listener.getsockname()[1])
+        self._app = build_app(service, self._limits, local_only=host in LOOPBACK)
+        self._uvicorn = uvicorn.Server(_config(self._app, self._limits, service))
+        # In the main thread uvicorn would take the signals, too.
+        self._thread = threading.Thread(target=self._uvicorn.run, args=[[self._listener]], name="http", daemon=True)
 
-    def server_bind(self) -> None:
-        """Listen, without asking the network for this machine's name as the standard library does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+    def start(self) -> None:
+        """Answer requests from now on."""
+        self._thread.start()
+        while not self._uvicorn.started and self._thread.is_alive():
+            time.sleep(0.005)
+        if not self._uvicorn.started:
+            raise RuntimeError("the HTTP server did not start")
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection its thread, or refuse it where there are too many."""
-        if self._connections.acquire(blocking=False):
-            super().process_request(request, client_address)
-            return
-        try:
-            request.setblocking(False)
-            request.send(_TOO_MANY)
-        except OSError:
-            pass
-        self.shutdown_request(request)
+    def wait_for_answers(self, seconds: float | None = None) -> bool:
+        """Wait until all requests that have come are answered; returns whether they were in time."""
+        return self._app.in_flight.wait(self._limits.answer_seconds if seconds is None else seconds)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve a connection; the base class calls it in the connection's thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._connections.release()
+    def stop(self) -> None:
+        """Close the port and all connections."""
+        self._uvicorn.should_exit = True
+        self._thread.join()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say what is wrong, unless it is only that the client has gone."""
-        import sys
 
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Hold off the end of `wait_for_answers` for the time of the block."""
-        with self._changed:
-            self._answering += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._answering -= 1
-                self._changed.notify_all()
-
-    def wait_for_answers(self, seconds: float) -> bool:
-        """Wait until all answers have been sent; returns whether they were in time."""
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._answering, max(0.0, deadline - time.monotonic()))
+def _config(app: object, limits: Limits, service: Service) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=bounded(limits, service.metrics),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        workers=1,  # or uvicorn would read it from the environment
+        # `/metrics` counts, and errors inside are printed where they are found.
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        # No header of a client says who or where it is.
+        proxy_headers=False,
+        root_path="",
+        server_header=False,
+        headers=[("server", "biroute")],
+        h11_max_incomplete_event_size=limits.head_bytes,
+        timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]  # any number does, and for the next one
+        timeout_graceful_shutdown=limits.close_seconds,  # type: ignore[arg-type]
+    )

@@ -81,9 +81,10 @@ class Service:
         """Return the texts of a request: the samples of its first prompt, then those of the next one.
 
         Raises:
-            RequestError: the model is another one, or a prompt does not fit it.
+            RequestError: the model is another one, a prompt does not fit it, or these are too many texts.
         """
         self.model(wanted.model)
+        self.worker.check_count(len(wanted.prompts) * wanted.n)  # before there are millions of them
         texts = []
         for number, prompt in enumerate(wanted.prompts):
             tokens = self._tokens(prompt)

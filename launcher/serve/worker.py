@@ -12,9 +12,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from biroute.data_pipeline.prepare.tokenizer import Tokenizer
 from biroute.launcher.generate.continuation import Prompt, Running
 from biroute.launcher.generate.sampling import Choice, log_probabilities
 from biroute.launcher.generate.settings import Settings
-from biroute.launcher.serve.errors import RequestError
+from biroute.launcher.serve.errors import RequestError, stopping
 from biroute.launcher.serve.metrics import Metrics
 from biroute.model.decode.cached_model import CachedModel
 
@@ -72,14 +71,14 @@ class Order:
     """The texts of one request.
 
     Attributes:
-        events: what happens to them, in its order; each text has exactly one event with a reason or an error.
+        tell: called in the model's thread with what happens to them, in its order; each text has exactly one event
+            with a reason or an error.
         cancelled: set by whoever no longer wants them.
         begun: whether the model has begun with one of them.
     """
 
-    def __init__(self, texts: Sequence[Text]) -> None:
-        self.texts = list(texts)
-        self.events: SimpleQueue[Event] = SimpleQueue()
+    def __init__(self, texts: Sequence[Text], tell: Callable[[Event], None]) -> None:
+        self.texts, self.tell = list(texts), tell
         self.cancelled = False
         self.begun = False
 
@@ -111,7 +110,8 @@ class Worker:
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        metrics.gauges["running"] = lambda: len(self._running)
+        # Not the list of those that run: a step takes them out of it, and nearly all of the time is in steps.
+        metrics.gauges["running"] = lambda: self._unfinished - len(self._waiting)
         metrics.gauges["waiting"] = lambda: len(self._waiting)
 
     def start(self) -> None:
@@ -123,6 +123,17 @@ class Worker:
         """Return whether texts are taken."""
         return self._thread.is_alive() and not self._stopping
 
+    def check_count(self, count: int) -> None:
+        """Check that so many texts of one request ever fit.
+
+        Raises:
+            RequestError: they do not.
+        """
+        if count > self.most:
+            raise RequestError(
+                f"prompt and n ask for {count} texts; this server takes at most {self.most} at a time", param="n"
+            )
+
     def submit(self, order: Order) -> None:
         """Take an order.
 
@@ -130,13 +141,10 @@ class Worker:
             RequestError: it has more texts than ever fit (400), too many wait (429), or the server stops (503).
         """
         count = len(order.texts)
-        if count > self.most:
-            raise RequestError(
-                f"prompt and n ask for {count} texts; this server takes at most {self.most} at a time", param="n"
-            )
+        self.check_count(count)
         with self._changed:
             if not self.alive:
-                raise _stopping()
+                raise stopping()
             if self._unfinished + count > self.most:
                 self.metrics.add("rejected")
                 seconds = min(_LONGEST_RETRY_SECONDS, max(1, math.ceil(self._text_seconds)))
@@ -174,7 +182,7 @@ class Worker:
             place_text = place.running.stream.finish()
             self._tell(place.order, Event(place.index, piece=place_text, reason=ABORTED))
         for order, index in self._waiting:
-            error = None if order.begun else _stopping()
+            error = None if order.begun else stopping()
             self._tell(order, Event(index, reason=None if error else ABORTED, error=error))
 
     def _leave_cancelled(self) -> None:
@@ -265,8 +273,4 @@ class Worker:
         if event.reason or event.error:
             with self._changed:
                 self._unfinished -= 1
-        order.events.put(event)
-
-
-def _stopping() -> RequestError:
-    return RequestError("the server is stopping; try again later", status=503, headers={"Retry-After": "5"})
+        order.tell(event)

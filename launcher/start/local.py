@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from biroute.configs.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR
+from biroute.configs.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR
 from biroute.configs.files import append_file
 from biroute.configs.messages import printable
 from biroute.launcher.attempts.failures import ending, first_failure, log_file, tail_of_log
@@ -104,15 +104,18 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
     if failed is None:
         return EXIT_OK
     codes = [rank.returncode for rank in ranks]
-    if codes[failed] in (EXIT_STOPPED, EXIT_USAGE_ERROR):
-        if failed != 0 and codes[0] != codes[failed]:
-            _show_log(failed, codes[failed], logs)
-        return codes[failed]
     first = first_failure(logs)
+    if codes[failed] in (EXIT_STOPPED, EXIT_USAGE_ERROR, EXIT_INTERRUPTED):
+        if failed != 0 and codes[0] != codes[failed]:
+            if first is not None and first.kind == "user":
+                print(printable(f"error: {first.error}"), file=sys.stderr)
+            else:
+                _show_log(failed, codes[failed], logs)
+        return codes[failed]
     if codes[failed] == EXIT_FAILURE and first is not None:  # by the ranks' own clocks, not by the order of polling
         print(printable(f"error: {first}"), file=sys.stderr)
         failed = first.rank
-    _show_log(failed, codes[failed], logs)
+    _show_log(failed, codes[failed], logs, on_terminal=failed == 0 and (first is None or first.kind != "peer"))
     return EXIT_FAILURE
 
 
@@ -129,7 +132,8 @@ def _first_failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     return min(failures, key=lambda failure: (failure[0] >= 0, failure[0] == EXIT_FAILURE, failure[1]))[1]
 
 
-def _show_log(rank: int, code: int, logs: Path) -> None:
+def _show_log(rank: int, code: int, logs: Path, on_terminal: bool = False) -> None:
+    """Say how a rank ended, with the end of its log unless that was `on_terminal`, as rank 0's is."""
     print(f"error: rank {rank} {ending(code)}", file=sys.stderr)
-    if rank != 0:  # rank 0 wrote to this terminal as well
+    if not on_terminal:
         print(printable(tail_of_log(logs, rank)), file=sys.stderr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import TextIO
 
 from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.attempts.failures import explain_end, record_stop
+from biroute.launcher.attempts.failures import explain_end, is_consequence, record_stop
 from biroute.launcher.attempts.journal import FencingToken, end_attempt, given_attempt
 from biroute.launcher.attempts.run_files import log_dir, warnings_file
 from biroute.launcher.attempts.watchdog import Watchdog
@@ -26,6 +27,7 @@ class Rank:
         self._stop = stop
         self._library_warnings = library_warnings
         self._log: TextIO | None = None  # unless the launcher writes it
+        self._launched = False  # by the local launcher, which shows the cause on this rank's terminal
         self._began: FencingToken | None = None  # an attempt that this rank must end, as its launcher does not
 
     def train(self, config_path: str, overrides: list[str]) -> None:
@@ -36,6 +38,7 @@ class Rank:
         """
         config = load_config(config_path, overrides)
         run_dir, environment, attempt = config.train.run_dir, find_rank_environment(), given_attempt()
+        self._launched = bool(environment.file)
         if attempt is not None:
             self._watch(run_dir, attempt, environment, config.train)
 
@@ -69,6 +72,13 @@ class Rank:
         if self._began is not None:
             run_dir, attempt = self._began.run_dir, self._began.attempt
             end_attempt(run_dir, attempt, explain_end(log_dir(run_dir, attempt), status), limits=None)
+
+    def show(self, error: Exception) -> None:
+        """Print an internal error; but only to the log if another rank's end caused it, which the launcher tells."""
+        if self._launched and self._log is not None and is_consequence(error):
+            self._log.writelines(traceback.format_exception(error))
+        else:
+            traceback.print_exception(error)
 
     def _watch(self, run_dir: Path, attempt: int, environment: RankEnvironment, train: TrainConfig) -> None:
         logs = log_dir(run_dir, attempt)

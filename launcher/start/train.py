@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -74,7 +75,8 @@ def _run_attempt(config: RunConfig, world_size: int) -> int:
     frozen = frozen_config(run_dir, attempt)
     write_config(frozen, config)
     count = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    print(printable(f"attempt {attempt}: starting {count}, logs in {logs}"), flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full: no reason not to train
+        print(printable(f"attempt {attempt}: starting {count}, logs in {logs}"), flush=True)
     status = run_local_ranks([str(frozen)], world_size, logs, attempt)
     end = explain_end(logs, status)
     end_attempt(run_dir, attempt, end, limits=None)

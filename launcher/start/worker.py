@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,15 +20,19 @@ from biroute.configs.errors import (
     UsageError,
 )
 from biroute.configs.messages import printable
-from biroute.configs.process import signal_when_parent_dies
+from biroute.configs.process import open_standard_streams, signal_when_parent_dies
 from biroute.launcher.ranks.stop_signal import StopRequest
 from biroute.launcher.start.library_warnings import LibraryWarnings
 
 
-def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], None] = lambda error: None) -> int:
+def exit_status_of(
+    action: Callable[[], None],
+    failed: Callable[[Exception], None] = lambda error: None,
+    show: Callable[[Exception], None] = traceback.print_exception,
+) -> int:
     """Run `action` and return its exit status; a usage error prints one line.
 
-    `failed` is called with any error other than StoppedError and FencedError.
+    `failed` is called with any error other than StoppedError and FencedError, `show` with an internal one.
     """
     try:
         action()
@@ -46,7 +51,7 @@ def exit_status_of(action: Callable[[], None], failed: Callable[[Exception], Non
         failed(error)
         return EXIT_USAGE_ERROR
     except Exception as error:
-        traceback.print_exc()
+        show(error)
         failed(error)
         return EXIT_FAILURE
     return EXIT_OK
@@ -59,12 +64,13 @@ def train_rank(config_path: str, overrides: list[str]) -> int:
     from biroute.launcher.start.rank import Rank
 
     rank = Rank(stop, library_warnings)
-    status = exit_status_of(lambda: rank.train(config_path, overrides), rank.watchdog.failed)
+    status = exit_status_of(lambda: rank.train(config_path, overrides), rank.watchdog.failed, rank.show)
     rank.close(status)
     return status
 
 
 def main() -> None:
+    open_standard_streams()
     # If the launcher is killed, the ranks save and stop rather than continue unsupervised.
     signal_when_parent_dies(signal.SIGTERM)
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
@@ -74,8 +80,9 @@ def main() -> None:
         )
         sys.exit(EXIT_USAGE_ERROR)
     status = train_rank(sys.argv[1], sys.argv[2:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the disk that it goes to is full, which is no failure of training
+            stream.flush()
     # Skip the teardown of gloo and of DeepSpeed's hooks: everything is on disk, and a hung thread must not keep
     # the rank alive.
     os._exit(status)

@@ -29,6 +29,9 @@ class FileDestination(Protocol):
 
     def explain(self, error: Exception) -> Trouble: ...
 
+    def seconds_to_wait(self) -> float:
+        """Return for how many seconds a busy store still wants to be left alone; 0 if it does not."""
+
 
 class ArtifactUploader(threading.Thread):
     """Uploads files and folders, again when they change. A version that is refused is given up, and that is said."""
@@ -39,16 +42,13 @@ class ArtifactUploader(threading.Thread):
         state: TrackingState,
         destination: FileDestination,
         say: Callable[[str], None],
-        owned: Callable[[], bool],
     ) -> None:
-        """Nothing is sent or noted any more once `owned` is false, as another attempt is then responsible."""
+        """Nothing is sent or noted any more once `state.owned()` is false: another attempt is then responsible."""
         super().__init__(name="biroute-artifacts", daemon=True)
         self._run_dir, self._state, self._destination, self._say = run_dir, state, destination, say
-        self._owned = owned
         self._new: deque[Path] = deque()
         self._uploaded_at: dict[str, float] = {}
         self._failed: dict[str, tuple[str, int, float]] = {}  # path -> version, tries, when to try again
-        self._left_alone_until = 0.0  # what a busy server asked for, by time.monotonic()
         self._wake, self._closing, self._done = (threading.Event() for _ in range(3))
 
     def add(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class ArtifactUploader(threading.Thread):
             self._wake.wait(_LOOK_SECONDS)
             self._wake.clear()
             last_pass = self._closing.is_set()
-            if not self._owned():
+            if not self._state.owned():
                 self._done.set()
                 return
             self._take_in()
@@ -102,7 +102,7 @@ class ArtifactUploader(threading.Thread):
         if version in (None, self._state.artifacts.get(key)):
             return
         failed, _, again_at = self._failed.get(key, ("", 0, 0.0))
-        if (failed == version and time.monotonic() < again_at) or time.monotonic() < self._left_alone_until:
+        if (failed == version and time.monotonic() < again_at) or self._destination.seconds_to_wait():
             return
         try:
             self._destination.log_artifact(path.resolve())
@@ -122,18 +122,16 @@ class ArtifactUploader(threading.Thread):
         _, tries, again_at = self._failed.get(CHECKPOINTS, ("", 0, 0.0))
         if time.monotonic() < again_at and not (self._closing.is_set() and math.isfinite(again_at)):
             return
-        if time.monotonic() < self._left_alone_until:
+        if self._destination.seconds_to_wait():
             return
         try:
             self._destination.log_checkpoints()
         except Exception as error:  # of any kind, also of a store that knows no such models
             pause = pause_after(error, tries + 1)
-            trouble = self._destination.explain(error)
             self._failed[CHECKPOINTS] = "", tries + 1, time.monotonic() + pause
-            self._left_alone_until = time.monotonic() + trouble.retry_after
             if tries == 1 or math.isinf(pause):
                 later = "they are not shown there" if math.isinf(pause) else "they are shown later"
-                self._say(f"takes no checkpoints ({trouble.reason}); {later}")
+                self._say(f"takes no checkpoints ({self._destination.explain(error).reason}); {later}")
             return
         self._failed.pop(CHECKPOINTS, None)
 
@@ -142,14 +140,12 @@ class ArtifactUploader(threading.Thread):
         tries = tries + 1 if before == version else 1
         pause = pause_after(error, tries)
         refused = math.isinf(pause)
-        trouble = self._destination.explain(error)
-        reason = trouble.reason
+        reason = self._destination.explain(error).reason
         if refused:
             self._say(f"refuses the file {path} ({reason}); it stays there, and metrics are not affected")
         elif tries == 2:  # not after the first: the next try may succeed
             self._say(f"the file {path} is not uploaded yet ({reason}); it is tried again, metrics are not affected")
         self._failed[key] = (version, tries, time.monotonic() + pause)
-        self._left_alone_until = time.monotonic() + trouble.retry_after
 
     def _save(self) -> None:
         try:

@@ -20,7 +20,7 @@ from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 from biroute.launcher.attempts.run_files import EVALUATIONS_LOG, UPLOAD_STATE
 from biroute.launcher.track.metrics_log import MetricsLog, read_points
-from biroute.launcher.track.mlflow_client import open_client, prepare_mlflow
+from biroute.launcher.track.mlflow_client import open_client, prepare_mlflow, run_of_id
 from biroute.launcher.track.mlflow_errors import explain
 from biroute.launcher.track.mlflow_run import allowed_name
 from biroute.launcher.track.upload_state import TrackingState, read_state
@@ -89,7 +89,7 @@ def send_evaluations(run_dir: Path, config: RunConfig, timeout_seconds: float, s
         prepare_mlflow(uri, timeout_seconds)
         with file_lock(run_dir / _LOCK, _LOCK_SECONDS):
             client = open_client(uri)
-            run = client.get_run(state.run_id)
+            run = run_of_id(client, str(state.run_id))
             if run.info.lifecycle_stage == "deleted":
                 say(f"MLflow run {state.run_id} is deleted; {_LATER} {EVALUATIONS_LOG}")
                 return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,5 +30,7 @@ def new_figure(columns: int, *, width: float = 5.2, height: float = 3.8) -> tupl
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_draft(path, durable=False) as draft:
+    with atomic_draft(path, durable=False) as draft, warnings.catch_warnings():
+        # A name in a script that the font does not have is drawn as boxes; tables beside the picture have it.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         figure.savefig(draft, format="png")

@@ -10,11 +10,14 @@ import logging
 import logging.handlers
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from biroute.configs.errors import FencedError
 from biroute.configs.files import append_file, file_lock
+from biroute.launcher.track.mlflow_errors import MlflowStateError
 from biroute.launcher.track.mlflow_retry_after import note_retry_after
 from biroute.launcher.track.uri import sqlite_path
 
@@ -65,6 +68,30 @@ def open_client(uri: str, *, anew: bool = False) -> Any:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)  # creates a new database's tables, under the lock
     return client
+
+
+class OwnersClient:
+    """A client that makes no call once another attempt owns the run: a lost node may move again at any time."""
+
+    def __init__(self, client: Any, owned: Callable[[], bool]) -> None:
+        self._client, self._owned = client, owned
+
+    def __getattr__(self, name: str) -> Any:
+        if not self._owned():
+            raise FencedError(f"another attempt owns the run; {name} is not called")
+        return getattr(self._client, name)
+
+
+def run_of_id(client: Any, run_id: str) -> Any:
+    """Return a run of MLflow.
+
+    Raises:
+        MlflowStateError: what answers is no MLflow: a page that says `{}` to everything would be an empty run.
+    """
+    run = client.get_run(run_id)
+    if run.info.run_id != run_id:
+        raise MlflowStateError("something else than MLflow answers; correct the address of the tracking URI")
+    return run
 
 
 def keep_library_logs(path: Path) -> None:

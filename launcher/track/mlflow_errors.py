@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
+import traceback
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from biroute.configs.messages import without_password
 
 _LONGEST = 300  # characters of a cause that is shown
 _CREDENTIALS = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+_BUNDLES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # files of authorities
 _REFUSED_USER = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
 
@@ -28,7 +31,6 @@ class Trouble:
     reason: str
     permanent: bool = False  # waiting does not help: something has to be changed
     timed_out: bool = False
-    retry_after: float = 0.0  # seconds for which the server wants to be left alone
 
 
 def explain(error: Exception, uri: str) -> Trouble:
@@ -55,6 +57,18 @@ def http_status(error: Exception) -> int | None:
         return int(found[1] or found[2])
     if found := re.search(r"too many (\d{3}) error responses", str(error)):
         return int(found[1])
+    return _dropped_status(error)
+
+
+def _dropped_status(error: Exception) -> int | None:
+    """Return the status of an answer that is JSON but not MLflow's, as a proxy's: MLflow's client drops it."""
+    content = getattr(error, "json", None)
+    if not isinstance(content, dict) or content.get("error_code"):
+        return None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        status = getattr(frame.f_locals.get("response"), "status_code", None)
+        if isinstance(status, int):
+            return status
     return None
 
 
@@ -110,17 +124,16 @@ def _connection(chain: list[BaseException], uri: str) -> Trouble | None:
         return _proxy(uri)
     for one in chain:
         if isinstance(one, ssl.SSLCertVerificationError):
-            return Trouble(
-                f"its certificate is not trusted ({one.verify_message}); set MLFLOW_TRACKING_SERVER_CERT_PATH to the "
-                "file of its authority",
-                permanent=True,
-            )
+            return _certificate(one, uri)
         if isinstance(one, ssl.SSLError):
             return Trouble(
                 f"no TLS connection ({one.reason}); if it speaks plain HTTP, write http://", permanent=True
             )
         if isinstance(one, ModuleNotFoundError):
             return Trouble(f"the Python package {one.name} is missing; install it", permanent=True)
+        if missing := re.search(r"TLS CA certificate bundle, invalid path: (.+)$", str(one)):
+            named = next((name for name in _BUNDLES if os.environ.get(name) == missing[1]), _BUNDLES[0])
+            return Trouble(f"{named}={missing[1]}: no such file or folder; correct it", permanent=True)
     text = " ".join(map(str, chain))
     if waited := re.search(r"timed out\W+(?:read|connect) timeout=([\d.]+)", text):
         return Trouble(f"timed out after {waited[1]} s", timed_out=True)
@@ -130,6 +143,17 @@ def _connection(chain: list[BaseException], uri: str) -> Trouble | None:
         if found := re.search(pattern, text):
             return Trouble(found[1].strip())
     return None
+
+
+def _certificate(error: ssl.SSLCertVerificationError, uri: str) -> Trouble:
+    """Why a server's certificate is refused; the numbers are OpenSSL's (X509_V_ERR_*)."""
+    if error.verify_code == 10:
+        remedy = "it needs a new one, which whoever runs the server has to make"
+    elif error.verify_code in (62, 64):
+        remedy = f"write the name that it is for into tracking.uri, in the place of {urlsplit(uri).hostname}"
+    else:
+        remedy = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its authority"
+    return Trouble(f"its certificate is not trusted ({error.verify_message}); {remedy}", permanent=True)
 
 
 def _proxy(uri: str) -> Trouble:

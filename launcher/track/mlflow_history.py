@@ -13,7 +13,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.configs.messages import without_password
 from biroute.launcher.attempts.run_files import CONFIG, UPLOAD_STATE
-from biroute.launcher.track.mlflow_client import open_client, prepare_mlflow
+from biroute.launcher.track.mlflow_client import open_client, prepare_mlflow, run_of_id
 from biroute.launcher.track.mlflow_errors import code_of, explain
 from biroute.launcher.track.upload_state import read_state
 from biroute.launcher.track.uri import URI_VARIABLE, check_uri, sqlite_path, tracking_uri
@@ -86,7 +86,7 @@ def _read(named: str, uri: str, run_id: str, metrics: Sequence[str]) -> RunHisto
     prepare_mlflow(uri, _CALL_SECONDS)
     try:
         client = open_client(uri)
-        run = client.get_run(run_id)
+        run = run_of_id(client, run_id)
         if run.info.lifecycle_stage == "deleted":
             raise UsageError(f"{named}: run {run_id} is deleted in MLflow ({shown}); restore it there")
         return _history(client, run, metrics)

@@ -18,7 +18,7 @@ from biroute.launcher.attempts.run_files import LOGS, METRICS_LOG, UPLOAD_LOCK
 from biroute.launcher.track import run_metadata
 from biroute.launcher.track.metrics_log import Point
 from biroute.launcher.track.mlflow_checkpoints import CheckpointModels
-from biroute.launcher.track.mlflow_client import open_client, set_call_timeout
+from biroute.launcher.track.mlflow_client import OwnersClient, open_client, set_call_timeout
 from biroute.launcher.track.mlflow_errors import MlflowStateError, Trouble, code_of, explain, is_refusal
 from biroute.launcher.track.mlflow_experiment import experiment_for_new_run
 from biroute.launcher.track.mlflow_note import note_tags
@@ -67,7 +67,8 @@ class MlflowRun:
 
     def open_client(self) -> None:
         """Open the store, and create the tables of a new database."""
-        self._client = open_client(self._uri, anew=self._client is not None)
+        client = open_client(self._uri, anew=self._client is not None)
+        self._client = OwnersClient(client, self._state.owned)
 
     def connect(self) -> None:
         """Find or create the run, notice what it lacks of that which was sent, and describe it."""
@@ -150,7 +151,11 @@ class MlflowRun:
 
     def explain(self, error: Exception) -> Trouble:
         """Explain an error of one of the calls above."""
-        return replace(explain(error, self._uri), retry_after=seconds_to_wait())
+        return explain(error, self._uri)
+
+    def seconds_to_wait(self) -> float:
+        """Return for how many seconds a busy server still wants to be left alone; 0 if it does not."""
+        return seconds_to_wait()
 
     def set_timeout(self, seconds: float) -> None:
         """Let each call wait so long for an answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,14 +12,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import FrameType
 
 from biroute.configs.errors import UsageError
 from biroute.configs.messages import without_password
-from biroute.launcher.track.uri import artifacts_dir, check_uri, sqlite_path
+from biroute.launcher.track.uri import absolute_uri, artifacts_dir, check_uri, sqlite_path
 
 _START_SECONDS = 120.0  # about ten are usual; a busy machine needs longer
 _STOP_SECONDS = 10.0
+_STOPS = (signal.SIGTERM, signal.SIGHUP)
 _OUTPUT_BYTES = 4000  # of the server's, shown if it fails
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OTHER_MACHINES = (
@@ -36,12 +39,18 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
     """
     command = server_command(uri, port, host)
     check_port(host, port)
-    with tempfile.TemporaryFile() as output:  # what the server says matters only if it fails
+    with (
+        tempfile.TemporaryFile() as output,  # what the server says matters only if it fails
+        # uvicorn, which MLflow starts, imports from the current folder first, whatever Python is told: an empty one.
+        tempfile.TemporaryDirectory(prefix="biroute-ui-") as empty,
+    ):
         # In its own session, so that Ctrl-C reaches only this process, which then stops all processes of the server.
         server = subprocess.Popen(
-            command, env=server_environment(uri), start_new_session=True, stdout=output, stderr=output
+            command, env=server_environment(uri), cwd=empty, start_new_session=True, stdout=output, stderr=output
         )
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        # SIGHUP as well: when the terminal goes away, the server in its own session would stay, and keep the port.
+        handled = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, _interrupt) for number in handled}
         try:
             _wait_until_up(server, host, port)
             print(f"MLflow: {training_view(host, port)}  (Ctrl-C stops it)", flush=True)
@@ -50,14 +59,16 @@ def serve_ui(uri: str, port: int, host: str = "127.0.0.1") -> None:
             status = server.wait()
             raise RuntimeError(f"the MLflow server ended unexpectedly with status {status}")
         except KeyboardInterrupt:
-            print("MLflow stopped", flush=True)
+            with contextlib.suppress(OSError):  # the terminal is gone
+                print("MLflow stopped", flush=True)
         except RuntimeError:
             output.seek(0)
             print(output.read()[-_OUTPUT_BYTES:].decode(errors="replace"), file=sys.stderr)
             raise
         finally:
-            signal.signal(signal.SIGTERM, previous)
             stop_server(server)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def server_command(uri: str, port: int, host: str = "127.0.0.1") -> list[str]:
@@ -85,7 +96,7 @@ def server_environment(uri: str) -> dict[str, str]:
     # Job execution alone starts a dozen processes and takes over 2 GB.
     light = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # Not on the command line, which everybody on the machine can read: the URI may hold a password.
-    return light | dict(os.environ) | {"MLFLOW_BACKEND_STORE_URI": uri}
+    return light | dict(os.environ) | {"MLFLOW_BACKEND_STORE_URI": absolute_uri(uri, Path.cwd())}
 
 
 def check_port(host: str, port: int) -> None:

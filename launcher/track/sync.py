@@ -31,12 +31,11 @@ from biroute.launcher.track.evaluations import send_evaluations
 from biroute.launcher.track.mlflow_client import keep_library_logs, prepare_mlflow
 from biroute.launcher.track.mlflow_run import MlflowRun
 from biroute.launcher.track.upload_state import End, Status, TrackingState
-from biroute.launcher.track.uploader import next_batch, values_after
+from biroute.launcher.track.uploader import send_points, values_after
 from biroute.launcher.track.uri import experiment_name, tracking_uri
 
 _CALL_SECONDS = 60.0  # nothing else waits for the answers
 _ALIVE_SECONDS = 120.0  # since a heartbeat; ranks write one every few seconds
-_PER_CALL = 1000
 _LOCK_SECONDS = 2.0
 
 
@@ -87,7 +86,7 @@ def _sync(config: RunConfig, run_dir: Path, attempts: list[Attempt], say: Callab
     run = MlflowRun(config, run_dir, uri, state, say, training=False)
     try:
         run.connect()
-        values = _send_points(log, state, run)
+        values = sum(send_points(log, state, run))
         files = send_artifacts(run_dir.absolute(), state, run, say)
         end = state.end or _end_of(attempts)
         values += send_evaluations(run_dir, config, _CALL_SECONDS, say)
@@ -115,18 +114,6 @@ def _files_of_runs(run_dir: Path, attempts: list[Attempt]) -> list[str]:
     """Return the files that training would have sent, from the run folder, whether they are there or not."""
     shown = [shown_config(Path(), attempt.number) for attempt in attempts[-1:]]
     return [str(path) for path in (Path(TOKENIZER), Path(LOSS_PLOT), *shown)]
-
-
-def _send_points(log: Path, state: TrackingState, run: MlflowRun) -> int:
-    sent = 0
-    while True:
-        points, end = next_batch(log, state.sent_bytes, _PER_CALL)
-        if end == state.sent_bytes:
-            return sent
-        run.log_points(points, end)
-        state.sent_bytes = end
-        state.save()
-        sent += sum(len(point.metrics) for point in points)
 
 
 def is_training(run_dir: Path, attempts: list[Attempt]) -> bool:

@@ -77,6 +77,7 @@ def open_tracker(
         # What describes the run is kept even where it is not tracked, for a later `biroute track sync`.
         target = f"{without_password(uri)} {experiment_name(config)}" if uri is not None else ""
         state = TrackingState.load(run_dir / UPLOAD_STATE, target, metrics_log.size_bytes, notify)
+        state.owned = owned
         state.attempt = fencing_token.attempt if fencing_token else state.attempt + 1
         state.tags, state.headline = dict(tags) or state.tags, headline or state.headline
         state.datasets = dict(datasets or {}) or state.datasets
@@ -86,6 +87,17 @@ def open_tracker(
         raise UsageError(f"train.run_dir={run_dir}: {reason}; use a writable folder") from None
     if uri is None:
         return Tracker(metrics_log, None, notify, flush_seconds=0.0, owned=owned)
+    uploader = _start_uploader(config, run_dir, uri, state, notify)
+    return Tracker(metrics_log, uploader, notify, flush_seconds=_flush_seconds(config), owned=owned)
+
+
+def _start_uploader(
+    config: RunConfig,
+    run_dir: Path,
+    uri: str,
+    state: TrackingState,
+    notify: Callable[[str], None],
+) -> Uploader:
     prepare_mlflow(uri, config.tracking.timeout_seconds)
     keep_library_logs(log_dir(run_dir, state.attempt) / LIBRARY_LOG)
     say = _with_address(uri, notify)
@@ -97,11 +109,10 @@ def open_tracker(
         # better now than in the middle of a step. If it fails, the uploader tries again.
         with contextlib.suppress(Exception):
             destination.open_client()
-    uploader = Uploader(
-        metrics_log.path, state, destination, say, owned, timeout_seconds=config.tracking.timeout_seconds
-    )
+    metrics_log_path, timeout = run_dir / METRICS_LOG, config.tracking.timeout_seconds
+    uploader = Uploader(metrics_log_path, state, destination, say, timeout_seconds=timeout)
     uploader.start()
-    return Tracker(metrics_log, uploader, notify, flush_seconds=_flush_seconds(config), owned=owned)
+    return uploader
 
 
 def close_after_crash(fencing_token: FencingToken) -> None:

@@ -25,7 +25,7 @@ _Milliseconds = Annotated[int, Field(ge=0, le=10**14)]
 _Path = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 End = tuple[Status, _Milliseconds, str]  # of an attempt: status, time, cause
-_NOT_SAVED = ("path", "kept")
+_NOT_SAVED = ("path", "kept", "owned")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class KnownCheckpoint:
     model_id: str = ""  # "" until it is created
     linked: list[str] = field(default_factory=list)  # metrics of its step that the model has
     removed: bool = False  # its folder is gone, and the model says so
+
+
+def _always() -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class TrackingState:
     datasets: dict[str, DatasetFacts] = field(default_factory=dict)  # by context, such as "train"
     kept: tuple[str, str | None] | None = field(default=None, init=False, repr=False, compare=False)  # in MLFLOW_RUN
     end: End | None = None  # status, time in ms and cause of an end that is not sent yet
+    owned: Callable[[], bool] = field(default_factory=lambda: _always, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, path: Path, target: str, metrics_log_bytes: int, notify: Callable[[str], None]) -> TrackingState:
@@ -147,7 +152,7 @@ class TrackingState:
         self.checkpoints = {step: KnownCheckpoint() for step in self.checkpoints}
 
     def save(self) -> None:
-        """Write the file.
+        """Write the file, unless another attempt owns the run folder: it has got further.
 
         Raises:
             OSError: the write failed; the file keeps its previous content.
@@ -157,6 +162,8 @@ class TrackingState:
             values["datasets"] = {context: asdict(facts) for context, facts in self.datasets.items()}
             values["checkpoints"] = {step: asdict(known) for step, known in self.checkpoints.items()}
             content = json.dumps(values, indent=1, ensure_ascii=False).encode()
+            if not self.owned():  # asked last: a call to a server may have lasted, and a lost node stands still
+                return
             write_atomically(self.path, content, durable=False)
             if self.kept != (known := (self.run_key, self.run_id)):
                 write_atomically(self.path.with_name(MLFLOW_RUN), json.dumps(asdict(_Run(*known))).encode())

@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -52,13 +52,16 @@ class Destination(Protocol):
 
     def explain(self, error: Exception) -> Trouble: ...
 
+    def seconds_to_wait(self) -> float:
+        """Return for how many seconds a busy server still wants to be left alone; 0 if it does not."""
+
     def set_timeout(self, seconds: float) -> None: ...
 
 
 class Uploader(threading.Thread):
     """Sends new points of the metrics log, the artifacts and the final status. No error here reaches training.
 
-    The thread ends as soon as `owned()` is false, as another attempt is then responsible.
+    The thread ends as soon as `state.owned()` is false, as another attempt is then responsible.
     """
 
     def __init__(
@@ -67,14 +70,12 @@ class Uploader(threading.Thread):
         state: TrackingState,
         destination: Destination,
         say: Callable[[str], None],
-        owned: Callable[[], bool] = lambda: True,
         *,
         timeout_seconds: float,
     ) -> None:
         super().__init__(name="biroute-tracking", daemon=True)  # daemon: a frozen server must not delay the exit
         self._metrics_log_path, self._state, self._destination, self._say = metrics_log_path, state, destination, say
-        self._owned = owned
-        self._artifacts = ArtifactUploader(metrics_log_path.parent.absolute(), state, destination, say, owned)
+        self._artifacts = ArtifactUploader(metrics_log_path.parent.absolute(), state, destination, say)
         self._timeout, self._first_timeout = timeout_seconds, timeout_seconds
         self._metrics_per_call = _MOST_METRICS
         self._connected = False
@@ -102,7 +103,7 @@ class Uploader(threading.Thread):
 
         `end` is the final status, the time in ms and the cause. What is not sent then, waits in the run folder.
         """
-        if not self._owned():  # another attempt sends all from here on
+        if not self._state.owned():  # another attempt sends all from here on
             self._given_up.set()
             return
         start = time.monotonic()
@@ -135,7 +136,7 @@ class Uploader(threading.Thread):
             self._wake.clear()
             # Read before the pass: what arrives during a pass needs another one.
             last_pass = self._closing.is_set()
-            if not self._owned():
+            if not self._state.owned():
                 self._done.set()
                 return
             try:
@@ -170,14 +171,9 @@ class Uploader(threading.Thread):
             raise
 
     def _send_points(self) -> None:
-        while not self._given_up.is_set():
-            points, end = next_batch(self._metrics_log_path, self._state.sent_bytes, self._metrics_per_call)
-            if end == self._state.sent_bytes:
-                return
-            self._destination.log_points(points, end)
+        calls = send_points(self._metrics_log_path, self._state, self._destination, self._metrics_per_call)
+        while not self._given_up.is_set() and next(calls, None) is not None:
             self._answered_at = time.monotonic()
-            self._state.sent_bytes = end
-            self._state.save()
 
     def _fail(self, error: Exception) -> None:
         self._failures += 1
@@ -203,7 +199,7 @@ class Uploader(threading.Thread):
 
     def _what_follows(self) -> str:
         """Say what happens to the points after a failure."""
-        wish = self._trouble.retry_after
+        wish = self._destination.seconds_to_wait()
         busy = f", and asks to be left alone for {wish:.0f} s" if wish else ""
         slow = f" (tracking.timeout_seconds={self._first_timeout:g}; calls now wait up to {self._timeout:g} s)"
         return (
@@ -227,13 +223,37 @@ class Uploader(threading.Thread):
         if self._trouble.permanent:
             pause = _PERMANENT_PAUSE_SECONDS
         pause *= random.uniform(0.75, 1.25)  # so that many runs do not come back at the same moment
-        left_alone_until = time.monotonic() + self._trouble.retry_after
         if self._closing.is_set():
             pause = min(pause, _CLOSING_PAUSE_SECONDS)  # little time is left, so retry often
         else:
-            self._closing.wait(max(pause, self._trouble.retry_after))
+            self._closing.wait(max(pause, self._destination.seconds_to_wait()))
             pause = 0.0
-        self._given_up.wait(max(pause, left_alone_until - time.monotonic()))
+        self._given_up.wait(max(pause, self._destination.seconds_to_wait()))
+
+
+class PointDestination(Protocol):
+    """Where points are sent; sending one again must be safe."""
+
+    def log_points(self, points: list[Point], end_byte: int) -> None: ...
+
+
+def send_points(
+    path: Path, state: TrackingState, destination: PointDestination, most_metrics: int = _MOST_METRICS
+) -> Iterator[int]:
+    """Send what a metrics log has got since `state` was saved, call by call; yields the values of each call.
+
+    Raises:
+        Exception: of any kind, from the destination.
+        OSError: the metrics log cannot be read, or the state cannot be saved.
+    """
+    while True:
+        points, end = next_batch(path, state.sent_bytes, most_metrics)
+        if end == state.sent_bytes:
+            return
+        destination.log_points(points, end)
+        state.sent_bytes = end
+        state.save()
+        yield sum(len(point.metrics) for point in points)
 
 
 def next_batch(path: Path, start_byte: int, most_metrics: int = _MOST_METRICS) -> tuple[list[Point], int]:

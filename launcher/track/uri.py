@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import try_writing
 from biroute.configs.messages import without_password
 from biroute.configs.schema import RunConfig
 
@@ -160,7 +161,18 @@ def _check_sqlite(uri: str, shown: str, create: bool) -> None:
                 start = file.read(len(_SQLITE_MAGIC))
             if start and start != _SQLITE_MAGIC:
                 raise UsageError(f"{shown}: {path} is not an SQLite file; move it away or name another file")
-        if create and not os.access(path if path.exists() else path.parent, os.W_OK):  # MLflow would try for minutes
-            raise UsageError(f"{shown}: {path} cannot be written; name a file in a writable folder")
+        if create:
+            _check_writable(path, shown)
     except OSError as error:
         raise UsageError(f"{shown}: {error.strerror}: {error.filename}; name a file in a writable folder") from None
+
+
+def _check_writable(path: Path, shown: str) -> None:
+    """Try it now: MLflow would do so for minutes."""
+    try:
+        if path.exists():
+            path.open("r+b").close()
+        else:
+            try_writing(path.parent)
+    except OSError:
+        raise UsageError(f"{shown}: {path} cannot be written; name a file in a writable folder") from None

@@ -75,11 +75,12 @@ class RegionRun:
 
 
 def region_runs(band: Band, x: Inputs, work: Workspace) -> Iterator[RegionRun]:
-    """Yield all regions, in runs whose buffers hold about `work.elements` elements."""
+    """Yield all regions, in runs whose buffers hold about `work.ordered_elements` elements."""
     num_regions, region_size, head_size = x.k.shape
     yield RegionRun(0, 1, 1)  # no region comes before region 0
     per_region = region_size * band.width * (2 * region_size + 4 * head_size)
-    step = max(1, work.elements // per_region)
+    # The gradient of a region at the border of two runs is summed in another order than within a run.
+    step = max(1, work.ordered_elements // per_region)
     for start in range(1, num_regions, step):
         yield RegionRun(start, min(start + step, num_regions), band.width)
 
@@ -102,7 +103,7 @@ def band_forward(band: Band, x: Inputs, out_rNMD: Tensor, sum_rNM: Tensor, work:
             weight = run.exponents(band, q, k, x.scale, work)
             offset = weight.amax(-1)
             powers_(weight.sub_(offset[..., None]))
-            run.rows(out_rNMD[h], region_size).copy_(work.product("out", weight, v))
+            run.rows(out_rNMD[h], region_size).baddbmm_(weight, v, beta=0)
             run.rows(sum_rNM[h], region_size).copy_(weight.sum(-1))
             run.rows(x.softmax_offset[h], region_size).copy_(offset)
 
@@ -131,7 +132,7 @@ def band_backward(band: Band, x: Inputs, up: Upstream, grads: Gradients, work: W
             dscore = work.product("dscore", dout, v.transpose(1, 2), summand=negated_delta).mul_(weight)
             dv.baddbmm_(weight.transpose(1, 2), dout, beta=min(h, 1))
             dk.baddbmm_(dscore.transpose(1, 2), q, beta=min(h, 1), alpha=x.scale)
-            run.rows(grads.dq[h], region_size).copy_(work.product("dq", dscore, k, x.scale))
+            run.rows(grads.dq[h], region_size).baddbmm_(dscore, k, beta=0, alpha=x.scale)
         for part in range(run.width):
             before = run.width - 1 - part
             regions = slice(run.start - before, run.stop - before)

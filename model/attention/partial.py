@@ -46,7 +46,9 @@ from biroute.model.attention.tiles import (
 # A sum of weights above this may have lost terms to overflow (fp32 ends at 2^128).
 LARGEST_SUM = 2.0**100
 # Bounds of a chunk's buffers in elements: few enough to stay in cache, enough to hide the cost of a call.
-CHUNK_ELEMENTS = (1 << 17, 3 << 19)
+CHUNK_ELEMENTS = (1 << 17, 3 << 20)
+# The upper bound for what decides the order of sums: another one gives other bits.
+MOST_ORDERED_ELEMENTS = 3 << 19
 
 
 def attention_delta(out: Tensor, dout: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def _group_forward(
     setting: _Setting,
 ) -> None:
     """Write the output and the log-sum-exp of one key/value head of one sequence."""
-    grid, work, heads_at_once = setting
+    grid, work, heads_at_once, _ = setting
     plan = _plan(route_NK, k_SD, setting)
     k_RLD, v_RLD = (x.unflatten(0, (-1, grid.region_size)) for x in (k_SD, v_SD))
     for first in range(0, q_rSD.shape[0], heads_at_once):
@@ -138,7 +140,7 @@ def _group_forward(
             x[heads].unflatten(1, (-1, grid.query_block_size)) for x in (q_rSD, out_rSD, lse_rS)
         )
         sum_rNM, offset_rNM = torch.zeros_like(lse_rNM), torch.zeros_like(lse_rNM)
-        sum_rNMD = accumulator(out_rNMD)
+        sum_rNMD = accumulator(out_rNMD, overwritten=plan.band is not None)
         _forward(plan, Inputs(q_rNMD, k_RLD, v_RLD, offset_rNM, grid.scale), sum_rNMD, sum_rNM, work)
         lse_rNM.copy_((offset_rNM + sum_rNM.log2()) / LOG2_E)
         sum_rNMD /= sum_rNM.masked_fill_(sum_rNM == 0, 1.0)[..., None]
@@ -203,7 +205,7 @@ def _group_backward(
     setting: _Setting,
 ) -> None:
     """Write the gradients of one key/value head of one sequence."""
-    grid, work, heads_at_once = setting
+    grid, work, heads_at_once, _ = setting
     plan = _plan(route_NK, given.k, setting)
     k_RLD, v_RLD, dk_RLD, dv_RLD = (x.unflatten(0, (-1, grid.region_size)) for x in (given.k, given.v, dk_SD, dv_SD))
     sum_dk_RLD, sum_dv_RLD = accumulator(dk_RLD), accumulator(dv_RLD)
@@ -214,7 +216,7 @@ def _group_backward(
         )
         offset_rNM = lse_rNM.masked_fill(lse_rNM == -torch.inf, 0.0) * LOG2_E
         inputs, upstream = Inputs(q_rNMD, k_RLD, v_RLD, offset_rNM, grid.scale), Upstream(dout_rNMD, delta_rNM)
-        sum_dq_rNMD = accumulator(dq_rNMD)
+        sum_dq_rNMD = accumulator(dq_rNMD, overwritten=plan.band is not None)
         grads = Gradients(sum_dq_rNMD, sum_dk_RLD, sum_dv_RLD)
         if plan.band is not None:
             band_backward(plan.band, inputs, upstream, grads, work)
@@ -230,26 +232,34 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Setting(NamedTuple):
-    """How a key/value head is computed: sizes, buffers, and how many of its query heads are processed together."""
+    """How a key/value head is computed."""
 
     grid: RegionGrid
     work: Workspace
-    heads_at_once: int
+    heads_at_once: int  # query heads that are processed together
+    large_route: bool  # whether sorting the route takes memory that counts
 
 
 def _setting(grid: RegionGrid, q: Tensor, k: Tensor, route: Tensor, *tensors: Tensor) -> _Setting:
-    # The buffers take no more memory than fits into the cache; and together with the route (8 bytes for each slot,
-    # and as much while it is sorted) no more than half of the queries' own memory, a quarter if there are fp32 sums.
+    # The buffers take no more memory than fits into the cache; and together with the route (8 bytes for each slot) no
+    # more than half of the queries' own memory, a quarter if there are fp32 sums. A route takes as much again while
+    # it is sorted: `_plan` gives the buffers back before it sorts a large one.
     dtype = working_dtype(q)
     allowed = q.nbytes // (2 if q.dtype == dtype else 4)
-    elements = max(allowed - 2 * route.nbytes, q.nbytes // 8) // dtype.itemsize
-    work = Workspace(min(max(elements, CHUNK_ELEMENTS[0]), CHUNK_ELEMENTS[1]), dtype)
+    least, most = CHUNK_ELEMENTS
+
+    def fitting(beside: int, most: int) -> int:
+        return min(max(max(allowed - beside, q.nbytes // 8) // dtype.itemsize, least), most)
+
+    ordered = fitting(2 * route.nbytes, min(most, MOST_ORDERED_ELEMENTS))
+    work = Workspace(fitting(route.nbytes, most), ordered, dtype)
     # All query heads are processed together where the tensors are contiguous in the working precision. Otherwise they
     # are copied, and only as many are taken as make the copies a fraction of the queries' memory.
     rep = q.shape[1] // k.shape[1]
     direct = all(x.is_contiguous() and x.dtype == dtype for x in tensors)
-    most = rep if direct else max(1, q.shape[0] * q.shape[1] // (4 if q.dtype == dtype else 8))
-    return _Setting(grid, work, max(n for n in range(1, rep + 1) if rep % n == 0 and n <= most))
+    heads = rep if direct else max(1, q.shape[0] * q.shape[1] // (4 if q.dtype == dtype else 8))
+    heads_at_once = max(n for n in range(1, rep + 1) if rep % n == 0 and n <= heads)
+    return _Setting(grid, work, heads_at_once, 16 * route.nbytes > q.nbytes)
 
 
 def _heads(q: Tensor, k: Tensor, group: int) -> slice:
@@ -258,9 +268,14 @@ def _heads(q: Tensor, k: Tensor, group: int) -> slice:
     return slice(group * rep, (group + 1) * rep)
 
 
-def accumulator(x: Tensor) -> Tensor:
-    """Return zeros to sum into: x itself, or a tensor of the working precision that `store` copies to x."""
-    return x.zero_() if x.dtype == working_dtype(x) else torch.zeros_like(x, dtype=working_dtype(x))
+def accumulator(x: Tensor, overwritten: bool = False) -> Tensor:
+    """Return zeros to sum into: x itself, or a tensor of the working precision that `store` copies to x.
+
+    `overwritten`: the band writes every row before anything is added to it, so nothing need be cleared.
+    """
+    if x.dtype == working_dtype(x):
+        return x if overwritten else x.zero_()
+    return (torch.empty_like if overwritten else torch.zeros_like)(x, dtype=working_dtype(x))
 
 
 def store(total: Tensor, x: Tensor) -> None:
@@ -300,7 +315,9 @@ def _forward(plan: _Plan, x: Inputs, out_rNMD: Tensor, sum_rNM: Tensor, work: Wo
 
 
 def _plan(route_NK: Tensor, k_SD: Tensor, setting: _Setting) -> _Plan:
-    grid, work, heads = setting
+    grid, work, heads, large_route = setting
+    if large_route:
+        work.release()
     key_tokens, head_size = k_SD.shape
     route_NK = route_NK.int()  # half the memory
     band, rest_NK = _plan_band(route_NK, key_tokens, grid, work.dtype)
@@ -314,21 +331,21 @@ def use_region_major(setting: _Setting, topk: int, head_size: int) -> bool:
     """Decide between the two kinds of tiles: the rule of `path="auto"` on the CPU.
 
     It gathers whichever is smaller: a block's query rows (region-major) or a region's keys (query-major). It also
-    takes region-major where a block with all its regions would not fit into the buffers.
+    takes region-major where a block with all its regions would be too large a tile.
 
     Args:
-        setting: the path if one is named, sizes, and the elements of the buffers.
+        setting: the path if one is named, sizes, and the elements of the largest tile.
         topk: K.
         head_size: D.
 
     Returns:
         True for region-major, False for query-major.
     """
-    grid, work, heads = setting
+    grid, work, heads, _ = setting
     if grid.path != "auto":
         return grid.path == "region_major"
     rows = grid.query_block_size * heads
-    return rows < grid.region_size or tile_elements(rows, topk * grid.region_size, head_size) > work.elements
+    return rows < grid.region_size or tile_elements(rows, topk * grid.region_size, head_size) > work.ordered_elements
 
 
 def _plan_band(route_NK: Tensor, key_tokens: int, grid: RegionGrid, dtype: torch.dtype) -> tuple[Band | None, Tensor]:

@@ -36,6 +36,26 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
+@lru_cache(maxsize=8)
+def whole_head_tables(num_positions: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `rotary_tables` for every element of a head, as `rotate_token` takes them.
+
+    Returns:
+        fp32 [S, D] each: the cosines twice, and the negative sines before the sines.
+    """
+    cosines, sines = rotary_tables(num_positions, 0, head_size, base, device)
+    return torch.cat((cosines, cosines), 1), torch.cat((-sines, sines), 1)
+
+
+@lru_cache(maxsize=64)
+def token_rows(
+    position: int, num_positions: int, head_size: int, base: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of `whole_head_tables` for one position, [D] each; all layers ask for the same."""
+    cosines, sines = whole_head_tables(num_positions, head_size, base, device)
+    return cosines[position], sines[position]
+
+
 def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2) of each token by the angles of its position; differentiable in `x`.
 
@@ -82,3 +102,12 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float = 1.0) ->
     torch.mul(first, sines, out=product)
     torch.mul(second, cosines, out=rotated_second).add_(product, alpha=direction)
     return out.to(x.dtype)
+
+
+def rotate_token(x: Tensor, cosines_D: Tensor, sines_D: Tensor) -> Tensor:
+    """Rotate the heads [..., D] of one token, by its rows of `whole_head_tables`.
+
+    The bits of `rotate`, in half as many operations: a - b and a + (-b) are the same number.
+    """
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return (x * cosines_D).add_(swapped * sines_D).to(x.dtype)

@@ -45,14 +45,18 @@ def key_descriptors(k: Tensor, region_size: int, descriptors_per_region: int = 1
     if region_size % descriptors_per_region:
         raise ValueError(f"descriptors_per_region={descriptors_per_region} does not divide region_size={region_size}")
     part_size = region_size // descriptors_per_region
+    if k.device.type in KERNEL_DEVICES:
+        return _kernel_mean(k, k.shape[1], part_size, part_size)
     parts = k.detach().unflatten(2, (-1, part_size))
     if k.device.type != "cpu":
-        return _exact_mean(parts, (3,))
+        return exact_mean(parts, (3,))
     # One sequence at a time, because on the CPU the mean makes a copy in fp64.
-    return torch.stack([_exact_mean(x, (2,)) for x in parts])
+    return torch.stack([exact_mean(x, (2,)) for x in parts])
 
 
-def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: bool) -> Tensor:
+def query_descriptors(
+    q: Tensor, groups: int, query_block_size: int, causal: bool, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Compute the query of each query block, averaged over the query heads of each key/value head.
 
     Args:
@@ -61,9 +65,10 @@ def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: boo
         query_block_size: Lq.
         causal: take the query of the block's first token, the only token that all tokens of the block may see;
             otherwise take the mean over the block, as in BiFormer.
+        dtype: that the fp32 descriptors are rounded to.
 
     Returns:
-        fp32 [B, G, N, D].
+        [B, G, N, D].
 
     Raises:
         ValueError: groups does not divide H, or query_block_size does not divide S.
@@ -75,13 +80,22 @@ def query_descriptors(q: Tensor, groups: int, query_block_size: int, causal: boo
         raise ValueError(f"{groups} key/value heads do not divide {num_heads} query heads")
     if num_tokens % query_block_size:
         raise ValueError(f"query_block_size={query_block_size} does not divide the {num_tokens} tokens")
+    if q.device.type in KERNEL_DEVICES:
+        return _kernel_mean(q, groups, 1 if causal else query_block_size, query_block_size, dtype)
     q_BGrNMD = q.detach().unflatten(1, (groups, -1)).unflatten(3, (-1, query_block_size))
     if causal:
-        return _exact_mean(q_BGrNMD[:, :, :, :, 0], (2,))
-    return _exact_mean(q_BGrNMD, (2, 4))
+        return exact_mean(q_BGrNMD[:, :, :, :, 0], (2,)).to(dtype)
+    return exact_mean(q_BGrNMD, (2, 4)).to(dtype)
 
 
-def _exact_mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _kernel_mean(x: Tensor, groups: int, tokens: int, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    from biroute.model.attention.block_sparse.descriptors import mean_descriptors
+
+    return mean_descriptors(x.detach(), groups, tokens, step, largest=LARGEST_DESCRIPTOR, dtype=dtype)
+
+
+def exact_mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the mean over some dimensions as descriptors are defined: in fp32, finite."""
     # Summed in fp64 and rounded once: every memory layout gives the same bits, so a rank that holds a part of the
     # sequence chooses the same regions as one process that holds all of it.
     mean = x.mean(dims, dtype=torch.float64).float()
@@ -140,7 +154,7 @@ def route_query_blocks(
         from biroute.model.attention.block_sparse.router import fused_route
 
         dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
-        queries = query_descriptors(q, groups, lq, rule.causal)
+        queries = query_descriptors(q, groups, lq, rule.causal, dtype=dtype)
         return fused_route(queries, descriptors, rule, first_token=first_token, dtype=dtype)
     keys_nBGRD = descriptors.double().unflatten(2, (num_regions, per_region)).permute(3, 0, 1, 2, 4)
     affinities = min(max(q.numel() // 16, CHUNK_AFFINITIES[0]), CHUNK_AFFINITIES[1])
@@ -190,7 +204,7 @@ def choose_regions(
 
 def _affinities(queries_BGND: Tensor, keys_nBGDR: Tensor) -> Tensor:
     """Return fp32 [B, G, N, R]: the largest product of a query with any of a region's n descriptors."""
-    # Products in fp64, rounded to fp32, are the same for every chunk shape (see `_exact_mean`). One descriptor of
+    # Products in fp64, rounded to fp32, are the same for every chunk shape (see `exact_mean`). One descriptor of
     # every region is taken at a time, because a maximum over many short rows takes longer than the products.
     queries_BGND = queries_BGND.double()
     best_BGNR = queries_BGND @ keys_nBGDR[0]

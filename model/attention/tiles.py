@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     Attributes:
         blocks: int [T, blocks of a tile]: query blocks; in the tiles that `chunks` yields, items of all heads.
         regions: int [T, W].
-        padding: bool, shaped like `blocks`: True where the entry is padding; None if there is no padding.
+        padding: bool [T, blocks of a tile]: True where the entry is padding; None if there is no padding.
     """
 
     blocks: Tensor
@@ -54,19 +54,20 @@ class Tiles(NamedTuple):
         first_item_r1 = torch.arange(heads, device=self.blocks.device)[:, None] * num_blocks
         for start in range(0, self.blocks.shape[0], tiles_per_chunk):
             part = slice(start, start + tiles_per_chunk)
-            padding = None if self.padding is None else self.padding[part].repeat(1, heads)
+            padding = None if self.padding is None else self.padding[part]
             yield Tiles((self.blocks[part, None] + first_item_r1).flatten(1), self.regions[part].long(), padding)
 
-    def negated(self, x: Tensor) -> Tensor:
-        """Gather the entries of the tiles' query rows, negated: [r * N, M] -> [T, query rows, 1]."""
-        rows = x.squeeze(1).index_select(0, self.blocks.reshape(-1)).neg_()
-        return rows.view(self.blocks.shape[0], -1, 1)
+    def rows(self, x: Tensor) -> Tensor:
+        """Gather the entries of the tiles' query rows: [r * N, M] -> [T, query rows, 1]."""
+        return x.squeeze(1).index_select(0, self.blocks.reshape(-1)).view(self.blocks.shape[0], -1, 1)
 
-    def negated_offset(self, softmax_offset: Tensor) -> Tensor:
-        """Do the same with softmax offsets, but give -inf in padding, so that its weights are 0."""
-        offset = self.negated(softmax_offset)
+    def offset_rows(self, negated_offset: Tensor) -> Tensor:
+        """Do the same with negated softmax offsets, but give -inf in padding, so that its weights are 0."""
+        offset = self.rows(negated_offset)
         if self.padding is not None:
-            offset.view(self.padding.numel(), -1).masked_fill_(self.padding.view(-1, 1), -torch.inf)
+            # [T, r, blocks of a tile, M]: the heads share the padding of their tile.
+            by_head = offset.view(self.blocks.shape[0], -1, self.padding.shape[1], negated_offset.shape[1])
+            by_head.masked_fill_(self.padding[:, None, :, None], -torch.inf)
         return offset
 
 
@@ -125,14 +126,16 @@ def tile_elements(rows: int, keys: int, head_size: int) -> int:
 class Workspace:
     """Buffers that all chunks reuse: the page faults of new ones would cost more than the gathers themselves."""
 
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+    def __init__(self, elements: int, ordered_elements: int, dtype: torch.dtype) -> None:
         """Start without buffers.
 
         Args:
-            elements: about how many elements the buffers of a chunk may have.
+            elements: about how many elements the buffers of a chunk of tiles may have; changes no bits.
+            ordered_elements: the same for what decides the order of sums: runs of the band, and the largest tile that
+                is one query block with all its regions.
             dtype: the working precision.
         """
-        self.elements, self.dtype = elements, dtype
+        self.elements, self.ordered_elements, self.dtype = elements, ordered_elements, dtype
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -142,6 +145,10 @@ class Workspace:
         if key not in self.buffers or self.buffers[key].numel() < size:
             self.buffers[key] = like.new_empty(size)
         return self.buffers[key][:size].view(shape)
+
+    def release(self) -> None:
+        """Give all buffers back."""
+        self.buffers.clear()
 
     def cast(self, name: str, x: Tensor) -> Tensor:
         """Return x itself, or a copy of it in the working precision."""
@@ -178,7 +185,9 @@ class Workspace:
         for group in groups:
             rows = heads * group.blocks.shape[1] * tokens
             keys = group.regions.shape[1] * x.k.shape[1]
-            at_once = max(1, self.elements // tile_elements(rows, keys, head_size))
+            # A gradient of one query row is rounded otherwise where its tile is alone in a chunk, as the last may be.
+            elements = self.ordered_elements if rows == 1 else self.elements
+            at_once = max(1, elements // tile_elements(rows, keys, head_size))
             yield from group.chunks(at_once, heads, num_blocks)
 
 
@@ -228,7 +237,8 @@ def tiles_max(groups: list[Tiles], x: Inputs, work: Workspace) -> Tensor:
         q = work.gather("q", q_items, tiles.blocks)
         largest = work.product("weight", q, k.transpose(1, 2), x.scale * LOG2_E).amax(-1).view(-1, rows)
         if tiles.padding is not None:
-            largest.masked_fill_(tiles.padding.view(-1, 1), -torch.inf)
+            by_head = largest.view(tiles.blocks.shape[0], -1, tiles.padding.shape[1], rows)
+            by_head.masked_fill_(tiles.padding[:, None, :, None], -torch.inf)
         item = tiles.blocks.reshape(-1, 1).expand(-1, rows)
         max_rNM.view(-1, rows).scatter_reduce_(0, item, largest, "amax")
     return max_rNM
@@ -244,12 +254,12 @@ def tiles_forward(groups: list[Tiles], x: Inputs, out_rNMD: Tensor, sum_rNM: Ten
         sum_rNM: [r, N, M] sum of weights, changed in place.
         work: buffers.
     """
-    q_items, offset_items = x.q.flatten(0, 1), x.softmax_offset.flatten(0, 1)
+    q_items, negated_items = x.q.flatten(0, 1), x.softmax_offset.flatten(0, 1).neg()
     out_items, sum_items = out_rNMD.flatten(0, 1), sum_rNM.flatten(0, 1)
     for tiles in work.chunks(groups, x):
         k, v = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q = work.gather("q", q_items, tiles.blocks)
-        negated_offset = tiles.negated_offset(offset_items)
+        negated_offset = tiles.offset_rows(negated_items)
         weight = powers_(work.product("weight", q, k.transpose(1, 2), x.scale * LOG2_E, negated_offset))
         add_entries(sum_items, tiles.blocks, weight.sum(-1))
         add_entries(out_items, tiles.blocks, work.product("out", weight, v))
@@ -265,14 +275,14 @@ def tiles_backward(groups: list[Tiles], x: Inputs, up: Upstream, grads: Gradient
         grads: changed in place.
         work: buffers.
     """
-    q_items, offset_items = x.q.flatten(0, 1), x.softmax_offset.flatten(0, 1)
-    dout_items, delta_items, dq_items = up.dout.flatten(0, 1), up.delta.flatten(0, 1), grads.dq.flatten(0, 1)
+    q_items, dout_items, dq_items = (each.flatten(0, 1) for each in (x.q, up.dout, grads.dq))
+    negated_items, negated_deltas = x.softmax_offset.flatten(0, 1).neg(), up.delta.flatten(0, 1).neg()
     for tiles in work.chunks(groups, x):
         k, v = work.gather("k", x.k, tiles.regions), work.gather("v", x.v, tiles.regions)
         q, dout = work.gather("q", q_items, tiles.blocks), work.gather("do", dout_items, tiles.blocks)
-        negated_offset = tiles.negated_offset(offset_items)
+        negated_offset = tiles.offset_rows(negated_items)
         weight = powers_(work.product("weight", q, k.transpose(1, 2), x.scale * LOG2_E, negated_offset))
-        dscore = work.product("dscore", dout, v.transpose(1, 2), summand=tiles.negated(delta_items)).mul_(weight)
+        dscore = work.product("dscore", dout, v.transpose(1, 2), summand=tiles.rows(negated_deltas)).mul_(weight)
         dv = work.product("dv", weight.transpose(1, 2), dout)
         dk = work.product("dk", dscore.transpose(1, 2), q, x.scale)
         dq = work.product("dq", dscore, k, x.scale)

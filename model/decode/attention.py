@@ -4,8 +4,9 @@ The route is that of training. A causal query block may choose only regions that
 descriptor is the query of its first token, so everything that the choice depends on is known when that token comes;
 the block's later tokens keep the route (docs/routing.md).
 
-Shapes: B sequences, H query heads, G key/value heads, r = H / G, D head size, S tokens of the prompt, X tokens that a
-query attends to, K slots of a route.
+Shapes: B sequences, H query heads, G key/value heads, r = H / G, h = r + 2 for a group's query heads, key and value,
+D head size, E = 2 D for a key and the value after it, S tokens of the prompt, X tokens that a query attends to, K
+slots of a route.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from biroute.configs.schema import ModelConfig
 from biroute.model.attention.core import CoreAttention
-from biroute.model.attention.rope import rotary_tables, rotate
+from biroute.model.attention.rope import rotate_token, token_rows
+from biroute.model.decode.block_route import ascending
 from biroute.model.decode.pages import Candidates, Pages
 
 
@@ -30,6 +33,15 @@ class LayerCache:
         self.candidates = None
         if core.rule is not None:
             self.candidates = Candidates(core.rule, model.sequence_length, core.first_kv_head)
+        self._share_G1D = (
+            None if core.key_smear is None else core.key_smear.share.detach().view(core.num_kv_heads, 1, -1)
+        )
+
+    def smeared(self, k: Tensor) -> Tensor:
+        """Smear the key [1, G, 1, D] of the next token, as `KeySmear` does, and keep it for the one after it."""
+        last, self.pages.last_key = self.pages.last_key, k
+        assert last is not None
+        return k if self._share_G1D is None else k + self._share_G1D * last
 
     def size_bytes(self) -> int:
         """Return the bytes that keys, values and descriptors take so far."""
@@ -62,8 +74,14 @@ class PromptAttention:
             self.cache.candidates.add(turned.for_route[1][:, :, :end])
         if route is not None and end % core.query_block_size:
             block = end // core.query_block_size
-            pages.route = route[:, :, block : block + 1].clone()
+            pages.follow(route[:, :, block : block + 1].clone())
         return core.attend_exactly(turned, v, route) if self.exact else core.attend(turned, v, route)
+
+    def attend_heads(self, core: CoreAttention, heads_SGhD: Tensor) -> Tensor:
+        """Attend the heads of the prompt's tokens as a projection leaves them; gives [S, H * D]."""
+        q, k, v = heads_SGhD.split((heads_SGhD.shape[2] - 2, 1, 1), 2)
+        out_1HSD = self.attend(core, *(x.flatten(1, 2).transpose(0, 1)[None] for x in (q, k, v)))
+        return out_1HSD[0].transpose(0, 1).flatten(1)
 
 
 class TokenAttention:
@@ -78,53 +96,57 @@ class TokenAttention:
 
     def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend q [B, H, 1, D], k and v [B, G, 1, D], before RoPE, to themselves and what came before."""
-        if q.shape[0] == 1:
-            return self._attend_row(core, self.caches[0], q, k, v)
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        for b, cache in enumerate(self.caches):
-            row = slice(b, b + 1)
-            out[row] = self._attend_row(core, cache, q[row], k[row], v[row])
-        return out
+        heads_BGhD = torch.cat((q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v), 2)
+        return self.attend_heads(core, heads_BGhD).view_as(q)
 
-    def _attend_row(self, core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend the token of one sequence, [1, heads, 1, D] each; gives [1, H, 1, D]."""
-        rotated_q, keys_GXD, values_GXD = _seen_by_token(core, cache, q, k, v)
-        if not self.exact:
-            return _softmax_attention(rotated_q, keys_GXD, values_GXD)
-        return _softmax_attention(rotated_q.double(), keys_GXD.double(), values_GXD.double()).to(q.dtype)
+    def attend_heads(self, core: CoreAttention, heads_BGhD: Tensor) -> Tensor:
+        """Attend the heads of one token of each sequence as a projection leaves them; gives [B, H * D]."""
+        if len(heads_BGhD) == 1:
+            return self._attend_row(core, self.caches[0], heads_BGhD)
+        rows = heads_BGhD.split(1)
+        found = [self._attend_row(core, cache, row) for cache, row in zip(self.caches, rows, strict=False)]
+        padding = found[0].new_zeros((len(rows) - len(found), found[0].shape[1]))
+        return torch.cat((*found, padding))
+
+    def _attend_row(self, core: CoreAttention, cache: LayerCache, heads_1GhD: Tensor) -> Tensor:
+        """Attend the token of one sequence; gives [1, H * D]."""
+        q_1GrD, pairs_1GXE = _seen_by_token(core, cache, heads_1GhD)
+        if self.exact:
+            q_1GrD, pairs_1GXE = q_1GrD.double(), pairs_1GXE.double()
+        size = q_1GrD.shape[3]
+        keys, values = pairs_1GXE.split_with_sizes((size, size), 3)
+        # The query heads of a group stand where tokens would: its keys are read once for all of them.
+        out_1GrD = F.scaled_dot_product_attention(q_1GrD, keys, values)
+        return out_1GrD.reshape(1, -1).to(heads_1GhD.dtype)
 
 
-def _seen_by_token(
-    core: CoreAttention, cache: LayerCache, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _seen_by_token(core: CoreAttention, cache: LayerCache, heads_1GhD: Tensor) -> tuple[Tensor, Tensor]:
     """Add the next token of one sequence, and find what it attends to.
 
-    Takes q [1, H, 1, D], k and v [1, G, 1, D]; returns q after RoPE, and keys and values [G, X, D].
+    Returns:
+        Its queries after RoPE, [1, G, r, D], and keys and values [1, G, X, 2 D].
     """
-    pages, token = cache.pages, cache.pages.length
-    smeared = k if core.key_smear is None else core.key_smear(k, pages.last_key)
-    pages.last_key = k
-    # Rows of one table for all positions, which is what training uses, and is computed once.
+    pages, token, r = cache.pages, cache.pages.length, heads_1GhD.shape[2] - 2
+    q, k, v = heads_1GhD.split_with_sizes((r, 1, 1), 2)
+    smeared = cache.smeared(k)
     model = core.model
-    tables = rotary_tables(model.sequence_length, 0, model.head_size, model.rope_base, q.device)
-    cosines, sines = (table[token : token + 1] for table in tables)
-    rotated = rotate(torch.cat((q, smeared), 1), cosines, sines)
-    rotated_q, rotated_k = rotated.split((q.shape[1], k.shape[1]), 1)
+    table = token_rows(token, model.sequence_length, model.head_size, model.rope_base, k.device)
+    rotated = rotate_token(torch.cat((q, smeared), 2), *table)
+    rotated_q, rotated_k = rotated.split_with_sizes((r, 1), 2)
     pages.append(rotated_k, v)
     if core.kind == "dense":
-        return rotated_q, *pages.everything()
+        return rotated_q, pages.everything()
     q_for_route, k_for_route = core.for_route((q, smeared), (rotated_q, rotated_k))
     if cache.candidates is not None:
         # A region that becomes complete now is nobody's candidate before the next token, whose own region it is not.
         cache.candidates.add(k_for_route)
     if token % core.query_block_size == 0:
-        pages.route = _choose(core, cache, q_for_route, token)
-    assert pages.route is not None
-    return rotated_q, *pages.routed(pages.route)
+        pages.follow(_choose(core, cache, q_for_route, token))
+    return rotated_q, pages.routed()
 
 
 def _choose(core: CoreAttention, cache: LayerCache, q: Tensor, token: int) -> Tensor:
-    """Choose the route [1, G, 1, K] of the block that begins at `token`, and pass it to `on_route`."""
+    """Choose the route of the block that begins at `token`, q [1, G, r, D], as `Pages` takes it; tell `on_route`."""
     if core.router is not None:
         raise ValueError("a router of one's own chooses for whole sequences; it cannot choose token by token")
     if cache.candidates is not None:
@@ -132,7 +154,7 @@ def _choose(core: CoreAttention, cache: LayerCache, q: Tensor, token: int) -> Te
     else:
         route = sliding_window(core.model, token, q.device).expand(1, core.num_kv_heads, 1, -1)
     if core.on_route is not None:
-        core.on_route(core.layer, route)
+        core.on_route(core.layer, ascending(route))
     return route
 
 
@@ -142,12 +164,3 @@ def sliding_window(model: ModelConfig, token: int, device: torch.device) -> Tens
     own = token // attention.region_size
     region_K = torch.arange(attention.topk, device=device) + max(0, own - attention.topk + 1)
     return region_K.masked_fill(region_K > own, -1)
-
-
-def _softmax_attention(q: Tensor, keys_GXD: Tensor, values_GXD: Tensor) -> Tensor:
-    """Attend q [1, H, 1, D] to all the keys given, of each group for its r query heads; gives [1, H, 1, D]."""
-    q_GrD = q.reshape(keys_GXD.shape[0], -1, q.shape[3]) * q.shape[3] ** -0.5
-    scores_GrX = q_GrD @ keys_GXD.transpose(1, 2)
-    precision = torch.promote_types(scores_GrX.dtype, torch.float32)
-    weights_GrX = torch.softmax(scores_GrX, -1, dtype=precision).to(values_GXD.dtype)
-    return (weights_GrX @ values_GXD).reshape(q.shape)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from biroute.configs.schema import ModelConfig
-from biroute.model.attention.core import AttentionState, CoreAttention
+from biroute.model.attention.core import CoreAttention
 from biroute.model.decode.attention import LayerCache, PromptAttention, TokenAttention
-from biroute.model.decode.plain_layers import PlainLayers
+from biroute.model.decode.plain_layers import HeadsState, PlainLayers
 from biroute.model.language_model import LayerSequence
 
 ROWS = 4  # sequences of one step on a GPU
@@ -116,8 +116,8 @@ class CachedModel:
         caches = [LayerCache(core) for core in self.cores]
         padded = [*tokens, *[0] * (-length % size)]
         with self._attending(lambda layer: PromptAttention(caches[layer], length, self.exact)):
-            hidden_BSC = self._plain_layers.hidden_states(torch.tensor([padded], device=self.device))
-        return CachedSequence(caches), hidden_BSC[0, :length]
+            hidden_SC = self._plain_layers.hidden_states(torch.tensor(padded, device=self.device))
+        return CachedSequence(caches), hidden_SC[:length]
 
     @torch.no_grad()
     def step(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> Tensor:
@@ -138,14 +138,15 @@ class CachedModel:
         if any(one.length >= longest for one in sequences):
             raise ValueError(f"a sequence has {longest} tokens, as many as the model takes")
         rows = self.rows or len(pairs)
-        return torch.cat([self._step(pairs[first : first + rows]) for first in range(0, len(pairs), rows)])
+        parts = [self._step(pairs[first : first + rows]) for first in range(0, len(pairs), rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _step(self, pairs: Sequence[tuple[CachedSequence, int]]) -> Tensor:
         padding = (self.rows or len(pairs)) - len(pairs)
-        tokens_BS = torch.tensor([[token] for _, token in pairs] + [[0]] * padding, device=self.device)
+        tokens_B = torch.tensor([token for _, token in pairs] + [0] * padding, device=self.device)
         with self._attending(lambda layer: TokenAttention([one.layers[layer] for one, _ in pairs], self.exact)):
-            hidden_BSC = self._plain_layers.hidden_states(tokens_BS)
-        return self._logits(hidden_BSC[: len(pairs), 0])
+            hidden_BC = self._plain_layers.hidden_states(tokens_B)
+        return self._logits(hidden_BC[: len(pairs)])
 
     def _logits(self, hidden_BC: Tensor) -> Tensor:
         """Hidden states [B, C] of up to `rows` tokens -> fp32 logits of as many, [B, V]."""
@@ -154,7 +155,7 @@ class CachedModel:
         return self._plain_layers.logits(padded)[: hidden_BC.shape[0]]
 
     @contextmanager
-    def _attending(self, state_of: Callable[[int], AttentionState]) -> Iterator[None]:
+    def _attending(self, state_of: Callable[[int], HeadsState]) -> Iterator[None]:
         """Let each layer attend by the state that `state_of` makes for its number."""
         try:
             for layer, core in enumerate(self.cores):

@@ -4,28 +4,36 @@ Walking Megatron-core's modules for a single token takes several times as long a
 configurations and autograd are asked at every product. Here are the same products of the same weights in the same
 order; `LayerSequence` is the model, and tests hold both together to the bit.
 
-Shapes: B sequences, S tokens, C hidden size, H query heads, G key/value heads, r = H / G, D head size, V padded
-vocabulary.
+Shapes: T tokens (of one sequence, or one of each of some), C hidden size, H query heads, G key/value heads, h = H / G
++ 2 projected heads of a group, D head size, V padded vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biroute.model.attention.core import CoreAttention
+from biroute.model.attention.core import AttentionState, CoreAttention
 from biroute.model.language_model import LayerSequence
 
-Product = Callable[[Tensor], Tensor]  # [..., inputs] -> [..., outputs]
+Product = Callable[[Tensor], Tensor]  # [T, inputs] -> [T, outputs]
+
+
+class HeadsState(AttentionState, Protocol):
+    """An `AttentionState` that also takes the heads of a layer as its projection leaves them, side by side."""
+
+    def attend_heads(self, core: CoreAttention, heads_TGhD: Tensor) -> Tensor:
+        """Attend as `attend` does: a group's query heads are followed by its key and its value; gives [T, H * D]."""
 
 
 class PlainLayers:
     """Embedding, blocks, norm and head of a `LayerSequence`, as functions of its weights.
 
-    Each layer attends by the state of its `CoreAttention`, which must be set.
+    Each layer attends by the state of its `CoreAttention`, which must be a `HeadsState`.
     """
 
     def __init__(self, layers: LayerSequence, *, exact: bool) -> None:
@@ -44,16 +52,16 @@ class PlainLayers:
         # Tied embeddings have no head of their own.
         self._head = _product(modules["head"].projection if "head" in modules else modules["embedding"], exact)
 
-    def hidden_states(self, tokens_BS: Tensor) -> Tensor:
-        """Tokens, int64 [B, S] -> what the head gets, [B, S, C]."""
-        hidden_BSC = F.embedding(tokens_BS, self._embedding)
+    def hidden_states(self, tokens_T: Tensor) -> Tensor:
+        """Tokens, int64 [T] -> what the head gets, [T, C]."""
+        hidden_TC = torch.embedding(self._embedding, tokens_T)
         for block in self._blocks:
-            hidden_BSC = block(hidden_BSC)
-        return self._norm(hidden_BSC)
+            hidden_TC = block(hidden_TC)
+        return self._norm(hidden_TC)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., C] -> fp32 logits [..., V]."""
-        return self._head(hidden).float()
+    def logits(self, hidden_TC: Tensor) -> Tensor:
+        """Hidden states [T, C] -> fp32 logits [T, V]."""
+        return self._head(hidden_TC).float()
 
 
 class _PlainBlock:
@@ -68,40 +76,44 @@ class _PlainBlock:
         self._qkv, self._out = _product(attention.linear_qkv, exact), _product(attention.linear_proj, exact)
         self._up, self._down = _product(mlp.linear_fc1, exact), _product(mlp.linear_fc2, exact)
 
-    def __call__(self, hidden_BSC: Tensor) -> Tensor:
-        hidden_BSC = hidden_BSC + self._out(self._attend(self._norms[0](hidden_BSC)))
-        gate, up = self._up(self._norms[1](hidden_BSC)).chunk(2, -1)
-        return hidden_BSC + self._down(F.silu(gate) * up)
+    def __call__(self, hidden_TC: Tensor) -> Tensor:
+        hidden_TC = self._out(self._attend(self._norms[0](hidden_TC))).add_(hidden_TC)
+        gate, up = self._up(self._norms[1](hidden_TC)).chunk(2, -1)
+        return self._down(F.silu(gate).mul_(up)).add_(hidden_TC)
 
-    def _attend(self, x_BSC: Tensor) -> Tensor:
-        """Normalised hidden states [B, S, C] -> what the heads gather, [B, S, H * D]."""
+    def _attend(self, x_TC: Tensor) -> Tensor:
+        """Normalised hidden states [T, C] -> what the heads gather, [T, H * D]."""
         core = self._core
-        assert core.state is not None, "the layer has no pages"
-        # The rows of a group's query heads are followed by those of its key and of its value.
-        heads_BSGhD = self._qkv(x_BSC).unflatten(2, (core.num_kv_heads, -1, core.model.head_size))
-        q_BSHD = heads_BSGhD[:, :, :, :-2].flatten(2, 3)
-        k_BSGD, v_BSGD = heads_BSGhD[:, :, :, -2], heads_BSGhD[:, :, :, -1]
+        state: HeadsState = core.state  # type: ignore[assignment]  # CachedModel sets no other
+        assert state is not None, "the layer has no pages"
+        heads_TGhD = self._qkv(x_TC).view(x_TC.shape[0], core.num_kv_heads, -1, core.model.head_size)
         if self._head_norms is not None:
-            q_BSHD, k_BSGD = self._head_norms[0](q_BSHD), self._head_norms[1](k_BSGD)
-        out_BHSD = core.state.attend(core, *(x.transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGD)))
-        return out_BHSD.transpose(1, 2).flatten(2)
+            q, k, v = heads_TGhD.split((heads_TGhD.shape[2] - 2, 1, 1), 2)
+            heads_TGhD = torch.cat((self._head_norms[0](q), self._head_norms[1](k), v), 2)
+        return state.attend_heads(core, heads_TGhD)
 
 
 def _product(module: Any, exact: bool) -> Product:
     """Return the product with the weight of a linear module, in fp64 rounded once if `exact`."""
     weight: Tensor = module.weight.detach()
     if not exact:
-        return lambda x: x @ weight.t()
-    in_fp64 = weight.double()
-    return lambda x: (x.double() @ in_fp64.t()).to(x.dtype)
+        turned = weight.t()
+        return lambda x: torch.mm(x, turned)
+    in_fp64 = weight.double().t()
+    return lambda x: torch.mm(x.double(), in_fp64).to(x.dtype)
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
     """Return the function of an `RMSNorm` on one tensor rank."""
-    weight: Tensor = module.weight.detach()
-    eps: float = module.eps
+    weight: Tensor = module.weight.detach().float()
+    if weight.device.type != "cpu":
+        return lambda x: F.rms_norm(x.float(), weight.shape, weight, module.eps).to(x.dtype)
+    # Its operations, with its bits, in half the time: numbers that are tensors already need not be made into some.
+    count, eps = weight.new_tensor(len(weight)), weight.new_tensor(module.eps)
 
     def norm(x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+        whole = x.float()
+        scale = (whole * whole).sum(-1, True).div_(count).add_(eps).rsqrt_()
+        return (whole * scale).mul_(weight).to(x.dtype)
 
     return norm

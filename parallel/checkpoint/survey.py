@@ -36,12 +36,13 @@ def survey(directory: Path, *, deep: bool) -> list[Found]:
         directory: the folder `checkpoints` of a run.
         deep: compare every file with its checksum; otherwise only with its size.
     """
-    found = [_look(path, deep) for path in list_checkpoints(directory)]
-    unfinished = [
-        Found(path, None, path.stat().st_mtime, _size(path), "never finished; the next save of its run removes it")
-        for path in list_unfinished(directory)
-    ]
-    return [*found, *unfinished]
+    found, unfinished = [], list_unfinished(directory)
+    for path in (*list_checkpoints(directory), *unfinished):
+        try:
+            found.append(_unfinished(path) if path in unfinished else _look(path, deep))
+        except FileNotFoundError:  # a run that trains has removed it just now
+            continue
+    return found
 
 
 def copy_checkpoint(source: Path, directory: Path) -> Path:
@@ -99,6 +100,11 @@ def checkpoint_of(directory: Path, step: int | None) -> Path:
         if not one.problem:
             return one.path
     raise UsageError(f"{directory} has no complete checkpoint; `biroute checkpoint list` shows what is there")
+
+
+def _unfinished(path: Path) -> Found:
+    problem = "never finished; the next save of its run removes it"
+    return Found(path, None, path.stat().st_mtime, _size(path), problem)
 
 
 def _look(path: Path, deep: bool) -> Found:

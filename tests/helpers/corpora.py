@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import networkx
+import numpy as np
 
 from biroute.configs.schema import DataConfig, RunConfig
+from biroute.data_pipeline.dataset import Dataset
 from biroute.data_pipeline.examples.demo_corpora import docstrings
+from biroute.data_pipeline.read.manifest import Split
+from biroute.data_pipeline.read.token_stream import TokenStream
 
 POEM = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。\n"
 
@@ -66,6 +70,12 @@ def run_config(data: DataConfig, sequence_length: int = 64, **sections: Any) -> 
     model = {"sequence_length": sequence_length} | sections.pop("model", {})
     train = {"global_batch_size": 12, "microbatch_size": 1, "evaluate_sequences": 8} | sections.pop("train", {})
     return RunConfig.model_validate({"data": data.model_dump(), "model": model, "train": train, **sections})
+
+
+def tokens_of(dataset: Dataset, source: int, split: Split) -> np.ndarray:
+    """All tokens of a source's split, in the order of the documents."""
+    tokens = TokenStream(dataset.config.data.dir, dataset.manifest, dataset.manifest.sources[source], split)
+    return tokens.read(0, tokens.num_tokens)
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:

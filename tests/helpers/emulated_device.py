@@ -68,7 +68,19 @@ def activate() -> torch.device:
             return execute(self, *args, **kwargs)
 
     GridExecutor.__call__ = launch
+    torch.tensor = tensor
     return torch.device(TYPE, 0)
+
+
+from_data = torch.tensor
+
+
+def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    """As `torch.tensor`, whose own copy to a device no dispatcher sees."""
+    if device is None or torch.device(device).type != TYPE:
+        return from_data(data, device=device, **kwargs)
+    COUNTS.copies[f"tensor {caller()}"] += 1
+    return EmulatedTensor(from_data(data, **kwargs))
 
 
 class EmulatedTensor(torch.Tensor):

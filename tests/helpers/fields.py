@@ -17,8 +17,10 @@ ENGINE = "distributed/parallel/engine/test_settings.py::"
 RUN = "system/test_settings.py::test_settings_of_a_run"
 RENDEZVOUS = "distributed/launcher/ranks/test_rendezvous.py::"
 ERRORS = "system/test_cli_errors.py::test_bad_value"
+SOURCE_FILES = "unit/data_pipeline/prepare/test_source_files.py::"
 SOURCES = "unit/data_pipeline/prepare/test_sources.py::"
 BUILD = "unit/data_pipeline/prepare/test_build.py::"
+BUILD_AGAIN = "unit/data_pipeline/prepare/test_build_again.py::"
 TOKENIZER = "unit/data_pipeline/prepare/test_tokenizer.py::"
 LOADER = "unit/data_pipeline/read/test_loader.py::"
 SUBMIT = "unit/slurm/test_submit.py::test_a_request_is_what_the_configuration_says"
@@ -58,10 +60,10 @@ SHOWN_BY: dict[str, str] = {
     "parallel.region_exchange": f"{EXCHANGE}test_measured_bytes_are_those_of_the_plan",
     "data.dir": LOADER.removesuffix("::"),
     "data.sources.name": f"{LOADER}test_weights_mix_the_sources",
-    "data.sources.paths": f"{SOURCES}test_globs_are_sorted_and_files_come_once",
+    "data.sources.paths": f"{SOURCE_FILES}test_globs_are_sorted_and_files_come_once",
     "data.sources.weight": f"{BUILD}test_weights_share_out_the_tokenizers_sample",
     "data.sources.text_field": f"{SOURCES}test_reads_txt_and_jsonl_in_every_compression",
-    "data.tokenizer.model_path": f"{BUILD}test_with_a_given_tokenizer_only_the_changed_source_is_redone",
+    "data.tokenizer.model_path": f"{BUILD_AGAIN}test_with_a_given_tokenizer_only_the_changed_source_is_redone",
     "data.tokenizer.kind": f"{TOKENIZER}test_training_is_reproducible",
     "data.tokenizer.vocab_size": f"{TOKENIZER}test_training_is_reproducible",
     "data.tokenizer.character_coverage": f"{TOKENIZER}test_character_coverage_decides_which_characters_have_a_piece",
@@ -71,9 +73,9 @@ SHOWN_BY: dict[str, str] = {
     "data.max_document_bytes": f"{SOURCES}test_long_documents_are_cut_after_a_newline",
     "data.max_malformed_fraction": f"{SOURCES}test_too_many_malformed_lines_are_an_error",
     "data.max_invalid_utf8_fraction": f"{SOURCES}test_another_encoding_is_noticed_before_all_is_read",
-    "data.tokens_per_sample": f"{BUILD}test_another_layout_keeps_the_tokenizer_and_leaves_no_stale_shard",
+    "data.tokens_per_sample": f"{BUILD_AGAIN}test_another_layout_keeps_the_tokenizer_and_leaves_no_stale_shard",
     "data.samples_per_shard": f"{BUILD}test_shards_are_plain_tars_without_clock_or_dots",
-    "data.workers": f"{BUILD}test_killed_worker_is_one_clear_line",
+    "data.workers": f"{BUILD_AGAIN}test_killed_worker_is_one_clear_line",
     "data.seed": f"{LOADER}test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds",
     **{
         f"optim.{name}": RUN
@@ -110,13 +112,13 @@ SHOWN_BY: dict[str, str] = {
     "checkpoint.every_steps": RUN,
     "checkpoint.keep": RUN,
     "checkpoint.keep_every": "distributed/launcher/train/test_saving.py::test_a_save_is_tried_again",
-    "tracking.enabled": "system/test_tracking.py::test_switched_off_tracking_writes_only_into_the_run_folder",
+    "tracking.enabled": "system/test_tracking_sqlite.py::test_switched_off_tracking_writes_only_into_the_run_folder",
     "tracking.uri": RUN,
     "tracking.experiment": RUN,
     "tracking.run_name": RUN,
     "tracking.tags": MOVES, "tracking.group": MOVES, "tracking.parent": MOVES,
-    "tracking.timeout_seconds": "system/test_tracking.py::test_server_frozen",
-    "tracking.flush_seconds": "system/test_tracking.py::test_server_frozen",
+    "tracking.timeout_seconds": "system/test_tracking_server.py::test_server_frozen",
+    "tracking.flush_seconds": "system/test_tracking_server.py::test_server_frozen",
     **{
         f"slurm.{name}": SUBMIT
         for name in ("profile", "nodes", "ranks_per_node", "time_limit", "signal_seconds", "requeue")

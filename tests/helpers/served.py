@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPMessage
 from typing import Any
 
+from biroute.launcher.serve.limits import Limits
 from biroute.launcher.serve.metrics import Metrics
 from biroute.launcher.serve.server import Server
 from biroute.launcher.serve.service import Service
@@ -58,13 +60,13 @@ class Served:
     """A server that runs."""
 
     def __init__(self, server: Server, worker: Worker, gate: Gate) -> None:
-        self.server, self.worker, self.gate, self.port = server, worker, gate, server.server_port
+        self.server, self.worker, self.gate, self.port = server, worker, gate, server.port
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, HTTPMessage]:
         """Status, body (of JSON its content) and headers."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
@@ -74,7 +76,7 @@ class Served:
         if "json" in answer.headers["Content-Type"]:
             content = json.loads(content) if content else None
         connection.close()
-        return answer.status, content, dict(answer.headers)
+        return answer.status, content, answer.headers
 
     def complete(self, **body: Any) -> Any:
         status, content, _ = self.ask("POST", "/v1/completions", body)
@@ -97,6 +99,25 @@ def post(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
     return b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data)
 
 
+def response(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Head and body of the next response, whether or not the connection is closed behind it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _more(connection)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head.lower())[1])  # type: ignore[index]
+    while len(body) < length:
+        body += _more(connection)
+    assert len(body) == length
+    return head, body
+
+
+def _more(connection: socket.socket) -> bytes:
+    data = connection.recv(65536)
+    assert data, "the connection was closed"
+    return data
+
+
 def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
     """Wait for something that must become true."""
     deadline = time.monotonic() + seconds
@@ -106,7 +127,7 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def served(max_batch: int = 4, queue: int = 8) -> Iterator[Served]:
+def served(max_batch: int = 4, queue: int = 8, limits: Limits | None = None) -> Iterator[Served]:
     model, gate, metrics = cached_model(tiny_config({"sequence_length": 96})), Gate(), Metrics()
     step = model.step
 
@@ -116,13 +137,12 @@ def served(max_batch: int = 4, queue: int = 8) -> Iterator[Served]:
 
     model.step = gated  # type: ignore[method-assign]
     worker = Worker(model, ByteTokenizer(), max_batch, queue, metrics)  # type: ignore[arg-type]
-    server = Server("127.0.0.1", 0, Service("tiny", worker, metrics))
+    server = Server("127.0.0.1", 0, Service("tiny", worker, metrics), limits)
     worker.start()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server.start()
     try:
         yield Served(server, worker, gate)
     finally:
         gate.open()
-        server.shutdown()
-        server.server_close()
         worker.stop(20)
+        server.stop()

@@ -28,14 +28,15 @@ PACKAGES = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm"
 LAST_OUTPUT = "last_output.txt"
 TIMEOUT_SECONDS = 1800.0  # for tests of a tree without mistakes; with one they get five times what they took
 
+BI_LEVEL = ["tests/unit/model/attention/test_bi_level.py", "tests/unit/model/attention/test_causality.py"]
 # Module or folder -> the tests that should notice, quickest first.
 CORE: dict[str, list[str]] = {
     "model/attention/routing.py": ["tests/unit/model/attention/test_routing.py"],
-    "model/attention/bi_level.py": ["tests/unit/model/attention/test_bi_level.py"],
-    "model/attention/partial.py": ["tests/unit/model/attention/test_bi_level.py"],
-    "model/attention/tiles.py": ["tests/unit/model/attention/test_bi_level.py"],
-    "model/attention/band.py": ["tests/unit/model/attention/test_bi_level.py"],
-    "model/attention/masked.py": ["tests/unit/model/attention/test_bi_level.py"],
+    "model/attention/bi_level.py": BI_LEVEL,
+    "model/attention/partial.py": BI_LEVEL,
+    "model/attention/tiles.py": BI_LEVEL,
+    "model/attention/band.py": BI_LEVEL,
+    "model/attention/masked.py": BI_LEVEL,
     "model/decode/pages.py": ["tests/unit/model/decode"],
     "model/decode/attention.py": ["tests/unit/model/decode"],
     "model/attention/core.py": [

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from helpers.ports import claim_port
 
 from biroute.launcher.attempts.failures import read_heartbeats
 from biroute.launcher.attempts.journal import read_attempts
-from biroute.launcher.attempts.run_files import log_dir
+from biroute.launcher.attempts.run_files import UPLOAD_STATE, log_dir
+from biroute.launcher.track.upload_state import read_state
 
 from .conftest import Answer
 from .test_train import only_run
@@ -97,19 +99,39 @@ def content_of(folder: Path) -> dict[str, str]:
     }
 
 
+def suspend_outside_of_sqlite(ranks: dict[int, psutil.Process], database: Path) -> None:
+    """Suspend all ranks while none reads or writes the database: their lock would keep every other process out."""
+
+    def done() -> bool:
+        for rank in ranks.values():
+            rank.suspend()
+        until(lambda: all(rank.status() == psutil.STATUS_STOPPED for rank in ranks.values()))
+        with contextlib.closing(sqlite3.connect(database, timeout=0.5)) as connection:
+            try:
+                connection.execute("BEGIN EXCLUSIVE")  # a reader's lock stops writers, too, when they commit
+                return True
+            except sqlite3.OperationalError:
+                for rank in ranks.values():
+                    rank.resume()
+                return False
+
+    until(done)
+
+
 def test_an_attempt_that_was_overtaken_writes_nothing(
     config_file: Path, run_dir: Path, start: Any, command: Command
 ) -> None:
     """What a lost node is: its ranks stand still, another attempt finishes the run, then they move again."""
     first = start("parallel.data=2", "train.steps=100000", "checkpoint.every_steps=2", "train.evaluate_every=0")
-    until(lambda: len(points_of(run_dir)) >= 3)
+    # Three steps are done, and MLflow has the first: while a rank makes the run there, it holds a lock.
+    until(lambda: len(points_of(run_dir)) >= 3 and read_state(run_dir / UPLOAD_STATE).sent_bytes)
     ranks = ranks_of(first)
-    for rank in ranks.values():
-        rank.suspend()
+    suspend_outside_of_sqlite(ranks, run_dir.parent / "mlflow.db")
     last = points_of(run_dir)[-1][0] + 3
 
     second = command("train", config_file, "parallel.data=2", f"train.steps={last}", "train.evaluate_every=0")
     assert second.status == 0, second.err
+    assert "all is sent" in second.out, second.out
     before = content_of(run_dir)
     for rank in ranks.values():
         rank.resume()
@@ -120,7 +142,7 @@ def test_an_attempt_that_was_overtaken_writes_nothing(
     assert content_of(run_dir) == before
     assert [step for step, _ in points_of(run_dir)] == list(range(1, last + 1)), "each step once"
     run, client = only_run(run_dir)
-    assert run.info.status == "FINISHED", "the older attempt has not told MLflow of its end"
+    assert run.info.status == "FINISHED", "the older attempt has told MLflow of its end"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == last
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from helpers.tracked import Server, client_of, make_config, state_of
 
 from biroute.launcher.track.run_summary import PREDICTED
 from biroute.launcher.track.tracker import open_tracker
-
-from .test_tracking import Server, client_of, make_config, state_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE_MS = 60_000  # of the page's own clock; MLflow's pages need about 20 s to fill

@@ -26,12 +26,22 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._end, keys.encode())
 
-    def wait_for(self, true: Callable[[str], bool], seconds: float = 120.0) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, true: Callable[[str], bool], seconds: float = 120.0, again: str = "") -> None:
+        """Read until `true` of all that was shown; `again` is typed once more after each silent second."""
+        deadline, heard = time.monotonic() + seconds, time.monotonic()
         while not true(self.shown):
             assert time.monotonic() < deadline, self.shown
             if select.select([self._end], [], [], 0.2)[0]:
                 self.shown += os.read(self._end, 65536).decode(errors="replace")
+                heard = time.monotonic()
+            elif again and time.monotonic() - heard > 1.0:
+                self.type(again)
+                heard = time.monotonic()
+
+    def interrupt(self, true: Callable[[str], bool]) -> None:
+        """Type Ctrl-C until `true`: readline overlooks one that comes just before it begins to wait for a key."""
+        self.type("\x03")
+        self.wait_for(true, again="\x03")
 
 
 def take_terminal(end: int) -> None:
@@ -46,17 +56,17 @@ def test_keys_on_a_terminal(trained: Path) -> None:
     terminal = Terminal("chat", trained, "--max-tokens", 20, "--temperature", 0)
     try:
         terminal.wait_for(lambda shown: shown.endswith("> "))
-        terminal.type("\x03")  # at the prompt: the line is dropped
-        terminal.wait_for(lambda shown: shown.count("> ") == 2)
+        terminal.type("dropped")
+        terminal.wait_for(lambda shown: shown.endswith("dropped"))
+        terminal.interrupt(lambda shown: shown.endswith("\n> "))
         terminal.type("/what\r")
         terminal.wait_for(lambda shown: "/what is no command; /help lists them" in shown and shown.endswith("> "))
         before = terminal.shown.count("/what is no command")
         terminal.type("\x1b[A\r")  # the line before, from the history
         terminal.wait_for(lambda shown: shown.count("/what is no command") == before + 1 and shown.endswith("> "))
         terminal.type("hello\r")
-        terminal.type("\x03")
-        terminal.wait_for(lambda shown: shown.count("> ") >= 5 or "(stopped)" in shown)
-        terminal.wait_for(lambda shown: shown.endswith("> "))
+        terminal.wait_for(lambda shown: "> hello\r\n" in shown)  # a Ctrl-C before that would drop the line
+        terminal.interrupt(lambda shown: shown.partition("> hello\r\n")[2].endswith("\n> "))
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     finally:

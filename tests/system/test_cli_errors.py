@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.ports import claim_port
+
+from biroute.configs.load import load_config
+from biroute.data_pipeline.dataset import open_dataset
 
 from .conftest import Answer
 
@@ -95,6 +103,23 @@ def test_damaged_shard_is_named(config_file: Path, corpus: Path, tmp_path: Path,
     assert_one_line(command("train", config_file, f"data.dir={copy}"), shard.name)
 
 
+def test_what_another_rank_found_is_one_line_and_the_rest_is_in_the_logs(
+    config_file: Path, run_dir: Path, corpus: Path, tmp_path: Path, command: Command
+) -> None:
+    """Rank 0, which writes to the terminal, only loses its connection to rank 1, which met a damaged shard."""
+    copy = tmp_path / "dataset"
+    shutil.copytree(corpus / "dataset", copy)
+    config = load_config(config_file, [f"data.dir={copy}"])
+    shard, reader = copy / "docs" / "train-000000.tar", open_dataset(config).reader("train")
+    content = shard.read_bytes()
+    odd = [reader.sequence(n).astype("<u2").tobytes() for n in (1, 3, 5, 7)]  # what rank 1 of 2 reads first
+    of_rank_1 = next(tokens for tokens in odd if content.count(tokens) == 1)  # and no end of a sample within it
+    shard.write_bytes(content.replace(of_rank_1, b"\xff\x7f" + of_rank_1[2:]))
+    answer = command("train", config_file, f"data.dir={copy}", "parallel.data=2", "tracking.enabled=false")
+    assert_one_line(answer, "train-000000.tar: token 32767", "the shard is damaged", "biroute data build")
+    assert "Traceback" in (run_dir / "logs" / "attempt-0001" / "rank-00000.log").read_text()
+
+
 def test_rank_without_address(config_file: Path, command: Command) -> None:
     answer = command("train", config_file, RANK="0", WORLD_SIZE="1")
     assert_one_line(answer, "RANK is set but MASTER_ADDR is not")
@@ -107,6 +132,59 @@ def test_rendezvous_port_in_use(config_file: Path, command: Command) -> None:
             "train", config_file, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     assert_one_line(answer, f"127.0.0.1:{port}", "is in use", "use another port")
+
+
+def test_a_line_comes_before_the_ranks_start(config_file: Path) -> None:
+    """At the start of the first rank's process, whose imports take seconds, people have read what begins."""
+    program = (
+        "import os, sys\n"
+        "def look(event, arguments):\n"
+        "    if event == 'subprocess.Popen' and 'biroute.launcher.start.worker' in arguments[1]:\n"
+        "        os.write(1, b'torch is imported' if 'torch' in sys.modules else b'a rank starts')\n"
+        "        os._exit(0)\n"
+        "sys.addaudithook(look)\n"
+        "from biroute.launcher.cli.main import main\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", config_file, "parallel.data=2"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    logs = config_file.parent / "runs" / "small" / "logs" / "attempt-0001"
+    assert (done.stdout, done.stderr) == (f"attempt 1: starting 2 ranks, logs in {logs}\na rank starts", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "CONFIG", f"train.run_dir=/tmp/{'x' * 300}"], ["/tmp/xxx", "File name too long; use a shorter"]),
+        (["data", "build", "CONFIG", f"data.dir={'x' * 300}"], ["xxx", "File name too long; use a shorter one"]),
+        (["status", "x" * 5000], ["xxx...: File name too long; use a shorter one"]),
+        (["checkpoint", "list", "x" * 5000], ["xxx...: File name too long; use a shorter one"]),
+        (["plan", "CONFIG", "--hardware", "x" * 300], ["xxx...: File name too long; use a shorter one"]),
+        (["data", "build", "CONFIG", "data.dir=/proc/x"], ["data.dir=/proc/x: cannot write", "folder of your own"]),
+        (["plan", "CONFIG", "model.num_layers=1000000000"], ["model.num_layers=1000000000", "less than or equal"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_names_and_sizes_that_cannot_be(
+    arguments: list[str], parts: list[str], config_file: Path, command: Command
+) -> None:
+    assert_one_line(command(*(str(config_file) if word == "CONFIG" else word for word in arguments)), *parts)
+
+
+def test_no_folder_for_temporary_files(config_file: Path, tmp_path: Path) -> None:
+    """A limit on the size of files makes every candidate unusable, as a full disk does."""
+    (tmp_path / "mlflow.db").touch()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "biroute.launcher.cli.main", "ui", config_file,
+            f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "--port", str(claim_port()),
+        ],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert_one_line(Answer(done.returncode, done.stdout, done.stderr), "temporary files", "set TMPDIR")
 
 
 def test_ui_port_in_use(config_file: Path, tmp_path: Path, command: Command) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from helpers.corpus import small_run
-from helpers.job import points_of
+from helpers.job import points_of, until
 from helpers.ports import claim_port
 
 
@@ -56,6 +61,19 @@ def test_the_loss_is_that_of_training_and_comes_once(
     once_more = command("evaluate", trained, "--checkpoint", 4)
     assert once_more.status == 0 and "loss_on_ar_hits" in once_more.out and "values sent" not in once_more.err
     assert in_mlflow(trained) == sent
+
+
+def test_ctrl_c_ends_all_ranks_with_one_line(trained: Path) -> None:
+    """The launcher starts them deaf, as ranks that train want it; a terminal sends it to rank 0 as well."""
+    program = [sys.executable, "-m", "biroute.launcher.cli.main", "evaluate", str(trained), "--no-tracking"]
+    with subprocess.Popen(
+        [*program, "--ranks", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        until(lambda: len(psutil.Process(process.pid).children()) == 2)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("stopped") and err.count("\n") == 1
 
 
 def test_several_ranks_find_the_same_and_say_it_once(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tracked import client_of, history, logged, make_config, state_of, troubles, until
 
 from biroute.launcher.attempts.failures import End, Heartbeat, write_heartbeat
 from biroute.launcher.attempts.journal import begin_attempt, end_attempt
@@ -23,7 +24,6 @@ from biroute.launcher.track.upload_state import DatasetFacts
 from biroute.launcher.track.uploader import values_waiting
 
 from .conftest import Answer
-from .test_tracking import client_of, history, logged, make_config, state_of, troubles, until
 
 Command = Callable[..., Answer]
 
@@ -67,6 +67,35 @@ def all_sent(run_dir: Path) -> bool:
 def runs(database: Path) -> list[Any]:
     client = client_of(uri_of(database))
     return list(client.search_runs([one.experiment_id for one in client.search_experiments()]))
+
+
+def test_the_run_of_mlflows_variable_is_named_and_left_alone(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = client_of(uri_of(database)).create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", other)
+    run_dir, said = tmp_path / "run", []
+    tracker = opened(database, run_dir, said)
+    log(tracker, range(1, 4))
+    tracker.close("FINISHED")
+    assert sum("MLFLOW_RUN_ID is set and not used" in line for line in said) == 1
+    assert state_of(run_dir)["run_id"] != other and history(uri_of(database), run_dir) == logged(run_dir)
+    left = client_of(uri_of(database)).get_run(other)
+    assert (left.info.status, left.data.metrics, left.data.params) == ("RUNNING", {}, {})
+
+
+def test_a_long_name_is_cut_to_what_every_database_takes(database: Path, tmp_path: Path) -> None:
+    """SQLite would take more; PostgreSQL refuses what is longer than its column, at each try."""
+    run_dir, kept = tmp_path / ("f" * 245), "f" * 245 + " [dat"
+    for status in ("KILLED", "FINISHED"):
+        tracker = opened(database, run_dir)
+        log(tracker, range(1, 4))
+        tracker.close(status)
+        (run,) = runs(database)
+        assert (run.info.run_name, run.info.status) == (kept, status)
+    with contextlib.closing(sqlite3.connect(database)) as tables:
+        named = tables.execute("SELECT name, (SELECT value FROM tags WHERE key = 'mlflow.runName') FROM runs")
+        assert named.fetchall() == [(kept, kept)]
 
 
 def test_a_database_restored_from_a_backup_gets_what_it_lacks(database: Path, tmp_path: Path) -> None:

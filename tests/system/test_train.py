@@ -95,6 +95,9 @@ def test_a_whole_run_and_what_mlflow_shows(config_file: Path, run_dir: Path, com
     assert "checkpoint of another model" in line
     assert "model.hidden_size: 32 there, 64 here" in line
 
+    shown = command("logs", run_dir)
+    assert shown.status == 0 and "step 8/8" in shown.out, "of a run without Slurm as well"
+
     again = command("train", config_file, "parallel.data=2")
     assert again.status == 0
     assert "nothing to do" in again.out
@@ -104,20 +107,24 @@ def test_a_whole_run_and_what_mlflow_shows(config_file: Path, run_dir: Path, com
 
 
 def test_files_that_lie_about_are_not_imported_and_odd_folders_are_no_urls(config_file: Path, tmp_path: Path) -> None:
-    """Modules named like the library's where the command is run, and a temporary folder with a `#`."""
+    """Modules named like the library's where the command is run, and a temporary folder with a `#`.
+
+    A folder's name that no font of the loss curve has, and no home, are no reason to print anything.
+    """
     for name in ("random", "queue", "torch", "numpy", "biroute"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     odd = tmp_path / "odd #?% folder"
     odd.mkdir()
-    command = [Path(sys.executable).with_name("biroute"), "train", config_file, f"train.run_dir={odd}/run"]
+    command = [Path(sys.executable).with_name("biroute"), "train", config_file, f"train.run_dir={odd}/唐诗"]
     for steps in (2, 3):  # what the first start leaves must not disturb the second one
         answer = subprocess.run(
             [*command, "tracking.enabled=false", f"train.steps={steps}"],
-            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(odd)},
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(odd), "HOME": "/nonexistent"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert answer.returncode == 0, answer.stderr
-    assert training_steps(odd / "run") == [1, 2, 3]
+        assert (answer.returncode, answer.stderr) == (0, "")
+    assert training_steps(odd / "唐诗") == [1, 2, 3]
+    assert not list((odd / "唐诗").glob("logs/*/*warnings*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGUSR1 is what Slurm sends in its tests

@@ -34,7 +34,7 @@ def test_where_only_one_rate_is_finite_the_time_is_the_amount_over_it(script: Mo
     names = script.Rates.__dataclass_fields__
     free = sum(script.layer_seconds(row, script.Rates(**dict.fromkeys(names, math.inf))).values())
     kernels = [kernel for side in row["kernels"].values() for kernel in side.values()]
-    kernels.append(row["router"]["8"]["route_blocks"])
+    kernels += [row["router"]["8"][name] for name in ("route_blocks", "mean_rows")]
     launches = sum(kernel["launches"] for kernel in kernels) + row["router"]["8"]["launches"]
     launches += row["torch"]["forward"]["launches"] + row["torch"]["backward"]["launches"]
     assert free == pytest.approx(launches * script.LAUNCH_SECONDS)
@@ -44,7 +44,7 @@ def test_where_only_one_rate_is_finite_the_time_is_the_amount_over_it(script: Mo
         return sum(script.layer_seconds(row, script.Rates(**every)).values()) - free
 
     assert beyond_launches(products=1.0) == pytest.approx(sum(kernel["flops"] for kernel in kernels))
-    assert beyond_launches(held=1.0) == pytest.approx(row["router"]["8"]["route_blocks"]["held"])
+    assert beyond_launches(scanned=1.0) == pytest.approx(row["router"]["8"]["route_blocks"]["scanned"])
     # Every byte counts once: as one of the cache or of memory, the router's written ones among the former.
     moved = sum(kernel["read"] + kernel["written"] for kernel in kernels) + row["router"]["8"]["moved"]
     moved += row["torch"]["forward"]["moved"] + row["torch"]["backward"]["moved"]

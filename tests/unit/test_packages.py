@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from biroute.configs.code_folders import PARTS
+
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 
 

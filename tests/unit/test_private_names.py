@@ -87,8 +87,9 @@ PRIVATE: dict[str, Callable[[str], bool]] = {
     "_tracking_service": lambda name: importlib.util.find_spec(f"mlflow.tracking.{name}") is not None,
     "_exit": lambda name: hasattr(os, name),
     "_current_frames": lambda name: hasattr(sys, name),
+    "__unraisablehook__": lambda name: hasattr(sys, name),
 }
-PUBLIC = re.compile(r"__(name|doc|dict|file|version|context|cause)__")
+PUBLIC = re.compile(r"__(name|doc|dict|file|version|context|cause|traceback)__")
 
 
 def private_names(path: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,21 @@ import pytest
 import yaml
 from helpers.corpus import small_run
 
+from biroute.configs.code_folders import PARTS
+
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("configs", "model", "parallel", "data_pipeline", "launcher", "slurm")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what git knows: setuptools would pack what an earlier build left in the tree."""
+    """A copy of what git knows: setuptools would pack what an earlier build left in the tree.
+
+    In a source distribution, which git does not know, it is all but that.
+    """
     folder = tmp_path_factory.mktemp("source")
+    if not (ROOT / ".git").exists():
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"), dirs_exist_ok=True)
+        return folder
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (ROOT / name).is_file():
@@ -60,6 +68,8 @@ def test_the_metadata_is_complete(wheel: Path) -> None:
     metadata = Parser().parsestr(packed.read(name).decode())
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
     assert metadata["Author"] == "The BiRoute developers"
+    description = str(metadata.get_payload())
+    assert description.startswith("# BiRoute") and not re.findall(r"\]\((?!https://)", description)
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert b"Apache License" in packed.read(name.replace("METADATA", "licenses/LICENSE"))
     assert all((f"biroute/{part}/py.typed") in packed.namelist() for part in PARTS)
@@ -77,6 +87,7 @@ def test_the_source_distribution_can_be_tested(source: Path, tmp_path: Path) -> 
         "tests/run.py",
         "tests/helpers/pool.py",
         "Makefile",
+        "README.md",
         "docs/architecture.md",
         "tests/system/slurm/dev_cluster.sh",
     ):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from biroute.configs.errors import UsageError
 from biroute.launcher.bench.report import environment_info, say
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.grid import AttentionPath
@@ -71,6 +72,19 @@ TARGETS = (
 def automatic_region_size(num_tokens: int) -> int:
     """Return the power of two nearest to 2.5 S^(1/3); with Lq = L and fixed topk, the total cost grows as S^(4/3)."""
     return 2 ** round(math.log2(2.5 * num_tokens ** (1 / 3)))
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Check that every length is whole regions in all settings of the sweep.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for num_tokens in lengths:
+        region_size = max(setting.region_size for setting in sweep_settings(num_tokens))  # all are powers of two
+        if num_tokens % region_size:
+            near = max(512, region_size * round(num_tokens / region_size))
+            raise UsageError(f"--length {num_tokens} is no multiple of a region's {region_size} tokens; use {near}")
 
 
 def sweep_settings(num_tokens: int) -> list[Setting]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from biroute.configs.data_section import DataConfig, TokenizerConfig
 from biroute.configs.layout import resolve_layout
-from biroute.configs.schema import AttentionConfig, DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
+from biroute.configs.schema import AttentionConfig, ModelConfig, RunConfig, TrainConfig
 from biroute.launcher.bench.report import say
-from biroute.launcher.bench.single_process import CPU, join_alone
+from biroute.launcher.bench.several_processes import CPU
+from biroute.launcher.bench.single_process import join_alone
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import build_mesh
 

@@ -26,7 +26,8 @@ from biroute.launcher.attempts.run_files import CHECKPOINTS
 from biroute.launcher.bench.exchange.plan import Routes, planned_rows, single_process_plan
 from biroute.launcher.bench.exchange.ranks import RankJob, routed_layers, run_on_ranks
 from biroute.launcher.bench.report import environment_info, say
-from biroute.launcher.bench.single_process import CPU, join_alone, set_router
+from biroute.launcher.bench.several_processes import CPU
+from biroute.launcher.bench.single_process import join_alone, set_router
 from biroute.launcher.train.identity import model_identity
 from biroute.model.attention.core import CoreAttention
 from biroute.model.language_model import LayerSequence, loss_function, plan_layers

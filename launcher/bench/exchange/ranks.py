@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,7 @@ import torch.distributed as dist
 
 from biroute.configs.layout import resolve_layout
 from biroute.configs.schema import RunConfig
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
-from biroute.launcher.ranks.rendezvous import join_processes
-from biroute.launcher.start.library_warnings import ignore_library_warnings
+from biroute.launcher.bench.several_processes import CPU, reports_of_ranks
 from biroute.model.language_model import LayerSequence, loss_function, plan_layers
 from biroute.parallel.checkpoint.weights import load_weights, read_weights
 from biroute.parallel.engine.engine import Microbatch, region_shard
@@ -47,30 +42,7 @@ def run_on_ranks(job: RankJob, ranks: int) -> list[dict[str, Any]]:
     """Run a job on `ranks` new processes that share its sequences, and return the report of each."""
     parallel = job.config.parallel.model_copy(update={"region": ranks, "data": 1})
     job = RankJob(job.config.model_copy(update={"parallel": parallel}), job.checkpoint, job.microbatch)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when the ranks import them
-    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
-        # If one process fails, this ends the others and raises.
-        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, args=(ranks, job, folder), nprocs=ranks, join=True, start_method="spawn"
-        )
-        return [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-
-
-def _rank(rank: int, ranks: int, job: RankJob, folder: str) -> None:
-    ignore_library_warnings()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
-    }
-    place = join_processes(
-        find_rank_environment(), job.config.train.model_copy(update={"device": "cpu", "threads_per_rank": 1})
-    )
-    report = forward_and_backward(job, place.device)
-    Path(folder, f"{rank}.json").write_text(json.dumps(report), "utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    return reports_of_ranks(forward_and_backward, (job, CPU), ranks, job.config.train)
 
 
 def forward_and_backward(job: RankJob, device: torch.device) -> dict[str, Any]:

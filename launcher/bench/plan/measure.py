@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import multiprocessing
-import os
 import statistics
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from biroute.configs.schema import TrainConfig
 from biroute.launcher.bench.plan.cases import VOCABULARY, Case
 from biroute.launcher.bench.plan.collectives import Calls, counted_collectives
-from biroute.launcher.bench.single_process import CPU
-from biroute.launcher.ranks.environment import RENDEZVOUS_FILE, find_rank_environment
-from biroute.launcher.ranks.rendezvous import join_processes
-from biroute.launcher.start.library_warnings import ignore_library_warnings
+from biroute.launcher.bench.several_processes import CPU, reports_of_ranks
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
-from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import Mesh, build_mesh
 
 IMPORTED_BEFORE = ["biroute.launcher.bench.plan.measure"]
@@ -54,37 +45,13 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         What each rank found: `step_seconds` and `phases` (seconds by phase), or `calls` and `peak_bytes`.
 
     Raises:
-        RuntimeError: a rank failed.
+        torch.multiprocessing.ProcessException: a rank failed.
     """
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when they are imported
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_BEFORE)
-    with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
-        ranks = [context.Process(target=_rank, args=(case, rank, seconds, folder)) for rank in range(case.ranks)]
-        for one in ranks:
-            one.start()
-        for one in ranks:
-            one.join()
-        if any(one.exitcode for one in ranks):
-            raise RuntimeError(f"{case.name}: exit statuses {[one.exitcode for one in ranks]}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text("utf-8")) for rank in range(case.ranks)]
+    return reports_of_ranks(_measure, (case, seconds), case.ranks, preload=IMPORTED_BEFORE)
 
 
-def _rank(case: Case, rank: int, seconds: float, folder: str) -> None:
-    ignore_library_warnings()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(case.ranks),
-        RENDEZVOUS_FILE: str(Path(folder, "rendezvous")),
-        "DS_ACCELERATOR": "cpu",
-    }
-    prepare_megatron(CPU)
-    join_processes(find_rank_environment(), TrainConfig(device="cpu", threads_per_rank=1))
-    found = _timed(case, seconds) if seconds else _counted(case)
-    Path(folder, f"{rank}.json").write_text(json.dumps(found), "utf-8")
-    dist.barrier()
-    os._exit(0)  # DeepSpeed's groups keep threads that would outlast an orderly end
+def _measure(case: Case, seconds: float) -> dict[str, Any]:
+    return _timed(case, seconds) if seconds else _counted(case)
 
 
 def _timed(case: Case, seconds: float) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run_bench(
             if not again or "timed" not in kept or measured_seconds(found) < measured_seconds(kept["timed"]):
                 kept["timed"] = found
             _keep(answer, folder)
-        answer["environment"] = environment_info()
+        answer["environment"] = environment_info(threads=1)
     _keep(answer, folder)
     return answer
 

@@ -21,7 +21,8 @@ from biroute.data_pipeline.read.loader import Batch
 from biroute.launcher.bench.quality.variants import VARIANTS, variant_config
 from biroute.launcher.bench.report import each, environment_info, mean, say, select
 from biroute.launcher.bench.rows import KeptRows
-from biroute.launcher.bench.single_process import CPU, join_alone, set_router
+from biroute.launcher.bench.several_processes import CPU
+from biroute.launcher.bench.single_process import join_alone, set_router
 from biroute.launcher.train.schedule import learning_rate
 from biroute.parallel.engine.engine import Engine, Microbatch, build_engine
 from biroute.parallel.mesh.mesh import Mesh

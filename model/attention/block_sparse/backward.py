@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from biroute.model.attention.block_sparse.forward import LOG2_E, LOWEST, load_part
+from biroute.model.attention.block_sparse.forward import LOG2_E, LOWEST, load_part, rows_of_tile, visitors
+from biroute.model.attention.block_sparse.plan_kernels import SCATTERED as SCATTERED_PAIR
 
 
 @triton.jit
@@ -39,109 +40,278 @@ def gradient_of_scores(q, k, v, dout, lse, delta, sees, scale2, PRECISION: tl.co
 @triton.jit(do_not_specialize=["first_segment", "chunks"])
 def region_backward(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, unit_region_ptr, unit_first_ptr,
-    extra_first_ptr, scattered_ptr, part_dq_ptr, dk_ptr, dv_ptr, extra_dk_ptr, extra_dv_ptr,
-    first_segment, chunks, blocks, all_blocks, units, extras, q_tokens, k_tokens, regions, scale, scale2,
-    SLOTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr, PARTS: tl.constexpr,
-    PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    UNIT: tl.constexpr, CAUSAL: tl.constexpr, SCATTERED: tl.constexpr, PRECISION: tl.constexpr,
+    extra_first_ptr, members_ptr, part_dq_ptr, dk_ptr, dv_ptr, extra_dk_ptr, extra_dv_ptr, first_segment, chunks,
+    blocks, all_blocks, all_tiles, units, extras, q_tokens, k_tokens, regions, scale, scale2,
+    SLOTS: tl.constexpr, LISTED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, TILE_UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    SCATTERED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One unit: all visitors of a part of a region, shared or scattered.
+    """One unit: tiles that share a part of a region, then its scattered pairs, while the part stays on chip.
 
-    The first unit of a region adds to its fp32 dk, dv [Z, S, D]; further ones write to extra_dk,
-    extra_dv [segments of the launch, extras, PARTS, PART, D]. Scattered pairs also write their part of dq.
+    Where a segment is a whole sequence (WHOLE), the only unit of a region writes its dk, dv [Z, S, D], and each of
+    several writes to extra_dk, extra_dv fp32 [segments of the launch, units, PARTS, PART, D]. Otherwise dk, dv are
+    fp32 sums [S, D] of the head at hand: the first unit of a region adds to what earlier segments left there, and
+    further ones write to extra_dk, extra_dv [segments of the head, extras, PARTS, PART, D]; see `finish_head`.
+    Scattered pairs also write their part of dq.
     """
     unit, local, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PARTS == 1:
+        part = 0 * part  # no key of a region is masked then, which saves registers
     segment = first_segment + local
     region = tl.load(unit_region_ptr + segment * units + unit)
     if region >= regions:
         return
-    visit_rows: tl.constexpr = HEADS * BLOCK
     head = segment // chunks
-    first_block = (segment % chunks) * blocks
     edge = segment * (regions + 1) + region
     of_region = unit - tl.load(unit_first_ptr + edge)
-    begin = tl.load(start_ptr + edge) + of_region * UNIT
-    end = tl.minimum(tl.load(start_ptr + edge + 1), begin + UNIT)
-    k, key, real = load_part(k_ptr, head, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
-    v, _, _ = load_part(v_ptr, head, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
-    d = tl.arange(0, DIM)
-    pairs = blocks * SLOTS
-    order_ptr += segment.to(tl.int64) * pairs
-    scattered_ptr += (head.to(tl.int64) * all_blocks + first_block) * SLOTS
-    part_dq_ptr += local.to(tl.int64) * pairs * (PARTS * visit_rows * D)
-    first_plane = head.to(tl.int64) * HEADS * q_tokens
-    dk = tl.zeros([KEYS, DIM], tl.float32)
-    dv = tl.zeros([KEYS, DIM], tl.float32)
-    for at in range(begin * visit_rows, end * visit_rows, ROWS):
-        row = at + tl.arange(0, ROWS)
-        valid = row < end * visit_rows
-        pair = tl.load(order_ptr + row // visit_rows, mask=valid, other=0)
-        of_visit = row % visit_rows
-        token = (first_block + pair // SLOTS) * BLOCK + of_visit % BLOCK
-        plane = first_plane + (of_visit // BLOCK).to(tl.int64) * q_tokens + token
-        inside = valid[:, None] & (d < D)[None, :]
-        q = tl.load(q_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
-        dout = tl.load(dout_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
-        lse = tl.load(lse_ptr + plane, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + plane, mask=valid, other=0.0)
-        sees = valid[:, None] & real[None, :]
-        if CAUSAL:
-            sees = sees & (key[None, :] <= token[:, None])
-        weight, dscore = gradient_of_scores(q, k, v, dout, lse, delta, sees, scale2, PRECISION)
-        dv += tl.dot(tl.trans(weight.to(dout.dtype)), dout, input_precision=PRECISION)
-        dscore = dscore.to(q.dtype)
-        dk += tl.dot(tl.trans(dscore), q, input_precision=PRECISION)
-        if SCATTERED:
-            mine = valid & (tl.load(scattered_ptr + pair, mask=valid, other=0) != 0)
-            dq = tl.dot(dscore, k, input_precision=PRECISION) * scale
-            to = (pair * PARTS + part) * visit_rows + of_visit
-            tl.store(part_dq_ptr + to[:, None] * D + d[None, :], dq.to(part_dq_ptr.dtype.element_ty),
-                     mask=mine[:, None] & (d < D)[None, :], eviction_policy="evict_first")  # fmt: skip
-    inside = real[:, None] & (d < D)[None, :]
-    dk = dk * scale
-    if of_region == 0:
-        to = head.to(tl.int64) * k_tokens * D + key[:, None] * D + d[None, :]
-        tl.store(dk_ptr + to, tl.load(dk_ptr + to, mask=inside, other=0.0) + dk, mask=inside)
-        tl.store(dv_ptr + to, tl.load(dv_ptr + to, mask=inside, other=0.0) + dv, mask=inside)
+    start_ptr += 2 * region
+    dk, dv, key, real = gradients_of_unit(
+        q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr + segment * (2 * regions + 1),
+        members_ptr, part_dq_ptr, of_region, segment, local, region, part, chunks, blocks, all_blocks, all_tiles,
+        q_tokens, k_tokens, scale, scale2,
+        SLOTS, LISTED, HEADS, BLOCK, TILE, REGION, PARTS, PART, KEYS, D, DIM, ROWS, UNIT, TILE_UNIT, CAUSAL,
+        SCATTERED, PRECISION,
+    )  # fmt: skip
+    if WHOLE:
+        alone = tl.load(unit_first_ptr + edge + 1) == unit - of_region + 1
+        row_of_extras, extra = local, unit
+        of_head = head.to(tl.int64) * k_tokens * D
+        dk_ptr += of_head
+        dv_ptr += of_head
     else:
-        extra = tl.load(extra_first_ptr + edge) + of_region - 1
-        to = ((local.to(tl.int64) * extras + extra) * PARTS + part) * (PART * D)
-        to += tl.arange(0, KEYS)[:, None] * D + d[None, :]
-        tl.store(extra_dk_ptr + to, dk, mask=inside)
-        tl.store(extra_dv_ptr + to, dv, mask=inside)
-
-
-@triton.jit(do_not_specialize=["first_segment", "chunks"])
-def add_extra_units(
-    extra_first_ptr, dk_ptr, dv_ptr, extra_dk_ptr, extra_dv_ptr, first_segment, chunks, extras, k_tokens, regions,
-    REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-    DIM: tl.constexpr,
-):  # fmt: skip
-    """Add what a region's further units wrote to its dk and dv, unit after unit."""
-    region, local, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    segment = first_segment + local
-    edge = segment * (regions + 1) + region
-    first = tl.load(extra_first_ptr + edge)
-    end = tl.load(extra_first_ptr + edge + 1)
-    if first == end:
-        return
-    dk, key, real = load_part(dk_ptr, segment // chunks, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
-    dv, _, _ = load_part(dv_ptr, segment // chunks, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
+        alone = of_region == 0
+        row_of_extras, extra = segment % chunks, tl.load(extra_first_ptr + edge) + of_region - 1
     d = tl.arange(0, DIM)
     inside = real[:, None] & (d < D)[None, :]
     within = tl.arange(0, KEYS)[:, None] * D + d[None, :]
-    for extra in range(first, end):
-        at = ((local.to(tl.int64) * extras + extra) * PARTS + part) * (PART * D) + within
+    if alone:
+        to = key[:, None] * D + d[None, :]
+        if WHOLE == 0:
+            before = number_of_visits(start_ptr, segment - segment % chunks, segment, regions)
+            earlier = inside & (before > 0)
+            dk += tl.load(dk_ptr + to, mask=earlier, other=0.0)
+            dv += tl.load(dv_ptr + to, mask=earlier, other=0.0)
+        tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    else:
+        beyond = ((row_of_extras.to(tl.int64) * extras + extra) * PARTS + part) * (PART * D)
+        tl.store(extra_dk_ptr + beyond + within, dk, mask=inside)
+        tl.store(extra_dv_ptr + beyond + within, dv, mask=inside)
+
+
+@triton.jit
+def gradients_of_unit(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, members_ptr, part_dq_ptr, of_region,
+    segment, local, region, part, chunks, blocks, all_blocks, all_tiles, q_tokens, k_tokens, scale, scale2,
+    SLOTS: tl.constexpr, LISTED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, TILE_UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    SCATTERED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv fp32 [KEYS, DIM] of unit `of_region` of a region, its tokens and which are real.
+
+    start_ptr is where the region's tiles, its scattered pairs and the next region's tiles begin in `order`.
+    """
+    visit_rows: tl.constexpr = HEADS * BLOCK
+    head = segment // chunks
+    begin = tl.load(start_ptr) + of_region * TILE_UNIT
+    first_block = (segment % chunks) * blocks
+    pairs = blocks * SLOTS
+    order_ptr += segment.to(tl.int64) * pairs
+    k, key, real = load_part(k_ptr, head, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
+    v, _, _ = load_part(v_ptr, head, region, part, k_tokens, REGION, PART, KEYS, D, DIM)
+    first_row = head.to(tl.int64) * HEADS * q_tokens
+    q_ptr += first_row * D
+    dout_ptr += first_row * D
+    lse_ptr += first_row
+    delta_ptr += first_row
+    dk = tl.zeros([KEYS, DIM], tl.float32)
+    dv = tl.zeros([KEYS, DIM], tl.float32)
+    dk, dv = stream_tiles(
+        dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr,
+        members_ptr + (head * all_tiles + first_block // TILE).to(tl.int64) * LISTED, begin,
+        tl.minimum(tl.load(start_ptr + 1), begin + TILE_UNIT), k, v, key, real, first_block, blocks,
+        all_blocks, q_tokens, scale2, LISTED, HEADS, BLOCK, TILE, D, DIM, ROWS, CAUSAL, PRECISION,
+    )  # fmt: skip
+    if SCATTERED:
+        begin = tl.load(start_ptr + 1) + of_region * UNIT
+        end = tl.minimum(tl.load(start_ptr + 2), begin + UNIT)
+        dk, dv = stream_pairs(
+            dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr,
+            part_dq_ptr + local.to(tl.int64) * pairs * (PARTS * visit_rows * D), begin * visit_rows,
+            end * visit_rows, k, v, key, real, part, first_block, q_tokens, scale, scale2,
+            SLOTS, HEADS, BLOCK, PARTS, D, DIM, ROWS, CAUSAL, PRECISION,
+        )  # fmt: skip
+    return dk * scale, dv, key, real
+
+
+@triton.jit
+def number_of_visits(start_ptr, first, end, regions):
+    """Visits of a region in the segments `first` to `end`; start_ptr is at the region in segment 0."""
+    number = tl.zeros([], tl.int32)
+    for other in range(first, end):
+        at = start_ptr + other * (2 * regions + 1)
+        number += tl.load(at + 2) - tl.load(at)
+    return number
+
+
+@triton.jit
+def places_of_part(part, REGION: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+                   DIM: tl.constexpr):  # fmt: skip
+    """Places [KEYS, DIM] of the elements of a part of a region, from its first one on; and which of them are real."""
+    key, d = tl.arange(0, KEYS), tl.arange(0, DIM)
+    real = (key < PART) & (part * PART + key < REGION)
+    return key[:, None] * D + d[None, :], real[:, None] & (d < D)[None, :]
+
+
+@triton.jit
+def load_rows(q_ptr, dout_ptr, lse_ptr, delta_ptr, plane, valid, D: tl.constexpr, DIM: tl.constexpr):
+    """Queries and upstream gradients [ROWS, DIM] of the rows `plane`, their lse and delta; zeros if not `valid`."""
+    d = tl.arange(0, DIM)
+    inside = valid[:, None] & (d < D)[None, :]
+    at = plane[:, None] * D + d[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
+    return q, dout, tl.load(lse_ptr + plane, mask=valid, other=0.0), tl.load(delta_ptr + plane, mask=valid, other=0.0)
+
+
+@triton.jit
+def add_rows(
+    dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, k, v, key, real, token, plane, valid, chose, scale2,
+    MEMBERS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv fp32 [KEYS, DIM] with what the rows that `chose` names add; their gradients of scores."""
+    q, dout, lse, delta = load_rows(q_ptr, dout_ptr, lse_ptr, delta_ptr, plane, valid, D, DIM)
+    # Rows that are not valid are zeros, which add nothing.
+    sees = real[None, :]
+    if MEMBERS:
+        sees = sees & chose[:, None]
+    if CAUSAL:
+        sees = sees & (key[None, :] <= token[:, None])
+    weight, dscore = gradient_of_scores(q, k, v, dout, lse, delta, sees, scale2, PRECISION)
+    dscore = dscore.to(q.dtype)
+    dv += tl.dot(tl.trans(weight.to(dout.dtype)), dout, input_precision=PRECISION)
+    dk += tl.dot(tl.trans(dscore), q, input_precision=PRECISION)
+    return dk, dv, dscore
+
+
+@triton.jit
+def stream_tiles(
+    dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr, members_ptr, begin, end, k, v, key, real,
+    first_block, blocks, all_blocks, q_tokens, scale2,
+    LISTED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with what the tiles `begin` to `end` of `order` add, which share the region: rows as they lie."""
+    pieces: tl.constexpr = (TILE * HEADS * BLOCK + ROWS - 1) // ROWS
+    for at in range(begin * pieces, end * pieces):
+        entry = tl.load(order_ptr + at // pieces)
+        member, _, _, token, plane, valid = rows_of_tile(
+            entry // LISTED, at % pieces, first_block, blocks, all_blocks, 0, q_tokens, HEADS, BLOCK, TILE, ROWS
+        )
+        chose = valid
+        if TILE > 1:
+            chose = ((tl.load(members_ptr + entry) >> member) & 1) != 0
+        dk, dv, _ = add_rows(
+            dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, k, v, key, real, token, plane, valid, chose, scale2,
+            TILE > 1, D, DIM, CAUSAL, PRECISION,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def stream_pairs(
+    dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, order_ptr, part_dq_ptr, begin, end, k, v, key, real, part,
+    first_block, q_tokens, scale, scale2,
+    SLOTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with what the rows `begin` to `end` of scattered pairs add; their part of dq goes to part_dq."""
+    d = tl.arange(0, DIM)
+    for at in range(begin, end, ROWS):
+        pair, of_visit, token, plane, valid = visitors(
+            order_ptr, at, end, first_block, q_tokens, SLOTS, HEADS, BLOCK, ROWS
+        )
+        dk, dv, dscore = add_rows(
+            dk, dv, q_ptr, dout_ptr, lse_ptr, delta_ptr, k, v, key, real, token, plane, valid, valid, scale2,
+            False, D, DIM, CAUSAL, PRECISION,
+        )  # fmt: skip
+        dq = tl.dot(dscore, k, input_precision=PRECISION) * scale
+        to = (pair * PARTS + part) * (HEADS * BLOCK) + of_visit
+        tl.store(part_dq_ptr + to[:, None] * D + d[None, :], dq.to(part_dq_ptr.dtype.element_ty),
+                 mask=valid[:, None] & (d < D)[None, :], eviction_policy="evict_first")  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def add_units(
+    dk, dv, extra_dk_ptr, extra_dv_ptr, local, units, first, end, part, within, inside, PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Add to dk and dv what the units from `first` to `end` of a launch's segment wrote, one after the other."""
+    for unit in range(first, end):
+        at = ((local.to(tl.int64) * units + unit) * PARTS + part) * SIZE + within
         dk += tl.load(extra_dk_ptr + at, mask=inside, other=0.0)
         dv += tl.load(extra_dv_ptr + at, mask=inside, other=0.0)
-    to = (segment // chunks).to(tl.int64) * k_tokens * D + key[:, None] * D + d[None, :]
-    tl.store(dk_ptr + to, dk, mask=inside)
-    tl.store(dv_ptr + to, dv, mask=inside)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["segment", "chunks"])
+def finish_head(
+    start_ptr, extra_first_ptr, sum_dk_ptr, sum_dv_ptr, extra_dk_ptr, extra_dv_ptr, dk_ptr, dv_ptr, segment, chunks,
+    extras, k_tokens, regions,
+    REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """After a head's last segment: its sums [S, D] and what further units wrote, one after the other, go to dk, dv.
+
+    Regions that nobody visited have no sums, and get zeros.
+    """
+    region, part = tl.program_id(0), tl.program_id(1)
+    first = segment + 1 - chunks
+    within, inside = places_of_part(part, REGION, PART, KEYS, D, DIM)
+    at = region * (REGION * D) + part * (PART * D) + within
+    summed = inside & (number_of_visits(start_ptr + 2 * region, first, segment + 1, regions) > 0)
+    dk = tl.load(sum_dk_ptr + at, mask=summed, other=0.0)
+    dv = tl.load(sum_dv_ptr + at, mask=summed, other=0.0)
+    for other in range(0, chunks):
+        edge = (first + other) * (regions + 1) + region
+        begin, end = tl.load(extra_first_ptr + edge), tl.load(extra_first_ptr + edge + 1)
+        dk, dv = add_units(dk, dv, extra_dk_ptr, extra_dv_ptr, other + tl.zeros([], tl.int32), extras, begin, end,
+                           part, within, inside, PARTS, PART * D)  # fmt: skip
+    of_head = (segment // chunks).to(tl.int64) * k_tokens * D
+    tl.store(dk_ptr + of_head + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + of_head + at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_segment"])
+def join_units(
+    unit_first_ptr, dk_ptr, dv_ptr, extra_dk_ptr, extra_dv_ptr, first_segment, units, k_tokens, regions,
+    REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
+    """After a launch of whole sequences: dk and dv [Z, S, D] of regions that have several units, or none."""
+    region, local, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    segment = first_segment + local
+    edge = segment * (regions + 1) + region
+    first = tl.load(unit_first_ptr + edge)
+    end = tl.load(unit_first_ptr + edge + 1)
+    if end == first + 1:
+        return
+    within, inside = places_of_part(part, REGION, PART, KEYS, D, DIM)
+    dk = tl.zeros([KEYS, DIM], tl.float32)
+    dv = tl.zeros([KEYS, DIM], tl.float32)
+    dk, dv = add_units(dk, dv, extra_dk_ptr, extra_dv_ptr, local, units, first, end, part, within, inside,
+                       PARTS, PART * D)  # fmt: skip
+    to = segment.to(tl.int64) * k_tokens * D + region * (REGION * D) + part * (PART * D) + within
+    tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + to, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_segment", "chunks"])
 def query_backward(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, listed_ptr, members_ptr, counts_ptr, scattered_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, listed_ptr, members_ptr, counts_ptr, flags_ptr,
     part_dq_ptr, dq_ptr, first_segment, chunks, blocks, all_blocks, all_tiles, q_tokens, k_tokens, scale, scale2,
     SLOTS: tl.constexpr, LISTED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
@@ -154,21 +324,12 @@ def query_backward(
     first_block = (segment % chunks) * blocks
     if first_block + tile * TILE >= all_blocks:
         return  # the last segment of a sequence may be shorter
-    row = row_part * ROWS + tl.arange(0, ROWS)
-    of_head = row % (TILE * BLOCK)
-    query_head = row // (TILE * BLOCK)
-    member = of_head // BLOCK
-    local_block = tile * TILE + member
-    block = first_block + local_block
-    token = block * BLOCK + of_head % BLOCK
-    valid = (query_head < HEADS) & (local_block < blocks) & (block < all_blocks)
+    member, local_block, of_visit, token, plane, valid = rows_of_tile(
+        tile, row_part, first_block, blocks, all_blocks, head, q_tokens, HEADS, BLOCK, TILE, ROWS
+    )
+    q, dout, lse, delta = load_rows(q_ptr, dout_ptr, lse_ptr, delta_ptr, plane, valid, D, DIM)
     d = tl.arange(0, DIM)
     inside = valid[:, None] & (d < D)[None, :]
-    plane = (head.to(tl.int64) * HEADS + query_head) * q_tokens + token
-    q = tl.load(q_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
-    dout = tl.load(dout_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + plane, mask=valid, other=0.0)
-    delta = tl.load(delta_ptr + plane, mask=valid, other=0.0)
     dq = tl.zeros([ROWS, DIM], tl.float32)
     all_tile = head * all_tiles + first_block // TILE + tile
     count = tl.load(counts_ptr + all_tile)
@@ -188,12 +349,11 @@ def query_backward(
     dq = dq * scale
     if SCATTERED:
         visit_rows: tl.constexpr = HEADS * BLOCK
-        of_visit = query_head * BLOCK + of_head % BLOCK
         part_dq_ptr += local.to(tl.int64) * blocks * SLOTS * (PARTS * visit_rows * D)
-        scattered_ptr += (head.to(tl.int64) * all_blocks + first_block) * SLOTS
+        flags_ptr += (head.to(tl.int64) * all_blocks + first_block) * SLOTS
         for slot in range(0, SLOTS):
             pair = local_block * SLOTS + slot
-            mine = valid & (tl.load(scattered_ptr + pair, mask=valid, other=0) != 0)
+            mine = valid & (tl.load(flags_ptr + pair, mask=valid, other=0) >= SCATTERED_PAIR)
             for part in range(0, PARTS):
                 at = (pair * PARTS + part) * visit_rows + of_visit
                 x = tl.load(part_dq_ptr + at[:, None] * D + d[None, :], mask=mine[:, None] & (d < D)[None, :],

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from biroute.model.attention.block_sparse.plan_kernels import SCATTERED as SCATTERED_PAIR
+
 LOWEST = tl.constexpr(-1.0e30)  # a score below every real one that can still be subtracted from itself
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -31,6 +33,58 @@ def load_part(table, head, region, part, tokens, REGION: tl.constexpr, PART: tl.
     # A plane of one head stays below 2^31 elements (checked by the host); the planes before it may not.
     at = table + head.to(tl.int64) * tokens * D + token[:, None] * D + d[None, :]
     return tl.load(at, mask=real[:, None] & (d < D)[None, :], other=0.0), token, real
+
+
+@triton.jit
+def visitors(order_ptr, at, end, first_block, q_tokens, SLOTS: tl.constexpr, HEADS: tl.constexpr,
+             BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Query rows `at` to `end` of a region's visits: pair, place in the visit, token, place among the heads' rows."""
+    visit_rows: tl.constexpr = HEADS * BLOCK
+    row = at + tl.arange(0, ROWS)
+    valid = row < end
+    pair = tl.load(order_ptr + row // visit_rows, mask=valid, other=0)
+    of_visit = row % visit_rows
+    token = (first_block + pair // SLOTS) * BLOCK + of_visit % BLOCK
+    return pair, of_visit, token, (of_visit // BLOCK).to(tl.int64) * q_tokens + token, valid
+
+
+@triton.jit
+def rows_of_tile(tile, row_part, first_block, blocks, all_blocks, head, q_tokens, HEADS: tl.constexpr,
+                 BLOCK: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Query rows of a tile: block of the tile, block of the segment, place in a visit, token, row of [Z, r, S]."""
+    row = row_part * ROWS + tl.arange(0, ROWS)
+    of_head = row % (TILE * BLOCK)
+    query_head = row // (TILE * BLOCK)
+    member = of_head // BLOCK
+    local_block = tile * TILE + member
+    block = first_block + local_block
+    token = block * BLOCK + of_head % BLOCK
+    valid = (query_head < HEADS) & (local_block < blocks) & (block < all_blocks)
+    plane = (head * HEADS + query_head).to(tl.int64) * q_tokens + token
+    return member, local_block, query_head * BLOCK + of_head % BLOCK, token, plane, valid
+
+
+@triton.jit
+def add_scattered(sums, top, total, part_out_ptr, part_lse_ptr, flags_ptr, local_block, of_visit, valid,
+                  SLOTS: tl.constexpr, VISIT_ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+                  DIM: tl.constexpr):  # fmt: skip
+    """Join the partial results of a tile's scattered pairs to its running maximum and sums, slot after slot."""
+    d = tl.arange(0, DIM)
+    for slot in range(0, SLOTS):
+        pair = local_block * SLOTS + slot
+        mine = valid & (tl.load(flags_ptr + pair, mask=valid, other=0) >= SCATTERED_PAIR)
+        for part in range(0, PARTS):
+            at = (pair * PARTS + part) * VISIT_ROWS + of_visit
+            lse = tl.load(part_lse_ptr + at, mask=mine, other=-float("inf"))
+            x = tl.load(part_out_ptr + at[:, None] * D + d[None, :], mask=mine[:, None] & (d < D)[None, :],
+                        other=0.0, eviction_policy="evict_first")  # fmt: skip
+            higher = tl.maximum(top, lse)
+            weight = tl.exp2(lse - higher)
+            fade = tl.exp2(top - higher)
+            total = total * fade + weight
+            sums = sums * fade[:, None] + x.to(tl.float32) * weight[:, None]
+            top = higher
+    return sums, top, total
 
 
 @triton.jit
@@ -72,12 +126,9 @@ def region_forward(
     part_lse_ptr += local.to(tl.int64) * pairs * (PARTS * visit_rows)
     q_ptr += head.to(tl.int64) * HEADS * q_tokens * D
     for at in range(begin * visit_rows, end * visit_rows, ROWS):
-        row = at + tl.arange(0, ROWS)
-        valid = row < end * visit_rows
-        pair = tl.load(order_ptr + row // visit_rows, mask=valid, other=0)
-        of_visit = row % visit_rows
-        token = (first_block + pair // SLOTS) * BLOCK + of_visit % BLOCK
-        plane = (of_visit // BLOCK).to(tl.int64) * q_tokens + token
+        pair, of_visit, token, plane, valid = visitors(
+            order_ptr, at, end * visit_rows, first_block, q_tokens, SLOTS, HEADS, BLOCK, ROWS
+        )
         inside = valid[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
@@ -97,7 +148,7 @@ def region_forward(
 
 @triton.jit(do_not_specialize=["first_segment", "chunks"])
 def query_forward(
-    q_ptr, k_ptr, v_ptr, listed_ptr, members_ptr, counts_ptr, scattered_ptr, part_out_ptr, part_lse_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, listed_ptr, members_ptr, counts_ptr, flags_ptr, part_out_ptr, part_lse_ptr, out_ptr,
     lse_ptr, first_segment, chunks, blocks, all_blocks, all_tiles, q_tokens, k_tokens, scale2,
     SLOTS: tl.constexpr, LISTED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     REGION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
@@ -113,17 +164,11 @@ def query_forward(
     first_block = (segment % chunks) * blocks
     if first_block + tile * TILE >= all_blocks:
         return  # the last segment of a sequence may be shorter
-    row = row_part * ROWS + tl.arange(0, ROWS)
-    of_head = row % (TILE * BLOCK)
-    query_head = row // (TILE * BLOCK)
-    member = of_head // BLOCK
-    local_block = tile * TILE + member
-    block = first_block + local_block
-    token = block * BLOCK + of_head % BLOCK
-    valid = (query_head < HEADS) & (local_block < blocks) & (block < all_blocks)
+    member, local_block, of_visit, token, plane, valid = rows_of_tile(
+        tile, row_part, first_block, blocks, all_blocks, head, q_tokens, HEADS, BLOCK, TILE, ROWS
+    )
     d = tl.arange(0, DIM)
     inside = valid[:, None] & (d < D)[None, :]
-    plane = (head.to(tl.int64) * HEADS + query_head) * q_tokens + token
     q = tl.load(q_ptr + plane[:, None] * D + d[None, :], mask=inside, other=0.0)
     top = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -150,26 +195,13 @@ def query_forward(
         sums = sums * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         top = higher
     if SCATTERED:
-        visit_rows: tl.constexpr = HEADS * BLOCK
-        of_visit = query_head * BLOCK + of_head % BLOCK
         pairs = local.to(tl.int64) * blocks * SLOTS
-        part_out_ptr += pairs * (PARTS * visit_rows * D)
-        part_lse_ptr += pairs * (PARTS * visit_rows)
-        scattered_ptr += (head.to(tl.int64) * all_blocks + first_block) * SLOTS
-        for slot in range(0, SLOTS):
-            pair = local_block * SLOTS + slot
-            mine = valid & (tl.load(scattered_ptr + pair, mask=valid, other=0) != 0)
-            for part in range(0, PARTS):
-                at = (pair * PARTS + part) * visit_rows + of_visit
-                lse = tl.load(part_lse_ptr + at, mask=mine, other=-float("inf"))
-                x = tl.load(part_out_ptr + at[:, None] * D + d[None, :], mask=mine[:, None] & (d < D)[None, :],
-                            other=0.0, eviction_policy="evict_first")  # fmt: skip
-                higher = tl.maximum(top, lse)
-                weight = tl.exp2(lse - higher)
-                fade = tl.exp2(top - higher)
-                total = total * fade + weight
-                sums = sums * fade[:, None] + x.to(tl.float32) * weight[:, None]
-                top = higher
+        sums, top, total = add_scattered(
+            sums, top, total, part_out_ptr + pairs * (PARTS * HEADS * BLOCK * D),
+            part_lse_ptr + pairs * (PARTS * HEADS * BLOCK),
+            flags_ptr + (head.to(tl.int64) * all_blocks + first_block) * SLOTS,
+            local_block, of_visit, valid, SLOTS, HEADS * BLOCK, PARTS, D, DIM,
+        )  # fmt: skip
     sums = sums / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out_ptr + plane[:, None] * D + d[None, :], sums.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + plane, log_sum(top, total) / LOG2_E, mask=valid)

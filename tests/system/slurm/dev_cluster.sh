@@ -110,7 +110,11 @@ TaskPlugin=task/none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=1000
+DefMemPerCPU=8000
+# a step that takes more memory than its job asked for is killed, as cgroups do it elsewhere
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
 GresTypes=gpu
 # quick reactions, for tests (Slurm's defaults: SlurmdTimeout 300, KillWait 30, ...)
 SlurmdTimeout=10
@@ -136,7 +140,6 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$DBD_PORT
 # not a password: the munge socket for talking to slurmdbd
 AccountingStoragePass=$DIR/munge/munge.socket
-JobAcctGatherType=jobacct_gather/linux
 E
     for i in $(seq 1 "$NODES"); do
         echo "NodeName=node$i NodeAddr=$NET.$((10 + i)) CPUs=$CPUS RealMemory=1000000 $gres State=UNKNOWN"

@@ -20,7 +20,7 @@ from ..conftest import Answer
 from ..test_train import only_run
 
 Command = Callable[..., Answer]
-STEPS, CHECKPOINT_EVERY = 300, 15
+STEPS, CHECKPOINT_EVERY = 600, 15
 ENOUGH = {"max_restarts": 50, "max_crashes_at_same_step": 5}
 # A stop that was asked for saves at the next step boundary; everything else falls back to a checkpoint.
 SAVED_IN_TIME = {"USR1 before the limit", "preemption", "TERM during evaluation", "TERM during a save"}

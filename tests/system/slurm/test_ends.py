@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.faults import rank_processes
@@ -40,11 +41,19 @@ exec /usr/bin/scontrol "$@"
 """
 
 
-class Ends:
-    """A run on the cluster, and what was seen of each end."""
+CHANGES: dict[str, Any] = {
+    "checkpoint": {"every_steps": 10},
+    "train": {"evaluate_every": 0, "log_every": 1},
+    "slurm": {"max_restarts": 20, "max_crashes_at_same_step": 5, "preflight_timeout_seconds": 30.0},
+}
+PARALLEL = {"data": 2, "zero_stage": 1}
 
-    def __init__(self, cluster: Cluster, folder: Path, run: ClusterRun, command: Command) -> None:
-        self.cluster, self.folder, self.run, self.command = cluster, folder, run, command
+
+class Ends:
+    """A run on the cluster, the folder of its programs, and what was seen of each end."""
+
+    def __init__(self, cluster: Cluster, programs: Path, run: ClusterRun, command: Command) -> None:
+        self.cluster, self.programs, self.run, self.command = cluster, programs, run, command
         self.seen: list[tuple[str, str]] = []
 
     def then(self, name: str, strike: Callable[[], None], cause: str, *, training: bool = True) -> None:
@@ -65,6 +74,9 @@ class Ends:
 
     def slurm(self, *arguments: str) -> None:
         self.cluster.client(*arguments)
+
+    def requeue(self) -> None:
+        self.slurm("scontrol", "requeue", self.run.job_id)
 
 
 @contextmanager
@@ -104,43 +116,50 @@ def hold_and_release(ends: Ends) -> None:
     ends.slurm("scontrol", "release", ends.run.job_id)
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(3600)
-def test_every_end_of_a_job_is_told_and_survived(
-    cluster: Cluster, corpus: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = {
-        "checkpoint": {"every_steps": 10},
-        "train": {"evaluate_every": 0, "log_every": 1},
-        "slurm": {"max_restarts": 20, "max_crashes_at_same_step": 5, "preflight_timeout_seconds": 30.0},
-    }
-    parallel = {"data": 2, "zero_stage": 1}
-    programs = tmp_path / "bin"
+def begin(cluster: Cluster, corpus: Path, folder: Path, command: Command) -> Ends:
+    """Submit a run whose interpreter and scontrol can be told to fail."""
+    programs = folder / "bin"
     programs.mkdir()
     for name, text in (("python", PYTHON.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     profile = PROFILE + f"python: {programs}/python\nsetup: ['export PATH={programs}:$PATH']\n"
-    config = write_run(corpus, tmp_path, "ends", steps=STEPS, parallel=parallel, **changes)
+    config = write_run(corpus, folder, "ends", steps=STEPS, parallel=PARALLEL, **CHANGES)
     run = submit(cluster, command, config, 2, profile=profile)
-    ends = Ends(cluster, tmp_path, run, command)
     run.wait_for_attempt(1)
+    return Ends(cluster, programs, run, command)
 
-    def missing_on(node: str) -> None:
-        (programs / "python.missing").write_text(f"{node}\n")
-        ends.slurm("scontrol", "requeue", run.job_id)
+
+def end_by_slurm(ends: Ends) -> None:
+    """Ends that Slurm or an administrator brings about."""
 
     def controller_away() -> None:
-        (programs / "scontrol.failures").write_text("2")
-        ends.slurm("scancel", "--batch", "--signal=USR1", run.job_id)
+        (ends.programs / "scontrol.failures").write_text("2")
+        ends.slurm("scancel", "--batch", "--signal=USR1", ends.run.job_id)
 
-    ends.then("requeue by an administrator", lambda: ends.slurm("scontrol", "requeue", run.job_id), REQUEUED)
+    ends.then("requeue by an administrator", ends.requeue, REQUEUED)
     ends.then("requeue and hold by an administrator, release", lambda: hold_and_release(ends), REQUEUED)
     ends.then("USR1; scontrol requeue fails twice", controller_away, "SIGUSR1, stopped after step")
-    assert (programs / "scontrol.failures").read_text().strip() == "0"
+    assert (ends.programs / "scontrol.failures").read_text().strip() == "0"
     ends.then("time limit, a rank frozen", lambda: freeze_a_rank(ends), "time limit")
-    ends.slurm("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=120")
+    ends.slurm("scontrol", "update", f"JobId={ends.run.job_id}", "TimeLimit=120")
     ends.then("preemption by cancelling, without grace", lambda: preempt_without_grace(ends), "preempted")
+
+
+def end_by_a_node_without_python(ends: Ends) -> None:
+    """The interpreter is missing on the second node of a job, and then on its first."""
+    run = ends.run
+    missing = ends.programs / "python.missing"
+
+    def missing_on(node: str) -> None:
+        missing.write_text(f"{node}\n")
+        ends.requeue()
+
+    def missing_at_the_next_start() -> None:
+        ends.requeue()
+        wait_for(lambda: ends.cluster.job(run.job_id).get("JobState") == "PENDING", 120, "the job to be queued")
+        missing.write_text(f"{first}\n")
+
     run.wait_for_training(run.attempts[-1].number)
     second = run.attempts[-1].nodes[1]
     ends.then("requeue; Python missing on the second node", lambda: missing_on(second), REQUEUED)
@@ -148,30 +167,45 @@ def test_every_end_of_a_job_is_told_and_survived(
     assert second not in run.attempts[-1].nodes
     run.wait_for_training(run.attempts[-1].number)
     first = run.attempts[-1].nodes[0]
-
-    def missing_at_the_next_start() -> None:
-        ends.slurm("scontrol", "requeue", run.job_id)
-        wait_for(lambda: cluster.job(run.job_id).get("JobState") == "PENDING", 120, "the job to be queued")
-        (programs / "python.missing").write_text(f"{first}\n")
-
     ends.then("requeue; Python missing on the batch host", missing_at_the_next_start, REQUEUED)
     assert first not in run.attempts[-1].nodes and f"left node {first}, which cannot start" in ends.status()
     ends.seen.append(("Python missing on the batch host", "no attempt; left-nodes names it"))
+
+
+def end_by_a_port_that_is_taken(ends: Ends) -> None:
+    run = ends.run
     run.wait_for_training(run.attempts[-1].number)
-    port = port_of_job(int(run.job_id), 1, run.attempts[-1].number + 1)
-    with listening(cluster, port):
-        ends.then("requeue; the next port is taken", lambda: ends.slurm("scontrol", "requeue", run.job_id), REQUEUED)
+    with listening(ends.cluster, port_of_job(int(run.job_id), 1, run.attempts[-1].number + 1)):
+        ends.then("requeue; the next port is taken", ends.requeue, REQUEUED)
         ends.then("the port is taken", lambda: None, "is in use; the next attempt uses another port", training=False)
+
+
+def cancel_and_resume(ends: Ends) -> None:
+    """Cancel the run, submit it again, and wait for its end."""
+    run = ends.run
     run.wait_for_training(run.attempts[-1].number)
     ends.slurm("scancel", run.job_id)
     run.wait_for_end()
     assert "cancelled" in ends.status() and run.attempts[-1].decision == "stop", run.story()
     ends.seen.append(("scancel, then `biroute resume`", run.attempts[-1].cause))
-    answer = command("resume", run.run_dir, SLURM_CONF=cluster.environment["SLURM_CONF"])
+    answer = ends.command("resume", run.run_dir, SLURM_CONF=ends.cluster.environment["SLURM_CONF"])
     assert answer.status == 0, answer.err
-    ClusterRun(cluster, run.run_dir, answer.out.split()[1].rstrip(",")).wait_for_end(900)
+    ClusterRun(ends.cluster, run.run_dir, answer.out.split()[1].rstrip(",")).wait_for_end(900)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_every_end_of_a_job_is_told_and_survived(
+    cluster: Cluster, corpus: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = begin(cluster, corpus, tmp_path, command)
+    run = ends.run
+    end_by_slurm(ends)
+    end_by_a_node_without_python(ends)
+    end_by_a_port_that_is_taken(ends)
+    cancel_and_resume(ends)
     with capsys.disabled():
         print(*(f"| {name} | {cause} |" for name, cause in ends.seen), sep="\n", flush=True)
     assert run.attempts[-1].decision == "finished", run.story()
-    undisturbed = train_undisturbed(write_run(corpus, tmp_path, "plain", steps=STEPS, parallel=parallel, **changes))
+    undisturbed = train_undisturbed(write_run(corpus, tmp_path, "plain", steps=STEPS, parallel=PARALLEL, **CHANGES))
     assert losses(run.run_dir) == undisturbed, "bit for bit"

@@ -55,6 +55,7 @@ def test_a_warm_up_ends_before_the_run(file: Path) -> None:
 
 def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
     assert str(load_config(file, ["train.run_dir='a # b'"]).train.run_dir) == "a # b"
+    assert str(load_config(file, ["train.run_dir= ' a' "]).train.run_dir) == " a"
     assert load_config(file, ["model.dense_layers=[0, 1]"]).model.dense_layers == (0, 1)
 
 
@@ -75,6 +76,9 @@ def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
         ("train.steps=2024-13-45", ["is not a YAML value"]),
         (f"train.steps={'9' * 5000}", ["is not a YAML value"]),
         (f"model.dense_layers={'[' * 20_000}", ["is not a YAML value"]),
+        ("train.run_dir=/x/\udcff", [r"run_dir='/x/\udcff' has a NUL or bytes that are not UTF-8"]),
+        ("data.dir=/x\0y", [r"dir='/x\x00y' has a NUL"]),
+        ('tracking.experiment="a\\0b"', ["experiment='a\\x00b' has a NUL"]),
         ("train.steps=10.5", ["train.steps=10.5: not a whole number"]),
         ("train.steps=ten", ["train.steps='ten': not a whole number"]),
         ("train.steps=", ["train.steps is empty; give a value, or leave the line out"]),
@@ -89,6 +93,8 @@ def test_a_quoted_override_keeps_its_hash(file: Path) -> None:
         ("tracking.run_name=[1]", ["tracking.run_name=[1]: not a text but a list or section"]),
         ("model.attention=3", ["model.attention=3: a section, not a value; set its fields"]),
         ("train.seed=1795650000123456789", ["train.seed=1795650000123456789", "less than"]),
+        (f"tracking.run_name={'x' * 400}", ["tracking.run_name='xxx", "at most 250 characters"]),
+        ("slurm.signal_seconds=10", ["slurm.signal_seconds=10", "greater than or equal to 60"]),
         ("train.seed=-1", ["train.seed=-1", "greater than or equal to 0"]),
     ],
 )
@@ -100,7 +106,34 @@ def test_what_is_no_such_number_is_refused(file: Path, override: str, parts: lis
 
 
 @pytest.mark.parametrize(
-    "text", ["2024", "010", "1.10", "2024-11-25", "2024-11-25 10:00:00", "no", "1e3", "0x10", "1_000"]
+    ("text", "number"), [("1e3", 1000), ("1E+3", 1000), ("10.0", 10), ("2.5e3", 2500), ("1_000", 1000)]
+)
+def test_a_whole_number_may_be_spelt_as_numbers_are(file: Path, text: str, number: int) -> None:
+    """In the file and as an override, and exactly: YAML takes 1e3 for a text."""
+    file.write_text(f"train:\n  steps: {text}\n")
+    for config in (load_config(file), load_config(file, [f"train.steps={text}"])):
+        assert config.train.steps == number and isinstance(config.train.steps, int)
+    exact = load_config(file, ["train.seed=7e13", "optim.learning_rate=3e-4"])
+    assert (exact.train.seed, exact.optim.learning_rate) == (70_000_000_000_000, 3e-4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2024",
+        "010",
+        "1.10",
+        "2024-11-25",
+        "2024-11-25 10:00:00",
+        "no",
+        "1e3",
+        "0x10",
+        "1_000",
+        " a",
+        "a ",
+        " 10 ",
+        "a #b ",
+    ],
 )
 def test_a_text_or_path_is_what_was_written(file: Path, text: str) -> None:
     """Whatever YAML takes it for."""

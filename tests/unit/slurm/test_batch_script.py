@@ -6,11 +6,13 @@ that a cluster shows only now and then.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 from helpers.job_request import request
 
 from biroute.configs.cluster_profile import ClusterProfile
+from biroute.launcher.attempts.journal import read_attempts
 from biroute.slurm.run_folder import RunFolder
 from biroute.slurm.script import render_job
 
@@ -42,15 +45,30 @@ requeue) left=$(cat "$FAILURES"); echo $((left - 1)) > "$FAILURES"
     if [ "$left" -gt 0 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi ;;
 esac
 """
+# srun, where Slurm kills a rank for its memory: the rank leaves a heartbeat, the job's output what Slurm said.
+KILLED_FOR_MEMORY = """#!/bin/bash
+while [ "$1" != "$PYTHON" ]; do shift; done
+case "$*" in *start.worker*) ;; *) exec "$@" ;; esac
+logs=$RUN_DIR/logs/attempt-0001
+mkdir -p "$logs/ranks"
+echo '{"rank": 0, "host": "n1", "pid": 1, "time": 1.0, "step": 7, "doing": "step 8"}' >"$logs/ranks/rank-00000.json"
+echo "slurmstepd: error: Detected 1 oom_kill event in StepId=7.1. Some of the step tasks have been OOM Killed." >&2
+echo "srun: error: n1: task 0: Out Of Memory" >&2
+exit 137
+"""
 SBATCH = '#!/bin/bash\necho "sbatch $*" >> "$LOG"\necho 8\n'
 
 
 class Batch:
     """The script in a folder of its own, and what its programs noted."""
 
-    def __init__(self, folder: Path, profile: dict[str, Any] | None = None, failures: int = 0) -> None:
-        self.run_dir, self.log = folder / "run", folder / "log"
-        (self.run_dir / "submission").mkdir(parents=True)
+    def __init__(
+        self, folder: Path, profile: dict[str, Any] | None = None, failures: int = 0, **requested: Any
+    ) -> None:
+        self.run_dir, self.log = folder / "runs" / "run", folder / "log"
+        (self.run_dir / "submission" / "code").mkdir(parents=True)
+        (self.run_dir / "submission" / "config.yaml").touch()
+        self.output = self.run_dir / "logs" / "slurm-7.out"
         programs = folder / "bin"
         programs.mkdir()
         for name, text in (("python", PYTHON), ("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
@@ -60,11 +78,13 @@ class Batch:
         python = str(programs / "python")
         given = request(
             run_dir=self.run_dir, working_dir=folder, python=(python,), host_python=python,
-            profile=ClusterProfile(**profile or {}),
+            profile=ClusterProfile(**profile or {}), **requested,
         )  # fmt: skip
-        script = re.sub(r'(requeue|record)_pauses="[^"]*"', r'\1_pauses="0 0 0"', render_job(given))
+        script = re.sub(r'(requeue|record|look)_pauses="[^"]*"', r'\1_pauses="0 0 0"', render_job(given))
         self.script = self.run_dir / "submission" / "job.sbatch"
         self.script.write_text(script)
+        (folder / "spooled").write_text(script)  # Slurm's own copy
+        self._spooled = str(folder / "spooled")
         self.environment = {
             "PATH": f"{programs}:{os.environ['PATH']}", "LOG": str(self.log), "FAILURES": str(folder / "failures"),
             "PYTHON": python, "STATE": "RUNNING", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1",
@@ -73,13 +93,16 @@ class Batch:
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", str(self.script)], env=self.environment | environment, stdout=subprocess.PIPE, text=True
+            ["bash", self._spooled], env=self.environment | environment, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, **environment: str) -> tuple[int, str]:
-        process = self.start(**environment)
+        return self.end(self.start(**environment))
+
+    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """Status of a script that was started, and what it said: into the run folder, if that is there."""
         output, _ = process.communicate(timeout=60)
-        return process.returncode, output
+        return process.returncode, output + (self.output.read_text() if self.output.exists() else "")
 
     def noted(self, beginning: str) -> list[str]:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -135,8 +158,8 @@ def test_a_signal_during_the_set_up_is_remembered(tmp_path: Path) -> None:
     while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    status, output = batch.end(process)
+    assert status == 75, output
     assert "USR1 received" in output
     (end,) = batch.noted("python -P -m biroute.slurm.job end")
     assert end.endswith("75 --signal=USR1")
@@ -253,14 +276,78 @@ def test_a_node_on_which_python_does_not_start_is_left(tmp_path: Path, excluded:
 
 
 def test_a_node_that_does_not_see_the_run_folder_is_left(tmp_path: Path) -> None:
+    """Its output and left-nodes would be in that folder, so the job's comment tells."""
+    for name in ("empty", "missing"):  # the folder of runs
+        (tmp_path / name).mkdir()
+        batch = Batch(tmp_path / name, below_mount_point=name == "empty")
+        shutil.rmtree(batch.run_dir)
+        if name == "missing":
+            batch.run_dir.parent.rmdir()
+        status, output = batch.run(SLURMD_NODENAME="n1")
+        assert status == 1 and f"node n1 does not see {batch.run_dir}" in output
+        assert batch.noted("scontrol update") == [
+            f"scontrol update job 7 Comment=BiRoute: node n1 does not see {batch.run_dir}",
+            "scontrol update job 7 ExcNodeList=n1",
+        ]
+        assert batch.noted("scontrol requeue 7")
+
+
+GONE = {
+    "the run folder": lambda run: shutil.rmtree(run),
+    "the run folder, moved": lambda run: run.rename(run.with_name("elsewhere")),
+    "submission": lambda run: shutil.rmtree(run / "submission"),
+    "submission/code": lambda run: shutil.rmtree(run / "submission" / "code"),
+    "submission/config.yaml": lambda run: (run / "submission" / "config.yaml").unlink(),
+}
+
+
+@pytest.mark.parametrize("below_mount_point", [False, True])
+@pytest.mark.parametrize("when", ["queued", "training"])
+@pytest.mark.parametrize("what", GONE)
+def test_what_was_deleted_is_no_fault_of_the_node(
+    tmp_path: Path, what: str, when: str, below_mount_point: bool
+) -> None:
+    batch = Batch(tmp_path, below_mount_point=below_mount_point)
+    if below_mount_point:
+        (batch.run_dir.parent / "mlflow.db").touch()  # so it is mounted
+    environment = {"SLURMD_NODENAME": "n1", "END_FAILS": "yes"}  # as the journal's Python, without code or folder
+    if when == "queued":
+        GONE[what](batch.run_dir)
+        status, output = batch.run(**environment)
+        assert not batch.noted("python") and status == 1
+    else:
+        process = training(batch, **environment)
+        GONE[what](batch.run_dir)
+        process.send_signal(signal.SIGTERM)
+        status, output = batch.end(process)
+        assert status == 1, output
+    gone = batch.run_dir / (what if what.startswith("submission") else "")
+    (told,) = batch.noted("scontrol update")
+    assert (
+        told == f"scontrol update job 7 Comment=BiRoute: ends, and is not queued again: {gone} was deleted or moved"
+    )
+    assert not batch.noted("scontrol requeue") and not batch.noted("sbatch")
+
+
+def test_what_a_file_server_shows_late_is_waited_for(tmp_path: Path) -> None:
     batch = Batch(tmp_path)
-    script = batch.script.read_text()
-    batch.script = tmp_path / "spooled"
-    batch.script.write_text(script)
-    shutil.rmtree(batch.run_dir)
-    _, output = batch.run(SLURMD_NODENAME="n1")
-    assert f"node n1 does not see {batch.run_dir}" in output
-    assert batch.noted("scontrol update") == ["scontrol update job 7 ExcNodeList=n1"]
+    late = batch.run_dir.rename(tmp_path / "late")
+    (batch.run_dir.parent / "mlflow.db").touch()
+    (tmp_path / "bin" / "sleep").write_text(
+        f'#!/bin/bash\nmv {late} {batch.run_dir} 2>/dev/null; exec /bin/sleep "$@"\n'
+    )
+    (tmp_path / "bin" / "sleep").chmod(0o755)
+    status, _ = batch.run()
+    assert status == 75 and not batch.noted("scontrol update job 7 Comment")
+
+
+def test_without_its_script_a_job_is_not_submitted_anew(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, failures=100)
+    batch.script.unlink()
+    batch.run()
+    assert not batch.noted("sbatch")
+    (told,) = batch.noted("scontrol update")
+    assert told.endswith(f"and {batch.script} was deleted or moved")
 
 
 def test_an_end_that_cannot_be_recorded_does_not_end_the_run(tmp_path: Path) -> None:
@@ -285,6 +372,24 @@ def test_not_every_node_is_tried(tmp_path: Path) -> None:
     status, output = batch.run(BEGIN="1", EXCLUDED="n2,n3,n4", SLURMD_NODENAME="n1")
     assert status == 1 and not batch.noted("scontrol requeue")
     assert "n2,n3,n4,n1 are excluded, and slurm.max_restarts=3 allows no further node" in output
+
+
+def test_a_rank_killed_for_its_memory_is_told(tmp_path: Path) -> None:
+    """With the real journal, which finds the cause in the job's output."""
+    batch = Batch(tmp_path)
+    (tmp_path / "bin" / "srun").write_text(KILLED_FOR_MEMORY)
+    real = f'#!/bin/bash\ncase "$*" in *slurm.job*) exec {sys.executable} "$@" ;; *) exit 0 ;; esac\n'
+    (tmp_path / "bin" / "python").write_text(real)
+    run = {"train": {"run_dir": str(batch.run_dir)}, "tracking": {"enabled": False}}
+    (batch.run_dir / "submission" / "config.yaml").write_text(json.dumps(run))
+    _, output = batch.run(RUN_DIR=str(batch.run_dir), SLURM_NTASKS="1")
+    (attempt,) = read_attempts(batch.run_dir)
+    assert attempt.cause == (
+        "rank 0 on n1 ended without recording anything (last seen at step 7): memory ran out; give the job more "
+        "(memory_per_node of the cluster profile, then `biroute resume RUN slurm.profile=PROFILE`), or lower "
+        "train.microbatch_size, or set train.activation_checkpointing=true"
+    ), output
+    assert (attempt.status, attempt.decision) == (137, "requeue") and batch.noted("scontrol requeue 7")
 
 
 def test_a_usage_error_at_the_begin_is_no_fault_of_the_node(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_status_and_cancel_know_it_and_resume_submits_it_again(
 
     def queue(*shown: tuple[str, str, str]) -> None:
         lines = [
-            "\x1f".join([number, state, "1:00", "None", "n1", "2026-11-30T10:00:00", "N/A",
+            "\x1f".join([number, state, "1:00", "None", "n1", "2026-11-30T10:00:00", "N/A", "(null)",
                          f"{run.path}/submission/{script}.sbatch"])
             for number, state, script in shown
         ]  # fmt: skip
@@ -195,6 +195,11 @@ def test_status_and_cancel_know_it_and_resume_submits_it_again(
     run.cancelled_mark.unlink()
     queue(rows[1])  # the training has ended
     assert cancel_run(run, now=False) == ["evaluation job 6 cancelled"] and not run.cancelled_mark.exists()
+    monkeypatch.setattr(client, "CANCEL_PAUSES", (0.0,))
+    commands("scancel", "echo 'no such job' >&2; exit 1")
+    with pytest.raises(UsageError, match=r"^evaluation job 6: .*no such job.*; run the same command again"):
+        cancel_run(run, now=False)
+    assert not run.cancelled_mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -220,4 +225,8 @@ def test_options_that_are_wrong_are_refused_before_anything(
 
 def test_arguments_are_words() -> None:
     assert parse_arguments("--tasks loss,lm_eval:x --name 'a b'") == ("--tasks", "loss,lm_eval:x", "--name", "a b")
+    assert parse_arguments("--seed=3 --limit -1") == ("--seed=3", "--limit", "-1")  # evaluate itself refuses that
+    for words, wrong in (("; rm -rf /", "';'"), ("--seed=3 4", "'4'"), ("--limit 3 4", "'4'")):
+        with pytest.raises(UsageError, match=f"--evaluate-options: {wrong} is neither an option"):
+            parse_arguments(words)
     assert replace(EvaluationRequest(request()), time_limit="1:00").script.name == "evaluate.sbatch"

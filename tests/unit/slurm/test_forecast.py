@@ -52,10 +52,10 @@ def test_a_run_that_cannot_fit_is_refused(corpus: Path, tmp_path: Path) -> None:
     assert fits.forecast is not None
     needed = fits.forecast.plan.memory.total / GIB
     cluster(tmp_path, memory_gib=0.9 * needed)
-    with pytest.raises(UsageError, match=rf"the run does not fit: a rank needs {needed:.3g} GiB") as caught:
+    with pytest.raises(UsageError, match=rf"the run does not fit: a rank needs {needed * 1024:.2f} MiB") as caught:
         submission(corpus, tmp_path, slurm)
     message = str(caught.value)
-    assert f"{0.1 * needed:.3g} GiB too few" in message
+    assert f"{0.1 * needed * 1024:.2f} MiB too few" in message
     change = re.search(r"with (.+) it would fit", message)
     assert change is not None
     assert submission(corpus, tmp_path, slurm, change[1].split()).forecast is not None

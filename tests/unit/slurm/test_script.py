@@ -16,7 +16,7 @@ from biroute.configs.cluster_profile import ClusterProfile, dump_profile, load_p
 from biroute.configs.errors import UsageError
 from biroute.slurm import script as job_script
 from biroute.slurm.client import seconds_of
-from biroute.slurm.script import render_job
+from biroute.slurm.script import render_job, sbatch_options
 
 # Anything that a shell could take for more than text; the shell itself holds no NUL.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -55,7 +55,7 @@ def test_what_a_request_asks_for() -> None:
         "--job-name=one", "--account=physics", "--partition=gpu", "--qos=long", "--constraint=a100&ib",
         "--reservation=r1", "--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=8", "--gpus-per-node=a100:4",
         "--mem=500G", "--time=24:00:00", "--signal=B:USR1@120", "--chdir=/home/someone",
-        "--output=/shared/runs/one/logs/slurm-%j.out", "--open-mode=append", "--requeue", "--exclusive", "--nice=5",
+        "--output=/dev/null", "--requeue", "--exclusive", "--nice=5",
     ]  # fmt: skip
     for line in (
         "module load cuda",
@@ -76,6 +76,11 @@ def test_what_is_left_out_is_not_asked_for() -> None:
     assert not re.search("account|partition|gpus|--mem|--time=|exclusive|SOCKET_IFNAME|activate", script)
     assert "--no-requeue" in directives(script)
     assert "scontrol requeue" not in script
+
+
+def test_an_empty_partition_is_the_default_one() -> None:
+    values = {"job-name": "a", "nodes": 0}
+    assert list(sbatch_options(ClusterProfile(partition=""), values)) == ["--job-name=a", "--nodes=0"]
 
 
 def test_rendering_is_a_pure_function() -> None:

@@ -104,7 +104,7 @@ def test_a_reason_of_slurm_in_words(reason: str, words: str) -> None:
 def run(tmp_path: Path) -> RunFolder:
     """Submitted as job 7: one crashed attempt of two ranks, a second that runs; twelve of forty steps."""
     path = tmp_path / "runs" / "large"
-    (path / "submission").mkdir(parents=True)
+    (path / "submission" / "code").mkdir(parents=True)
     (path / "submission" / "job.sbatch").write_text("#!/bin/bash\n")
     (path / "submission" / "config.yaml").write_text(f"train: {{run_dir: {path}, steps: 40}}\n")
     (path / "submission" / "jobs.jsonl").write_text('{"job_id": "7", "submitted": 0, "by": "submit"}\n')
@@ -244,7 +244,7 @@ def test_control_characters_are_shown_and_not_sent(run: RunFolder, capsys: pytes
 def test_one_unreadable_run_does_not_hide_the_others(
     run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from biroute.slurm.commands import status
+    from biroute.slurm.commands import logs, status
 
     other = tmp_path / "runs" / "broken"
     (other / "attempts.jsonl").mkdir(parents=True)
@@ -252,6 +252,9 @@ def test_one_unreadable_run_does_not_hide_the_others(
     shown = capsys.readouterr()
     assert "run large: " in shown.out
     assert f"run broken: {other} cannot be read" in shown.err
+    for preflight, follow in ((False, False), (True, False), (False, True)):
+        with pytest.raises(UsageError, match=r"^run broken: .*attempts\.jsonl: Is a directory; correct it"):
+            logs(str(other), preflight=preflight, follow=follow)
 
 
 def test_a_table_of_runs_newest_first(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

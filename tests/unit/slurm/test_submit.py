@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.submissions import Commands, made_for, submission
+from typer.testing import CliRunner
 
 import biroute.configs
 from biroute.configs.cluster_profile import load_profile
@@ -19,6 +21,7 @@ from biroute.configs.errors import UsageError
 from biroute.configs.load import load_config
 from biroute.launcher.ranks.agreement import check_submission
 from biroute.slurm import client
+from biroute.slurm.commands import slurm_app
 from biroute.slurm.submit import check_run_dir, freeze, limit_in_words, submit_run
 
 
@@ -71,6 +74,18 @@ def test_a_run_folder_may_hold_checkpoints_to_start_from_and_nothing_else(tmp_pa
     (tmp_path / "run" / "notes").touch()
     with pytest.raises(UsageError, match=r"run is not empty \(notes\); set train.run_dir to a new folder"):
         check_run_dir(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/x", "/sys/x/y", "/dev/null", "/dev/null/x", "/proc/self", "file/x", "x" * 300]
+)
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path, place: str) -> None:
+    """Also for root, to whom the system says that everything can be written."""
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((UsageError, OSError), match=r"cannot be written \(.*\); use a folder that can be|too long"):
+        check_run_dir(tmp_path / place)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_colon_in_the_run_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
@@ -148,8 +163,8 @@ def test_after_an_unclear_answer_the_job_is_looked_for(
         submit_run(made)
     assert made.request.script.exists(), "a job may need it"
     shutil.rmtree(made.request.run_dir)
-    job = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", str(made.request.script)])
-    commands("squeue", f"printf '%s\\n' '{job}'")
+    job = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", "(null)", str(made.request.script)])
+    commands("squeue", f"[ ! -e {made.request.script} ] || printf '%s\\n' '{job}'")
     assert submit_run(made) == "17"
     assert made.request.script.exists()
 
@@ -182,7 +197,7 @@ def test_what_is_no_clear_refusal_removes_nothing(
 
 
 def test_lines_of_another_form_in_slurms_answers_are_passed_over(commands: Commands) -> None:
-    row = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", "/x/job.sbatch"])
+    row = "\x1f".join(["17", "PENDING", "1:00", "Priority", "", "", "N/A", "(null)", "/x/job.sbatch"])
     commands("squeue", f"printf 'squeue: warning: \\xe9\\n\\n%s\\n' '{row}'")
     assert [job.job_id for job in client.queue()] == ["17"]
     past = "\x1f".join(["18", "", "0:0", "n1", "sbatch x"])
@@ -244,3 +259,28 @@ def test_forms_of_yaml_that_people_write_in_a_profile(tmp_path: Path) -> None:
     found = load_profile(str(profile))
     assert found.setup == ("module load cuda", "ulimit -l unlimited")
     assert found.sbatch_options == ("--mail-type=FAIL",) and found.time_limit == "infinite"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "requeue", "told"),
+    [
+        ("echo 'JobId=17 JobState=PENDING Requeue=0 Restarts=0'", "true", True),
+        ("echo 'JobId=17 JobState=PENDING Requeue=0 Restarts=0'", "false", False),  # nor does the user want it
+        ("echo 'JobId=17 JobState=PENDING Requeue=1 Restarts=0'", "true", False),
+        ("sleep 20", "true", False),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "true", False),
+    ],
+    ids=["refused", "not asked for", "allowed", "hangs", "fails"],
+)
+def test_a_site_that_refuses_to_queue_again_is_told(
+    corpus: Path, tmp_path: Path, commands: Commands, scontrol: str, requeue: str, told: bool
+) -> None:
+    commands("sbatch", 'if [ "$1" = --test-only ]; then exit 0; fi; echo 17')
+    commands("squeue", "")
+    commands("scontrol", scontrol)
+    made_for(corpus, tmp_path)  # writes the configuration
+    words = ["submit", str(tmp_path / "run.yaml"), f"slurm.requeue={requeue}", f"train.run_dir={tmp_path}/new"]
+    start = time.monotonic()
+    done = CliRunner().invoke(slurm_app, words, catch_exceptions=False)
+    assert time.monotonic() - start < 5 and done.exit_code == 0 and "job 17, run new" in done.output
+    assert ("does not queue a job again (Requeue=0): at each stop BiRoute submits a new job" in done.output) == told

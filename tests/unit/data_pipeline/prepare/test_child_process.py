@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,8 +12,11 @@ import time
 
 import pytest
 
+from biroute.configs.data_section import TokenizerConfig
 from biroute.configs.errors import UsageError
 from biroute.data_pipeline.prepare.child_process import call_in_child
+from biroute.data_pipeline.prepare.encode import PartEncoder, Texts
+from biroute.data_pipeline.prepare.tokenizer import train_tokenizer
 
 
 def fail(text: str) -> None:
@@ -71,3 +75,47 @@ def test_a_deaf_child_ends_with_its_parent(tmp_path, number: signal.Signals, sta
             return
         time.sleep(0.05)
     pytest.fail("the child outlives its parent")
+
+
+STARTING = """
+    import os, pathlib, time
+
+    if __name__ == "__mp_main__":  # a child that imports the module of the function
+        pathlib.Path(os.environ["STARTED"]).write_text(str(os.getpid()))
+        time.sleep(1)
+
+    from biroute.data_pipeline.prepare.child_process import call_in_child
+
+    if __name__ == "__main__":
+        call_in_child(lambda seconds: None, time.sleep, 0)
+"""
+
+
+def test_a_child_that_is_starting_leaves_ctrl_c_to_its_parent(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Ctrl-C reaches it as well, while it imports: it leaves that to its parent, and shows no traceback."""
+    script, started = tmp_path / "starting.py", tmp_path / "started"
+    script.write_text(textwrap.dedent(STARTING))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "STARTED": str(started)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(int(started.read_text()), signal.SIGINT)
+    assert process.communicate(timeout=30) == (None, "")
+    assert process.returncode == 0
+
+
+def test_tokenising_that_is_interrupted_waits_for_no_part(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The workers are still starting when the interruption comes; a part that they had finished would be there."""
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(train_tokenizer(["some words to train on " * 200], TokenizerConfig(vocab_size=300)).model_bytes)
+    parts = [tmp_path / f"part-{number}.npz" for number in range(4)]
+    encoder = PartEncoder(model, "uint16", 2, lambda mark: None)
+    encoder.__enter__()
+    for number, path in enumerate(parts):
+        encoder.submit(path, Texts(["some words"], [False]), number)
+    encoder.__exit__(KeyboardInterrupt, None, None)
+    assert not any(path.exists() for path in parts)
+    assert not multiprocessing.active_children()

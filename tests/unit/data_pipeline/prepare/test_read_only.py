@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.corpora import data_config
 
+from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.verify import check_dataset

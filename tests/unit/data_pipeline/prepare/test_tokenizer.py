@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from helpers.corpora import chinese_texts, english_texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from biroute.configs.data_section import TokenizerConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import TokenizerConfig
 from biroute.data_pipeline.prepare.sources import Document
 from biroute.data_pipeline.prepare.tokenizer import (
     Tokenizer,
@@ -196,6 +197,17 @@ def test_long_lines_are_not_lost() -> None:
     assert all(len(sentence.encode()) <= 4192 for sentence in sentences)
     tokenizer = train_tokenizer([*TEXTS, line], TokenizerConfig(vocab_size=600))
     assert len(tokenizer.encode(" Zanzibar")) == 1
+
+
+@pytest.mark.parametrize("line", ["x" * 40_000_000, "one two " * 5_000_000, "汉字" * 20_000_000])
+def test_a_long_line_is_cut_in_linear_time(line: str) -> None:
+    """A second; with a copy of the rest of the line for each sentence over a minute, which the clock cuts off."""
+    end = time.monotonic() + 30
+    characters = 0
+    for sentence in training_sentences([line]):
+        characters += len(sentence)
+        assert time.monotonic() < end, f"{characters:,} of {len(line):,} characters"
+    assert characters == len(line)
 
 
 def test_sample_depends_on_the_documents_not_on_their_order() -> None:

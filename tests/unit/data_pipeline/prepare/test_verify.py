@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from helpers.corpora import copy_of, tree_bytes
 
+from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.prepare.build import build_dataset
 from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.prepare.verify import verify_dataset
@@ -93,6 +93,10 @@ DAMAGE = {
     "tokenizer missing": (
         lambda path: (path.parents[1] / "tokenizer.model").unlink(),
         r"tokenizer\.model: the tokenizer is missing; run `biroute data build`",
+    ),
+    "tokenizer damaged": (
+        lambda path: (path.parents[1] / "tokenizer.model").write_bytes(b"x"),
+        r"tokenizer\.model: the tokenizer is damaged; put it back, or run `biroute data build` to make it again",
     ),
     "another tokenizer": (other_tokenizer, r"tokenizer\.model: fingerprint \w+, but the shards were made with"),
 }

@@ -1,9 +1,8 @@
-"""Readers and loaders: windows, objectives, elastic resume, prefetching, opening; and the bigram baseline."""
+"""Readers and loaders: windows, objectives, elastic resume, prefetching, opening."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 import threading
 import time
@@ -13,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.corpora import data_config, run_config
+from helpers.corpora import run_config, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.dataset import Dataset, open_dataset
-from biroute.data_pipeline.prepare.build import build_dataset
-from biroute.data_pipeline.prepare.progress_bar import Progress
 from biroute.data_pipeline.read.loader import (
     Batch,
     MicrobatchLoader,
@@ -30,33 +27,15 @@ from biroute.data_pipeline.read.loader import (
     make_batch,
 )
 from biroute.data_pipeline.read.manifest import Split, load_manifest, to_json
-from biroute.data_pipeline.read.token_stream import TokenStream
-from biroute.launcher.evaluate import bigram
-from biroute.launcher.evaluate.bigram import BigramModel, count_bigrams, score_bigram, train_bigram
 
 S = 64
+
+
 CAUSAL = Objective("causal", np.zeros(512, dtype=np.int64))
 
 
 def open_reader(folder: Path, split: Split, **options: Any) -> SequenceReader:
     return SequenceReader(folder, load_manifest(folder), split, **options)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    config = data_config(tmp_path_factory.mktemp("loader"))
-    build_dataset(config, Progress(quiet=True))
-    return config
-
-
-@pytest.fixture(scope="module")
-def dataset(data: DataConfig) -> Dataset:
-    return open_dataset(run_config(data, S))
-
-
-def stream(dataset: Dataset, source: int, split: Any) -> np.ndarray:
-    tokens = TokenStream(dataset.config.data.dir, dataset.manifest, dataset.manifest.sources[source], split)
-    return tokens.read(0, tokens.num_tokens)
 
 
 def rows(batches: list[Batch]) -> list[bytes]:
@@ -73,7 +52,7 @@ def test_an_epoch_is_every_window_of_every_source_once(dataset: Dataset, length:
     )
     windows = [
         tokens[i * length : i * length + length + 1].tobytes()
-        for tokens in (stream(dataset, 0, "train"), stream(dataset, 1, "train"))
+        for tokens in (tokens_of(dataset, 0, "train"), tokens_of(dataset, 1, "train"))
         for i in range((len(tokens) - 1) // length)
     ]
     found = reader.sequences(np.arange(reader.num_sequences))
@@ -83,45 +62,45 @@ def test_an_epoch_is_every_window_of_every_source_once(dataset: Dataset, length:
     np.testing.assert_array_equal(reader.sequence(5), found[5])
 
 
-def test_weights_mix_the_sources(data: DataConfig) -> None:
+def test_weights_mix_the_sources(built: DataConfig) -> None:
     weights = {"english": 0.25, "chinese": 0.75}
-    reader = open_reader(data.dir, "train", sequence_length=S, seed=0, weights=weights)
+    reader = open_reader(built.dir, "train", sequence_length=S, seed=0, weights=weights)
     assert reader.shares == pytest.approx(weights, abs=1e-3)
-    weighted = [source.model_copy(update={"weight": weights[source.name]}) for source in data.sources]
+    weighted = [source.model_copy(update={"weight": weights[source.name]}) for source in built.sources]
     # Weights are no part of the dataset: nothing to build again.
-    opened = open_dataset(run_config(data.model_copy(update={"sources": tuple(weighted)}), S))
+    opened = open_dataset(run_config(built.model_copy(update={"sources": tuple(weighted)}), S))
     np.testing.assert_array_equal(opened.reader("train").sequence(7), reader.sequence(7))
-    unweighted = open_reader(data.dir, "heldout", sequence_length=S, seed=0)
+    unweighted = open_reader(built.dir, "heldout", sequence_length=S, seed=0)
     np.testing.assert_array_equal(opened.reader("heldout").sequence(7), unweighted.sequence(7))
 
 
-def test_too_few_tokens_for_a_sequence(data: DataConfig) -> None:
+def test_too_few_tokens_for_a_sequence(built: DataConfig) -> None:
     with pytest.raises(UsageError, match=r"model.sequence_length=500000: the train split .* fewer than"):
-        open_reader(data.dir, "train", sequence_length=500_000, seed=0)
+        open_reader(built.dir, "train", sequence_length=500_000, seed=0)
     length = 6000
-    open_reader(data.dir, "train", sequence_length=length, seed=0)
+    open_reader(built.dir, "train", sequence_length=length, seed=0)
     with pytest.raises(UsageError, match=r"the heldout split of source chinese .* raise data.heldout_fraction"):
         SequenceReader(
-            data.dir,
-            load_manifest(data.dir),
+            built.dir,
+            load_manifest(built.dir),
             "heldout",
             sequence_length=length,
             seed=0,
             weights={"english": 1, "chinese": 1},
         )
     with pytest.raises(UsageError, match="weights for french"):
-        open_reader(data.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
+        open_reader(built.dir, "train", sequence_length=S, seed=0, weights={"french": 1.0})
 
 
-def test_a_source_that_is_too_short_for_one_sequence_is_named(data: DataConfig) -> None:
-    manifest = load_manifest(data.dir)
+def test_a_source_that_is_too_short_for_one_sequence_is_named(built: DataConfig) -> None:
+    manifest = load_manifest(built.dir)
     chinese = manifest.sources[1]
     tokens = chinese.splits["heldout"].tokens
     assert manifest.left_out(tokens - 1) == []
     expected = f"source chinese is left out of evaluation: its {tokens:,} tokens of {manifest.tokens('heldout'):,}"
     (warning,) = manifest.left_out(tokens)
     assert expected in warning
-    assert "chinese" not in open_reader(data.dir, "heldout", sequence_length=tokens, seed=0).shares
+    assert "chinese" not in open_reader(built.dir, "heldout", sequence_length=tokens, seed=0).shares
 
 
 # Objectives
@@ -143,13 +122,13 @@ def test_target_bytes_of_an_epoch_are_the_bytes_of_the_text(dataset: Dataset) ->
     total = sum(make_batch(reader, np.array([n]), objective).target_bytes for n in range(reader.num_sequences))
     expected = 0
     for source in (0, 1):
-        tokens = stream(dataset, source, "train")
+        tokens = tokens_of(dataset, source, "train")
         expected += len(dataset.tokenizer.decode_bytes(tokens[1 : (len(tokens) - 1) // S * S + 1].tolist()))
     assert total == expected
 
 
-def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
-    opened = open_dataset(run_config(data, S, model={"objective": "mlm", "mask_fraction": 0.25}))
+def test_masked_batches_hide_a_fixed_number_of_tokens(built: DataConfig) -> None:
+    opened = open_dataset(run_config(built, S, model={"objective": "mlm", "mask_fraction": 0.25}))
     reader, objective = opened.reader("train"), opened.objective("train")
     batch = make_batch(reader, np.arange(20), objective)
     tokens = reader.sequences(np.arange(20))[:, :-1]
@@ -165,7 +144,7 @@ def test_masked_batches_hide_a_fixed_number_of_tokens(data: DataConfig) -> None:
     again = make_batch(reader, np.arange(20), objective)
     np.testing.assert_array_equal(again.inputs, batch.inputs)
     model, train = {"objective": "mlm", "mask_fraction": 0.25}, {"seed": 1}
-    other_seed = open_dataset(run_config(data, S, model=model, train=train)).objective("train")
+    other_seed = open_dataset(run_config(built, S, model=model, train=train)).objective("train")
     assert (make_batch(reader, np.arange(20), other_seed).inputs != batch.inputs).any()
     next_epoch = make_batch(reader, np.arange(reader.num_sequences), objective).labels
     assert next_epoch.shape == (reader.num_sequences, S)
@@ -246,9 +225,9 @@ def test_loader_waits_when_it_must_and_closes_cleanly(dataset: Dataset, monkeypa
         assert loader.wait_seconds > 0.03  # 12 microbatches of 5 ms
 
 
-def test_errors_of_the_thread_reach_the_consumer(data: DataConfig, tmp_path: Path) -> None:
-    shutil.copytree(data.dir, tmp_path / "d")
-    opened = open_dataset(run_config(data.model_copy(update={"dir": tmp_path / "d"}), S))
+def test_errors_of_the_thread_reach_the_consumer(built: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(built.dir, tmp_path / "d")
+    opened = open_dataset(run_config(built.model_copy(update={"dir": tmp_path / "d"}), S))
     shard = next(opened.manifest.shards()).file
     (tmp_path / "d" / shard).unlink()
     before = threading.active_count()
@@ -259,10 +238,10 @@ def test_errors_of_the_thread_reach_the_consumer(data: DataConfig, tmp_path: Pat
     assert threading.active_count() == before
 
 
-def test_a_token_outside_of_the_vocabulary_names_its_shard(data: DataConfig, tmp_path: Path) -> None:
+def test_a_token_outside_of_the_vocabulary_names_its_shard(built: DataConfig, tmp_path: Path) -> None:
     """The size and the first sample of the shard are right, so nothing notices before training reads it."""
-    shutil.copytree(data.dir, tmp_path / "d")
-    opened = open_dataset(run_config(data.model_copy(update={"dir": tmp_path / "d"}), S))
+    shutil.copytree(built.dir, tmp_path / "d")
+    opened = open_dataset(run_config(built.model_copy(update={"dir": tmp_path / "d"}), S))
     shard = next(opened.manifest.shards())
     with (tmp_path / "d" / shard.file).open("r+b") as file:
         file.seek(shard.first_data_offset + 6)
@@ -276,17 +255,31 @@ def test_a_token_outside_of_the_vocabulary_names_its_shard(data: DataConfig, tmp
         reader.sequences(np.arange(20 * reader.num_sequences))
 
 
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(built: DataConfig, tmp_path: Path) -> None:
+    """Reading beyond the end of a mapped file would end the process with SIGBUS, without a word."""
+    shutil.copytree(built.dir, tmp_path / "d")
+    opened = open_dataset(run_config(built.model_copy(update={"dir": tmp_path / "d"}), S))
+    reader = opened.reader("train")
+    everything = np.arange(reader.num_sequences)
+    reader.sequences(everything)
+    shard = next(opened.manifest.shards())
+    with (tmp_path / "d" / shard.file).open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(UsageError, match=rf"{shard.file}: the shard is truncated: 4096 bytes instead of"):
+        reader.sequences(everything)
+
+
 @pytest.mark.parametrize("moment", ["while it is built", "afterwards", "with the same content"])
-def test_a_dataset_that_is_built_again_is_not_read(data: DataConfig, tmp_path: Path, moment: str) -> None:
+def test_a_dataset_that_is_built_again_is_not_read(built: DataConfig, tmp_path: Path, moment: str) -> None:
     """Shards that are open stay what they were; a new one must not be mixed in, though size and name may fit."""
-    shutil.copytree(data.dir, tmp_path / "d")
-    config = run_config(data.model_copy(update={"dir": tmp_path / "d"}), S)
+    shutil.copytree(built.dir, tmp_path / "d")
+    config = run_config(built.model_copy(update={"dir": tmp_path / "d"}), S)
     reader = open_dataset(config).reader("train")
     manifest = tmp_path / "d" / "manifest.json"
     if moment == "while it is built":
         manifest.rename(tmp_path / "manifest.json")
     elif moment == "afterwards":
-        other = load_manifest(data.dir).model_copy(update={"tokenizer_key": "another"}).sealed()
+        other = load_manifest(built.dir).model_copy(update={"tokenizer_key": "another"}).sealed()
         manifest.write_bytes(to_json(other))
     else:
         content = manifest.read_bytes()
@@ -298,7 +291,7 @@ def test_a_dataset_that_is_built_again_is_not_read(data: DataConfig, tmp_path: P
         reader.sequences(np.arange(4))
 
 
-def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataConfig, dataset: Dataset) -> None:
+def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(built: DataConfig, dataset: Dataset) -> None:
     reader = dataset.reader("heldout")
     expected = Counter(row.tobytes() for row in reader.sequences(np.arange(8))[:, :-1])
     for data_size in (1, 2, 4):
@@ -307,29 +300,29 @@ def test_heldout_batches_are_the_same_whatever_the_ranks_and_seeds(data: DataCon
         assert Counter(row for batches in ranks for row in rows(list(batches))) == expected
     batches = dataset.heldout_batches(data_rank=0, data_size=1)
     assert rows(list(batches)) == rows(list(batches))
-    reseeded = open_dataset(run_config(data.model_copy(update={"seed": 5}), S, train={"seed": 6}))
+    reseeded = open_dataset(run_config(built.model_copy(update={"seed": 5}), S, train={"seed": 6}))
     assert rows(list(reseeded.heldout_batches(data_rank=0, data_size=1))) == rows(list(batches))
     order, other_order = (opened.reader("train").sequences(np.arange(8)) for opened in (dataset, reseeded))
     assert (order != other_order).any()
 
 
-def test_evaluations_use_what_there_is_unless_told_otherwise(data: DataConfig) -> None:
+def test_evaluations_use_what_there_is_unless_told_otherwise(built: DataConfig) -> None:
     def used(multiple_of: int, length: int) -> int:
-        return open_dataset(run_config(data, length, train={"evaluate_sequences": None})).evaluate_sequences(
+        return open_dataset(run_config(built, length, train={"evaluate_sequences": None})).evaluate_sequences(
             multiple_of
         )
 
-    there = open_dataset(run_config(data, S)).heldout_sequences
+    there = open_dataset(run_config(built, S)).heldout_sequences
     few = 8 * S
-    fewer = open_dataset(run_config(data, few)).heldout_sequences
+    fewer = open_dataset(run_config(built, few)).heldout_sequences
     assert there > 64 > fewer >= 6, "the sizes of this test"
     assert [used(n, S) for n in (1, 6)] == [64, 60]
     assert [used(n, few) for n in (1, 5)] == [fewer, fewer - fewer % 5]
     assert used(fewer + 1, few) == fewer + 1, "which is then refused"
 
 
-def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
-    opened = open_dataset(run_config(data, S, train={"evaluate_sequences": 5000}))
+def test_too_few_heldout_sequences_names_the_field(built: DataConfig) -> None:
+    opened = open_dataset(run_config(built, S, train={"evaluate_sequences": 5000}))
     with pytest.raises(UsageError, match=r"train.evaluate_sequences=5000, but the held-out split .* has only \d+"):
         opened.heldout_batches(data_rank=0, data_size=1)
 
@@ -350,97 +343,17 @@ def test_too_few_heldout_sequences_names_the_field(data: DataConfig) -> None:
     ],
 )
 def test_a_configuration_that_does_not_fit_the_dataset(
-    data: DataConfig, changes: dict[str, Any], message: str
+    built: DataConfig, changes: dict[str, Any], message: str
 ) -> None:
-    tree = data.model_dump() | changes
+    tree = built.model_dump() | changes
     with pytest.raises(UsageError, match=message):
         open_dataset(run_config(DataConfig.model_validate(tree), S))
 
 
-def test_a_dataset_without_its_sources_opens(data: DataConfig, tmp_path: Path) -> None:
-    shutil.copytree(data.dir, tmp_path / "moved")
+def test_a_dataset_without_its_sources_opens(built: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(built.dir, tmp_path / "moved")
     bare = DataConfig.model_validate({"dir": tmp_path / "moved", "tokenizer": {"vocab_size": 512}})
     moved = open_dataset(run_config(bare, S))
     np.testing.assert_array_equal(
-        moved.reader("train").sequence(0), open_dataset(run_config(data, S)).reader("train").sequence(0)
+        moved.reader("train").sequence(0), open_dataset(run_config(built, S)).reader("train").sequence(0)
     )
-
-
-# The bigram baseline
-
-
-def kneser_ney_twin(pairs: list[tuple[int, int]], vocab_size: int) -> np.ndarray:
-    """p[first, second] by dictionaries and the textbook's formulas; needs counts of 1 to 4 at both levels."""
-
-    def discounts(counts: list[int]) -> dict[int, float]:
-        n = Counter(counts)
-        y = n[1] / (n[1] + 2 * n[2])
-        return {k: min(max(k - (k + 1) * y * n[k + 1] / n[k], 0.05), k - 0.05) for k in (1, 2, 3)}
-
-    counts = Counter(pairs)
-    followers = {a: [(b, c) for (x, b), c in counts.items() if x == a] for a in {a for a, _ in counts}}
-    contexts = Counter(b for _, b in counts)
-    d1, d2 = discounts(list(contexts.values())), discounts(list(counts.values()))
-    kinds = sum(contexts.values())
-    freed = sum(d1[min(n, 3)] for n in contexts.values()) / kinds
-    unigram = [
-        (max(contexts[b] - d1[min(contexts[b], 3)], 0) if contexts[b] else 0) / kinds + freed / vocab_size
-        for b in range(vocab_size)
-    ]
-    table = np.tile(unigram, (vocab_size, 1))
-    for a, found in followers.items():
-        total = sum(c for _, c in found)
-        table[a] *= sum(d2[min(c, 3)] for _, c in found) / total
-        for b, c in found:
-            table[a, b] += (c - d2[min(c, 3)]) / total
-    return table
-
-
-def test_bigram_equals_its_slow_twin_and_sums_to_one() -> None:
-    draw = np.random.default_rng(0)
-    tokens = np.minimum(draw.zipf(1.4, size=4000) - 1, 59)
-    pairs = list(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
-    keys, counts = np.unique(tokens[:-1] * 64 + tokens[1:], return_counts=True)
-    model = BigramModel(keys, counts, 64)
-    first, second = np.divmod(np.arange(64 * 64), 64)
-    table = model.probability(first, second).reshape(64, 64)
-    np.testing.assert_allclose(table, kneser_ney_twin(pairs, 64), rtol=1e-10)
-    np.testing.assert_allclose(table.sum(axis=1), 1.0, rtol=1e-12)  # also for contexts never seen (60 ... 63)
-    assert table.min() > 0
-
-
-@settings(max_examples=50)
-@given(tokens=st.lists(st.integers(0, 9), min_size=2, max_size=60))
-def test_bigram_is_a_distribution_on_any_tiny_text(tokens: list[int]) -> None:
-    array = np.array(tokens)
-    keys, counts = np.unique(array[:-1] * 12 + array[1:], return_counts=True)
-    first, second = np.divmod(np.arange(144), 12)
-    table = BigramModel(keys, counts, 12).probability(first, second).reshape(12, 12)
-    np.testing.assert_allclose(table.sum(axis=1), 1.0, rtol=1e-12)
-    assert table.min() > 0
-
-
-def test_bigram_counts_every_pair_across_chunks(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bigram, "_CHUNK_TOKENS", 777)
-    manifest = dataset.manifest
-    streams = [TokenStream(dataset.config.data.dir, manifest, entry, "train") for entry in manifest.sources]
-    keys, counts, num_tokens = count_bigrams(iter(streams), 512)
-    expected: Counter[int] = Counter()
-    for source in (0, 1):
-        tokens = stream(dataset, source, "train")
-        expected.update((tokens[:-1] * 512 + tokens[1:]).tolist())
-    assert dict(zip(keys.tolist(), counts.tolist(), strict=True)) == expected
-    assert num_tokens == manifest.tokens("train")
-
-
-def test_bigram_scores_the_sequences_of_evaluation(dataset: Dataset) -> None:
-    score = score_bigram(dataset)
-    model, _, _ = train_bigram(dataset)
-    batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
-    nats = -sum(float(np.log(model.probability(b.inputs.ravel(), b.labels.ravel())).sum()) for b in batches)
-    assert score.target_bytes == sum(batch.target_bytes for batch in batches)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / score.target_bytes)
-    unigram = np.bincount(np.concatenate([stream(dataset, s, "train") for s in (0, 1)]), minlength=512) + 1.0
-    unigram /= unigram.sum()
-    baseline = -sum(float(np.log(unigram[batch.labels]).sum()) for batch in batches)
-    assert nats < 0.8 * baseline

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from biroute.configs.errors import FencedError
+from biroute.configs.errors import FencedError, UsageError
 from biroute.launcher.attempts.failures import (
     End,
     Failure,
@@ -37,12 +37,27 @@ from biroute.launcher.attempts.journal import (
     end_attempt,
     excluded_nodes,
     fencing_token_of,
+    make_run_dir,
     read_attempts,
 )
 from biroute.launcher.attempts.run_files import log_dir
 from biroute.slurm.job import said_during
 
 LIMITS = Limits(max_restarts=3, max_crashes_at_same_step=2, max_restarts_without_progress=10)
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "logs"])
+@pytest.mark.parametrize("place", ["/proc", "/dev/null"])
+def test_parts_that_cannot_be_written_are_told_before_the_first_step(tmp_path: Path, part: str, place: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / part).symlink_to(place)
+    with pytest.raises(UsageError, match=rf"run/{part}: nothing can be written there \(.*\); make it a folder that"):
+        make_run_dir(tmp_path / "run")
+    (tmp_path / "run" / part).unlink()
+    make_run_dir(tmp_path / "run")
+    (tmp_path / "run" / part).mkdir()
+    make_run_dir(tmp_path / "run")
+    assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / part]
 
 
 def crashed(number: int, step: int | None, job: str = "7") -> Attempt:
@@ -213,7 +228,15 @@ def test_cause_where_no_rank_recorded_anything(logs: Path, tmp_path: Path) -> No
 KILLED = "slurmstepd: error: Detected 1 oom_kill event in StepId=7.1. Some of the step tasks have been OOM Killed."
 
 
-@pytest.mark.parametrize(("job", "rank"), [("srun: error: n1: task 1: Out Of Memory", ""), ("", KILLED)])
+@pytest.mark.parametrize(
+    ("job", "rank"),
+    [
+        ("srun: error: n1: task 1: Out Of Memory", ""),
+        ("", KILLED),
+        ("slurmstepd: error: Step 7.1 exceeded memory limit (2048 > 1024), being killed", ""),
+        ("", "terminate called after throwing an instance of 'std::bad_alloc'"),
+    ],
+)
 def test_a_rank_that_got_no_more_memory(logs: Path, job: str, rank: str) -> None:
     for number in (0, 2):
         fail(logs, number, 1.0, "peer")
@@ -229,7 +252,9 @@ def test_a_rank_that_got_no_more_memory(logs: Path, job: str, rank: str) -> None
     ("error", "remedy"),
     [
         ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "the GPU's memory ran out; lower train."),
+        ("NCCLError: Cuda failure 2 'out of memory'", "the GPU's memory ran out; lower train."),
         ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you", "memory ran out; give the job more (mem"),
+        ("OSError: [Errno 12] Cannot allocate memory", "memory ran out; give the job more (memory_per_node of"),
     ],
 )
 def test_an_error_about_memory_has_a_remedy(logs: Path, error: str, remedy: str) -> None:

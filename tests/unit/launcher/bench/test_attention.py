@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from biroute.configs.errors import UsageError
 from biroute.launcher.bench.attention import measure as bench_attention
 from biroute.launcher.bench.attention import page as bench_attention_report
 from biroute.launcher.bench.attention.measure import Setting, automatic_region_size, break_even, peak_bytes, slope
+from biroute.launcher.bench.commands import bench_app
+
+
+def test_a_length_is_whole_regions() -> None:
+    """Said before anything is measured."""
+    for lengths, message in (([512, 700], "700 is no multiple of a region's 64 tokens; use 704"), ([520], "use 512")):
+        with pytest.raises(UsageError, match=message):
+            bench_attention.check_lengths(lengths)
+    bench_attention.check_lengths([*bench_attention.LENGTHS, 704, 131_072])
+
+
+def test_a_length_leaves_out_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of 16,384 tokens and the training steps of a model as well, which take minutes."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        done = CliRunner().invoke(
+            bench_app, ["attention", "--length", "512", "--repeats", "1", "--json"], catch_exceptions=False
+        )
+    answer = json.loads(done.stdout)
+    found = [row["num_tokens"] for part in answer.values() if isinstance(part, list) for row in part]
+    assert set(found) == {512} and len(found) > 5
 
 
 def test_peak_bytes_counts_what_is_held_at_once() -> None:

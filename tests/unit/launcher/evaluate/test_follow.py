@@ -37,7 +37,8 @@ class Run:
 
     def _found(self, step: int) -> Any:
         meta = SimpleNamespace(progress=SimpleNamespace(step=step))
-        return SimpleNamespace(meta=meta, problem="torn" if self.problems.get(step) == "torn" else "")
+        problem = "torn" if self.problems.get(step) == "torn" else ""
+        return SimpleNamespace(path=Path(f"step-{step:08d}"), meta=meta, problem=problem)
 
     def _evaluate(self, request: Request, *_: object) -> Evaluation:
         assert request.model.step is not None
@@ -98,7 +99,11 @@ def test_damaged_and_removed_checkpoints_are_passed_over(run: Run) -> None:
     run.steps = [2, 4, 6, 8]
     run.problems = {2: "step-2: damaged checkpoint (bad); use another one", 4: "pruned", 6: "torn"}
     assert run.all() == [8]
-    assert run.said == ["step-2: damaged checkpoint (bad); use another one; passed over", "pruned; passed over"]
+    assert run.said == [
+        "step-00000006: torn; passed over",
+        "step-2: damaged checkpoint (bad); use another one; passed over",
+        "pruned; passed over",
+    ]
     run.steps = [2]
     with pytest.raises(UsageError, match="checkpoints: no checkpoint is valid"):
         run.all()

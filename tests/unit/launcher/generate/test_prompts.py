@@ -8,6 +8,7 @@ import pytest
 
 from biroute.configs.errors import UsageError
 from biroute.launcher.generate.prompts import read_prompts
+from biroute.launcher.routes.text_file import read_text
 
 
 def test_lines_are_prompts(tmp_path: Path) -> None:
@@ -16,6 +17,17 @@ def test_lines_are_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": " ", "other": 1}')
     assert read_prompts(None, tmp_path / "p.jsonl") == ["a\nb", " "]
     assert read_prompts("x", None) == ["x"]
+
+
+@pytest.mark.parametrize(("name", "line"), [("p.txt", "one\r\n"), ("p.jsonl", '{"prompt": "one"}\r\n')])
+def test_the_mark_of_utf_8_is_no_part_of_a_prompt(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text("\ufeff" + line, encoding="utf-8", newline="")
+    assert read_prompts(None, tmp_path / name) == ["one"]
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_text_of_routes(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\ufeffone", encoding="utf-8")
+    assert read_text(tmp_path / "t.txt") == "one"
 
 
 @pytest.mark.parametrize(

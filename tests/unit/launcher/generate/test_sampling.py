@@ -56,6 +56,15 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(options: dict[str, A
     torch.testing.assert_close(distribution(settings, seen), expected, atol=2 / len(GRID), rtol=0)
 
 
+@pytest.mark.parametrize("logits", [LOGITS, LOGITS - 9])  # those all below 0 become -inf
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])
+def test_a_temperature_near_zero_draws_among_the_likeliest(logits: torch.Tensor, temperature: float) -> None:
+    settings = Settings(temperature=temperature)
+    assert [choose_token(logits, [], settings, u).token for u in (0.0, 0.49, 0.51, 0.99)] == [1, 1, 3, 3]
+    penalized = Settings(temperature=temperature, repetition_penalty=1e-300)
+    assert choose_token(logits, [2], penalized, 0.5).token == 2
+
+
 def test_greedy_takes_the_lowest_of_the_likeliest() -> None:
     assert [choose_token(LOGITS, [], Settings(temperature=0), u).token for u in (0.0, 0.99)] == [1, 1]
     assert choose_token(LOGITS, [1, 3], Settings(temperature=0, repetition_penalty=2.0), 0.0).token == 2
@@ -107,3 +116,5 @@ def test_the_last_values_that_are_in_range() -> None:
 def test_an_empty_stop_text_is_refused() -> None:
     with pytest.raises(UsageError, match="--stop is empty"):
         Settings(stop=("x", ""))
+    with pytest.raises(UsageError, match="--stop is not valid UTF-8"):
+        Settings(stop=("x", "\udcff"))  # what Python makes of a byte that is none

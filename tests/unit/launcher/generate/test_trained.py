@@ -101,9 +101,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_unless_it_is_named(run: Pa
     meta.write_text(meta.read_text()[:-9])
     with pytest.raises(UsageError, match=r"meta\.json is unreadable .*; choose another with --checkpoint"):
         opened(run, step=2)
+    assert opened(run, say=said.append).meta.progress.step == 1
+    assert "step-00000002: meta.json is unreadable" in said[1] and said[1].endswith("trying the one before it")
     damage(run, 1)
     with pytest.raises(UsageError, match="no checkpoint is valid; restore one"):
         opened(run)
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_gives_way_to_its_newest(run: Path, built: DataConfig) -> None:
+    config, damaged = config_of(run, built), list[str]()
+    damage(run, 2)
+
+    def train_on(line: str) -> None:  # while step 2 was read: keep=1
+        damaged.append(line)
+        if len(damaged) == 1:
+            save(run, config, built, 3)
+            shutil.rmtree(run / "checkpoints" / "step-00000001")
+            shutil.rmtree(run / "checkpoints" / "step-00000002")
+
+    assert opened(run, say=train_on).meta.progress.step == 3
 
 
 def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
@@ -122,10 +138,14 @@ def test_folders_that_are_no_run(run: Path, tmp_path: Path) -> None:
 
 def test_the_tokenizer_is_the_runs_or_the_datasets_or_the_one_that_is_named(run: Path, built: DataConfig) -> None:
     (run / "tokenizer.model").rename(run / "elsewhere.model")
+    (run / "tokenizer.model").write_bytes(b"damaged")
     assert opened(run).tokenizer.encode("a")  # the dataset's
     tree = yaml.safe_load((run / "config.yaml").read_text())
     tree["data"]["dir"] = str(run / "gone")
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UsageError, match=r"\(\w{12}\) is missing: \S+/tokenizer.model: .* damaged one; name its"):
+        opened(run)
+    (run / "tokenizer.model").unlink()
     with pytest.raises(UsageError, match=r"\(\w{12}\) is missing: it is not in .*; name its file with"):
         opened(run)
     assert opened(run, tokenizer=run / "elsewhere.model").tokenizer.encode("a")

@@ -89,7 +89,7 @@ def test_memory_by_hand() -> None:
     count = 4 * (BLOCK + 16) + 320 * 8 + 8
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * count, 4 * count, 12 * count)
     # A token: inputs (fp32) and outputs of norms; q, k, v, rotated q and k, output and its copy; log-sum-exps; MLP.
-    block = 2 * (4 + 2) * 8 + 2 * 7 * 8 + 4 * 2 + 2 * 5 * 16
+    block = 2 * (4 + 2) * 8 + 2 * 7 * 8 + 4 * 2 + 2 * 3 * 16
     assert memory.activations == 32 * (4 * block + 6 * 8)
     assert memory.logits == 32 * 320 * 2  # bf16, on a GPU
     assert memory.buffers == 4 * count

@@ -14,7 +14,7 @@ from biroute.launcher.bench.plan import page
 ROOT = Path(__file__).resolve().parents[4]
 GPUS = ("a100", "h100")
 # More than 10% too low, with the reason that docs/benchmarks/plan.md gives.
-MEMORY_MISSES = ("26", "27, 1F1B")
+MEMORY_MISSES = ("27b, S 262,144",)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -38,7 +38,7 @@ def test_one_chip_has_one_constant() -> None:
 @pytest.mark.parametrize("run", MEASURED_MEMORY, ids=lambda run: run.row)
 def test_memory_of_public_runs(run) -> None:  # type: ignore[no-untyped-def]
     error = memory_error(run)
-    assert -0.25 < error < -0.1 if run.row in MEMORY_MISSES else abs(error) < 0.1
+    assert -0.13 < error < -0.1 if run.row in MEMORY_MISSES else abs(error) < 0.1
 
 
 def test_every_run_names_its_source() -> None:

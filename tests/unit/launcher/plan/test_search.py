@@ -13,7 +13,7 @@ from biroute.configs.layout import resolve_layout
 from biroute.configs.load import config_from_tree
 from biroute.configs.schema import RunConfig
 from biroute.launcher.plan.prediction import make_plan
-from biroute.launcher.plan.report import as_values, plan_table, search_table
+from biroute.launcher.plan.report import as_values, nothing_fits, plan_table, search_table
 from biroute.launcher.plan.scaling import scaled
 from biroute.launcher.plan.search import TOO_LARGE, reason_of, remedy, search_layouts
 
@@ -53,6 +53,16 @@ def test_what_is_too_large_falls_out() -> None:
     assert 0 < found.dropped[TOO_LARGE] < len(everything.plans)
     assert len(found.plans) + found.dropped[TOO_LARGE] == len(everything.plans)
     assert f"fell out: {found.dropped[TOO_LARGE]:5} {TOO_LARGE}" in search_table(found)
+
+
+def test_where_nothing_fits_the_least_memory_is_named() -> None:
+    everything = search_layouts(config(), 4, H100, 0.4).plans
+    least = min(plan.memory.total for plan in everything)
+    found = search_layouts(config(), 4, H100.model_copy(update={"memory_gib": (least - 2**20) / 2**30}), 0.4)
+    assert not found.plans and found.smallest is not None and found.smallest.memory.total == least
+    assert f"least memory: {found.smallest.layout}, recompute" in search_table(found)
+    assert "1.00 MiB too much\n" in search_table(found)
+    assert nothing_fits(found.smallest).endswith("1.00 MiB too few; plan more --nodes")
 
 
 def test_no_legal_layout_is_a_usage_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,11 @@ def test_a_run_folder_is_only_an_address(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_only_begun_has_a_page(store: Store, tmp_path: Path) -> None:
-    run_id = store.client.create_run(store.experiment, run_name="new").info.run_id
-    report(run_id, "--uri", store.uri, "--out", tmp_path / "out")
-    assert "| new | - | RUNNING | - | - | - | - | - |" in (tmp_path / "out" / "report.md").read_text()
+    run_id = store.client.create_run(store.experiment, run_name="new 春\x1b").info.run_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # matplotlib's, of a font that lacks a character
+        report(run_id, "--uri", store.uri, "--out", tmp_path / "out")
+    assert "| new 春\\\\x1b | - | RUNNING | - | - | - | - | - |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_settings_that_differ(store: Store) -> None:

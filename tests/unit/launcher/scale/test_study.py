@@ -114,7 +114,10 @@ def test_an_interrupted_study_runs_only_what_is_not_finished(
     asked: list[int] = []
     ends = iter([EXIT_OK, EXIT_STOPPED, EXIT_OK, EXIT_FAILURE, EXIT_OK])
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
     def train(size_config: RunConfig, ranks: int) -> int:
+        assert size_config.train.threads_per_rank == 1, "as many as in every other size"
         asked.append(ranks)
         return trained(size_config, ranks, status=next(ends))
 

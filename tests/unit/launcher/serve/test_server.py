@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
-from helpers.served import ByteTokenizer, Served, post, served, until
+from helpers.served import ByteTokenizer, Served, post, response, served, until
 
 from biroute.launcher.generate.continuation import Prompt, continue_prompts
 from biroute.launcher.generate.settings import Settings
@@ -152,6 +153,7 @@ WRONG: list[tuple[Any, str | None, str]] = [
     ({"prompt": "a", "n": 100}, "n", "ask for 100 texts; this server takes at most 12"),
     ({"prompt": "a", "seed": 2**63}, "seed", "seed=9223372036854775808: "),
     ({"prompt": "a", "stop": ""}, "stop", 'stop="": give a text'),
+    ({"prompt": "a", "stop": "\ud800"}, "stop", "stop is no valid Unicode"),
     ({"prompt": "a", "stop": ["b"] * 17}, "stop", "stop has 17 texts; use at most 16"),
     ({"prompt": "a", "stream": "yes"}, "stream", 'stream="yes"'),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
@@ -209,7 +211,7 @@ def test_fields_that_ask_for_nothing_are_taken_and_further_ones_act(tiny: Served
         (b"GET /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, "takes POST, not GET"),
         (b"POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", 405, "takes GET, not POST"),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n\r\n", 411, "Content-Length"),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 411, "Content-Length"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", 400, "Content-Length"),
         (
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n",
             413,
@@ -218,20 +220,26 @@ def test_fields_that_ask_for_nothing_are_taken_and_further_ones_act(tiny: Served
         (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403, "Host: evil.example is not this machine"),
         (b"GET /health HTTP/1.1\r\nHost: [::1\r\n\r\n", 403, "is not this machine"),
         (b"nonsense\r\n\r\n", 400, ""),
+        (b"GET http://[/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 404, "there is nothing at http://[/health"),
+        (b"POST //[ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", 404, "there is nothing at //["),
         (b"GET /health HTTP/9\r\n\r\n", 400, ""),
         (b"\x16\x03\x01\x02\r\n\r\n", 400, ""),
-        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414, ""),
+        (b"GET /" + b"a" * 400_000 + b" HTTP/1.1\r\n\r\n", 414, ""),
+        (b"GET / HTTP/1.1\r\nA: " + b"a" * 400_000 + b"\r\n\r\n", 431, ""),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n", 501, ""),
+        (post({}).replace(b"Content-Length: 2", b"Transfer-Encoding: chunked") + b"\r\n", 400, "chunk"),
     ],
 )
-def test_broken_requests_get_an_error_object(tiny: Served, request_bytes: bytes, status: int, message: str) -> None:
+def test_broken_requests_get_an_error_object(
+    tiny: Served, request_bytes: bytes, status: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with tiny.raw(request_bytes) as connection:
-        answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
-    head, _, body = answer.partition(b"\r\n\r\n")
+        head, body = response(connection)
     assert message in json.loads(body)["error"]["message"]
     assert head.startswith(b"HTTP/1.1 %d" % status) or status == 400
     assert tiny.ask("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert not caplog.records  # nor does the terminal show anything of it
 
 
 def test_a_connection_takes_several_requests(tiny: Served) -> None:
@@ -257,6 +265,25 @@ def test_a_client_that_has_gone_frees_its_place(stream: bool) -> None:
         assert one.complete(prompt="b", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
+def test_a_client_that_has_gone_frees_its_place_while_tokens_come_fast() -> None:
+    with served(max_batch=1, queue=1) as one:
+        step, steps, running = one.worker.model.step, list[int](), list[int]()
+
+        def close_first(*arguments: Any) -> Any:
+            steps.append(0)
+            running.append(one.metric("biroute_running"))
+            if len(steps) == 3:
+                connection.close()
+            time.sleep(0.01)
+            return step(*arguments)
+
+        one.worker.model.step = close_first  # type: ignore[method-assign]
+        connection = one.raw(post({"prompt": "a", "max_tokens": 90, "temperature": 0}))
+        until(lambda: len(steps) >= 3 and one.metric("biroute_running") == 0)
+        assert one.metric("biroute_cancelled_total") == 1 and len(steps) < 60
+        assert set(running) == {1}  # also in the middle of a step
+
+
 def test_a_full_queue_says_when_to_try_again() -> None:
     with served(max_batch=1, queue=1) as one:
         one.gate.close()
@@ -267,7 +294,8 @@ def test_a_full_queue_says_when_to_try_again() -> None:
         ]
         for thread in threads:
             thread.start()
-        until(lambda: one.metric("biroute_waiting") == 1)
+        # Not the first one, before it runs: there would still be a place.
+        until(lambda: one.metric("biroute_generated_tokens_total") == 1 and one.metric("biroute_waiting") == 1)
         status, content, headers = one.ask("POST", "/v1/completions", {"prompt": "b"})
         assert (status, content["error"]["code"]) == (429, "queue_full") and int(headers["Retry-After"]) >= 1
         one.gate.open()

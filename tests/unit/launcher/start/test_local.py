@@ -49,3 +49,26 @@ def test_of_ranks_that_failed_alike_the_earliest_cause_is_shown(
     err = capsys.readouterr().err
     assert err.startswith("error: rank 2 on here: ValueError: boom\n")
     assert "last words of 2" in err
+
+
+def test_a_usage_error_of_another_rank_is_its_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = [subprocess.Popen(["sh", "-c", ending]) for ending in (FAILED, USAGE_ERROR)]
+    for rank in ranks:
+        rank.wait()
+    write_failure(tmp_path, Failure(1, "here", 1.0, 7, "user", "a.tar: it is damaged; build it again"))
+    write_failure(tmp_path, Failure(0, "here", 2.0, 7, "peer", "Connection closed by peer"))
+    assert _watch(ranks, tmp_path) == 2
+    assert capsys.readouterr().err == "error: a.tar: it is damaged; build it again\n"
+
+
+def test_rank_0_that_only_lost_a_silent_rank_is_shown_from_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows from another rank's end, rank 0 wrote to its log alone."""
+    ranks = [subprocess.Popen(["sh", "-c", FAILED]) for _ in range(2)]
+    for rank in ranks:
+        rank.wait()
+    write_failure(tmp_path, Failure(0, "here", 2.0, 7, "peer", "Connection closed by peer"))
+    (tmp_path / "rank-00000.log").write_text("RuntimeError: Connection closed by peer\n")
+    assert _watch(ranks, tmp_path) == 1
+    assert "RuntimeError: Connection closed by peer" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from biroute.launcher.track import uploader as module
+from biroute.launcher.track.artifact_uploader import ArtifactUploader
 from biroute.launcher.track.metrics_log import MetricsLog, Point
 from biroute.launcher.track.mlflow_errors import Trouble
 from biroute.launcher.track.upload_state import TrackingState
@@ -31,6 +32,7 @@ class Store:
         self.ended: list[str] = []
         self.calls = 0
         self.timeout = 5.0
+        self.left_alone_until = 0.0
         self._limit = limit
 
     def _call(self, name: str, size: int = 0) -> None:
@@ -62,8 +64,10 @@ class Store:
         return False
 
     def explain(self, error: Exception) -> Trouble:
-        wish = 0.8 if isinstance(error, BlockingIOError) else 0.0
-        return Trouble(str(error), isinstance(error, PermissionError), isinstance(error, TimeoutError), wish)
+        return Trouble(str(error), isinstance(error, PermissionError), isinstance(error, TimeoutError))
+
+    def seconds_to_wait(self) -> float:
+        return max(0.0, self.left_alone_until - time.monotonic())
 
     def set_timeout(self, seconds: float) -> None:
         self.timeout = seconds
@@ -109,6 +113,27 @@ def test_a_slow_server_gets_smaller_calls_and_more_time(tmp_path: Path) -> None:
     uploader.finish(END, 20)
     assert store.ended == ["FINISHED"]
     assert "timed out (tracking.timeout_seconds=5; calls now wait up to 20 s); training continues" in said[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_attempt_that_is_overtaken_during_a_call_writes_nothing_more(tmp_path: Path) -> None:
+    """As on a lost node, which stands still in a call and goes on when another attempt has finished the run."""
+    newer = b"the state of the next attempt"
+
+    calls: list[str] = []
+
+    def overtaken(call: str, size: int) -> None:
+        calls.append(call)
+        if call == "points":
+            uploader._state.owned = lambda: False
+            (tmp_path / "tracking_state.json").write_bytes(newer)
+
+    uploader, _ = begin(tmp_path, Store(overtaken))
+    uploader.start()
+    uploader.join(20)
+    assert not uploader.is_alive()
+    assert calls.count("points") == 1
+    assert (tmp_path / "tracking_state.json").read_bytes() == newer
 
 
 @pytest.mark.usefixtures("quick")
@@ -178,7 +203,8 @@ def test_a_server_that_wants_to_be_left_alone_is_also_at_the_end(tmp_path: Path)
     def busy(call: str, size: int) -> None:
         calls.append(time.monotonic())
         if len(calls) <= 3:
-            raise BlockingIOError("answers 503")
+            store.left_alone_until = time.monotonic() + 0.8
+            raise ConnectionError("answers 503")
 
     store = Store(busy)
     uploader, said = begin(tmp_path, store)
@@ -188,6 +214,23 @@ def test_a_server_that_wants_to_be_left_alone_is_also_at_the_end(tmp_path: Path)
     assert store.ended == ["FINISHED"] and len(store.points) == 2 * STEPS
     assert all(second - first >= 0.8 for first, second in pairwise(calls[:4]))
     assert said[0].startswith("answers 503, and asks to be left alone for 1 s; training continues")
+
+
+def test_files_and_checkpoints_leave_a_busy_server_alone_too(tmp_path: Path) -> None:
+    store = Store()
+    (tmp_path / "picture.png").write_bytes(b"x")
+    state = TrackingState(tmp_path / "tracking_state.json", "store experiment")
+    files = ArtifactUploader(tmp_path, state, store, print)
+
+    def send() -> int:
+        files._send("picture.png")
+        files._send_checkpoints()
+        return store.calls
+
+    store.left_alone_until = time.monotonic() + 60  # which the points were told
+    assert send() == 0
+    store.left_alone_until = 0.0
+    assert send() == 2 and store.files == [tmp_path / "picture.png"]
 
 
 def test_no_pause_is_longer_than_ten_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

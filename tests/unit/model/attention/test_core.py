@@ -12,7 +12,7 @@ from biroute.configs.load import config_from_tree
 from biroute.model.attention import core, grid, partial, reference, routing
 from biroute.model.attention.bi_level import dense_attention
 from biroute.model.attention.core import CoreAttention
-from biroute.model.attention.rope import apply_rotary, rotary_tables
+from biroute.model.attention.rope import apply_rotary, rotary_tables, rotate_token, whole_head_tables
 from biroute.model.attention.rule import RouteRule
 
 BASE: dict[str, Any] = {
@@ -128,3 +128,13 @@ def test_a_router_of_ones_own_decides_the_route() -> None:
     assert torch.equal(before[:, :, 8:], after[:, :, 8:])  # each token sees its own region only
     assert not torch.equal(before[:, :, :8], after[:, :, :8])
     assert [number for number, _ in seen] == [0, 0] and seen[0][1] is route
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_is_rotated_to_the_bits_of_a_sequence(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 48, 3, 16).to(dtype)
+    tables = rotary_tables(48, 0, 16, 10_000.0, x.device)
+    expected = apply_rotary(x.transpose(2, 3), *tables).transpose(2, 3)
+    cosines, sines = whole_head_tables(48, 16, 10_000.0, x.device)
+    for token in range(48):
+        assert torch.equal(rotate_token(x[:, :, token], cosines[token], sines[token]), expected[:, :, token])

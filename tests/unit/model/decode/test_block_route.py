@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.routing import choose_regions
+from biroute.model.attention.routing import choose_regions, query_descriptors
 from biroute.model.attention.rule import RouteRule
 from biroute.model.decode import block_route
-from biroute.model.decode.block_route import route_of_block
+from biroute.model.decode.block_route import query_of_block, route_of_block
 
 RULES: dict[str, dict[str, Any]] = {
     "own and previous": {},
@@ -26,7 +26,7 @@ def both_routes(query_GD: Tensor, keys_nGRD: Tensor, rule: RouteRule) -> tuple[T
     own = keys_nGRD.shape[2] - 1
     longest = float(keys_nGRD[:, :, :-1].norm(dim=3).max()) if own else 0.0
     expected = choose_regions(query_GD[None, :, None], keys_nGRD[:, None].double(), rule, first_block=own)
-    return route_of_block(query_GD, keys_nGRD, rule, longest), expected
+    return route_of_block(query_GD, keys_nGRD.permute(1, 2, 0, 3).flatten(1, 2), rule, longest), expected
 
 
 def rule_of(kind: str, descriptors: int) -> RouteRule:
@@ -56,7 +56,7 @@ def test_of_equal_regions_the_lower_one_wins(distinct: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e15, 1e-20])
-def test_regions_that_fp32_cannot_tell_apart(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_that_fp32_cannot_tell_apart(scale: float) -> None:
     """Their affinities differ only behind the digits that products in fp32 get right; the scan must not decide."""
     torch.manual_seed(1)
     base = torch.randn(64)
@@ -72,12 +72,27 @@ def test_regions_that_fp32_cannot_tell_apart(scale: float, monkeypatch: pytest.M
         assert not torch.equal(by_fp32[None, :, None], expected), "or this test would be about nothing"
 
 
-def test_many_regions_are_scanned_and_few_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    scan = block_route._route_by_scan
+def test_only_what_fp32_cannot_tell_apart_is_compared_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    among = block_route._route_among
     monkeypatch.setattr(
-        block_route, "_route_by_scan", lambda *given: asked.append((one := scan(*given)) is not None) or one
+        block_route, "_route_among", lambda near_M, *given: asked.append(len(near_M)) or among(near_M, *given)
     )
-    for regions in (100, 127, 300, 5000):
-        both_routes(torch.randn(2, 16), torch.randn(4, 2, regions, 16), rule_of("own and previous", 4))
-    assert asked == [True, True]
+    keys = torch.arange(300.0)[:, None].expand(1, 2, 300, 16).clone()
+    for equal in (0, 9):
+        keys[:, :, 290 : 290 + equal] = 295.0
+        found, expected = both_routes(torch.ones(2, 16), keys, rule_of("own alone", 1))
+        assert torch.equal(found, expected)
+    assert asked == [10]  # of the second keys: the equal ones and the own region
+
+
+@pytest.mark.parametrize("worst", [0.0, 1e14, 1e16, torch.inf, torch.nan])
+def test_the_query_of_a_block_is_trainings_descriptor(worst: float) -> None:
+    """Of a diverged model as well, where descriptors are clamped; how far fp32 may be off is finite then, too."""
+    torch.manual_seed(2)
+    q = torch.randn(1, 2, 3, 16)
+    q[0, 1, 2, 5] = worst or q[0, 1, 2, 5]
+    query, longest = query_of_block(q)
+    expected = query_descriptors(q.flatten(1, 2)[:, :, None], 2, 1, True)[0, :, 0]
+    assert torch.equal(query, expected)
+    assert longest == pytest.approx(float(expected.double().norm()), rel=1e-6)

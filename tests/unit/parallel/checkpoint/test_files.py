@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import pytest
+
+from biroute.parallel.checkpoint import survey as survey_module
 from biroute.parallel.checkpoint.files import fingerprint, folder_of_step, list_checkpoints, prune, unfinished_folder
-from biroute.parallel.checkpoint.meta import CheckpointMeta
+from biroute.parallel.checkpoint.meta import CheckpointMeta, read_meta
 from biroute.parallel.checkpoint.survey import checkpoint_of, survey
 
 
@@ -80,3 +84,18 @@ def test_a_renamed_one_is_no_checkpoint_and_is_left_alone(tmp_path: Path) -> Non
     assert checkpoint_of(tmp_path, None) == folder_of_step(tmp_path, 4)
     prune(tmp_path, keep=1, newest=4)
     assert [int(path.name[-2:]) for path in list_checkpoints(tmp_path)] == [12, 4, 0]
+
+
+def test_one_that_a_run_removes_while_it_is_looked_at_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write_meta(tmp_path, step)
+
+    def remove_first(path: Path) -> CheckpointMeta:
+        if path.name.endswith("1"):
+            shutil.rmtree(path)
+        return read_meta(path)
+
+    monkeypatch.setattr(survey_module, "read_meta", remove_first)
+    assert [one.path.name for one in survey(tmp_path, deep=False)] == ["step-00000002"]

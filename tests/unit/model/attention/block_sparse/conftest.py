@@ -19,6 +19,14 @@ def device() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def unset_memory() -> Iterator[None]:
+    """New memory holds NaN or huge numbers, so that nothing reads what nothing wrote."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def undefined_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """A masked load without `other` gives NaN or a huge number, where Triton's interpreter would give 0.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from biroute.model.attention.block_sparse import attention as kernels
-from biroute.model.attention.block_sparse.plan import Blocking, plan_tiles
+from biroute.model.attention.block_sparse.plan import TilePlan
 from biroute.model.attention.grid import RegionGrid
 
 
@@ -31,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     scratch: int = 1 << 29
     unit_rows: int = 1024
+    short: int = 0  # regions for each slot of a route up to which forward shares everything
 
     @property
     def grid(self) -> RegionGrid:
@@ -52,7 +53,16 @@ CASES = {
                                             dtype=torch.float16),
     "more slots than regions": Case(tokens=32, key_tokens=32, topk=6),
     "sixteen heads": Case(heads=16, tokens=32, key_tokens=32, topk=2),
+    "regions that nobody chose": Case(tokens=16, key_tokens=128, block=16, topk=2, causal=False),
+    "regions that nobody chose, many segments": Case(tokens=64, key_tokens=128, topk=2, causal=False, empty=0.95,
+                                                     scratch=20_000, unit_rows=16),
     "one head": Case(heads=1, tokens=64, topk=2),
+    "short, all shared in forward alone": Case(heads=4, tokens=96, key_tokens=96, head_size=16, short=4,
+                                               scratch=60_000, unit_rows=16),
+    "several tiles and pairs in a unit": Case(heads=1, tokens=256, key_tokens=256, head_size=16, region=8, topk=4,
+                                              unit_rows=32),
+    "fewer blocks than a tile, the last one short": Case(heads=3, tokens=72, key_tokens=72, head_size=16, region=8,
+                                                         block=2, topk=2, unit_rows=64),
 }  # fmt: skip
 
 
@@ -110,8 +120,9 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 def test_values_and_gradients_equal_dense_masked_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", case.scratch)
-    monkeypatch.setattr(kernels, "FORWARD_UNIT_ROWS", case.unit_rows)
-    monkeypatch.setattr(kernels, "BACKWARD_UNIT_ROWS", case.unit_rows)
+    monkeypatch.setattr(kernels, "SHORT", case.short)
+    for bound in ("FORWARD_UNIT_ROWS", "BACKWARD_UNIT_ROWS", "BLOCK_UNIT_ROWS"):
+        monkeypatch.setattr(kernels, bound, case.unit_rows)
     q, k, v, dout = inputs(case)
     route = random_route(case)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
@@ -132,11 +143,17 @@ def test_values_and_gradients_equal_dense_masked_attention(name: str, monkeypatc
         assert_near(found_gradient, gradient, 2 * tolerance)
 
 
+def plan_of(case: Case, route: Tensor) -> TilePlan:
+    """The plan of a forward pass in one launch."""
+    q, k, v, _ = inputs(case)
+    (launch,) = kernels.Call.of(q, k, v, route, case.grid).forward_launches()
+    return launch.plan
+
+
 def test_a_case_scatters_pairs_of_every_head() -> None:
     """Otherwise the offsets of a head in the kernels of scattered pairs would be tested at head 0 alone."""
     case = CASES["scattered pairs of every head"]
-    sizes = Blocking.of(heads=case.heads, block=case.block, region=case.region, head_size=case.head_size)
-    plan = plan_tiles(random_route(case).flatten(0, 1).int(), case.key_tokens // case.region, sizes)
+    plan = plan_of(case, random_route(case))
     pairs = plan.scattered.sum((1, 2))
     assert len(pairs) == 4
     assert pairs.min() > 20
@@ -146,10 +163,18 @@ def test_a_case_scatters_pairs_of_every_head() -> None:
 def test_a_case_scatters_the_own_region() -> None:
     """Otherwise the causal mask inside a region would be tested where tiles share it alone."""
     case = CASES["own regions of few tokens, scattered"]
-    sizes = Blocking.of(heads=case.heads, block=case.block, region=case.region, head_size=case.head_size)
-    route = random_route(case).flatten(0, 1).int()
-    own = route == (torch.arange(case.tokens) // case.region)[:, None]
-    assert (plan_tiles(route, case.key_tokens // case.region, sizes).scattered & own).sum() > 20
+    route = random_route(case)
+    own = route.flatten(0, 1) == (torch.arange(case.tokens) // case.region)[:, None]
+    assert (plan_of(case, route).scattered & own).sum() > 20
+
+
+def test_short_sequences_share_everything_in_forward_alone() -> None:
+    case = Case(tokens=16, key_tokens=16 * 8, region=8, topk=4, causal=False)
+    route = torch.zeros(1, 1, 16, 4, dtype=torch.int64)
+    for regions, short in ((16, True), (17, False)):
+        q, k = torch.empty(1, 2, 16, 32), torch.empty(1, 1, regions * 8, 32)
+        call = kernels.Call.of(q, k, k, route, case.grid)
+        assert (call.sizes.all_shared, call.turned().sizes.all_shared) == (short, False)
 
 
 def test_two_runs_give_the_same_bits() -> None:

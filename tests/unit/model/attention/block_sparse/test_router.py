@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biroute.model.attention.block_sparse.router import BLOCKS, fused_route, stretches
+from biroute.model.attention.block_sparse.router import BLOCKS, finalists, fused_route, stretches
 from biroute.model.attention.routing import key_descriptors, query_descriptors, route_query_blocks
 from biroute.model.attention.rule import MOST_REGIONS_OF_KERNEL, RouteRule
 
@@ -34,6 +34,18 @@ def both(q: Tensor, k: Tensor, rule: RouteRule, first_token: int = 0) -> tuple[T
 def test_the_route_is_that_of_plain_torch(name: str) -> None:
     q, k = torch.randn(2, 4, 112, 24), torch.randn(2, 2, 112, 24)
     found, expected = both(q, k, RULES[name])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("causal", "whole_numbers"), [(True, False), (False, False), (True, True)])
+def test_finalists_of_wide_rows_give_the_same_route(causal: bool, whole_numbers: bool) -> None:
+    """Whole numbers: more regions are equal than there are places for finalists, so that whole rows are compared."""
+    rule = RouteRule(1, 1, 4, causal, force_previous=False)
+    assert finalists(rule.topk, 256) == 16
+    q, k = torch.randn(1, 1, 256, 16), torch.randn(1, 1, 256, 16)
+    if whole_numbers:
+        q, k = q.sign() * (torch.arange(16) < 2), k.sign() * (torch.arange(16) < 2)
+    found, expected = both(q, k, rule)
     assert torch.equal(found, expected)
 
 
