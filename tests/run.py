@@ -1,8 +1,9 @@
 """Run all tests as three pytest processes side by side: `make test`.
 
 The tests on a Slurm cluster mostly wait for its daemons, and those through the command line for processes to start,
-while those of distributed ranks compute. Arguments are passed on to all of them, `-k name` say. What failed is told once
-more at the very end, after the lines of all parts: of a long log, many a reader sees its end only.
+while those of distributed ranks compute. Arguments are passed on to all of them, `-k name` say.
+
+What failed is told once more at the very end, after the lines of all parts: of a long log, many read no more.
 """
 
 from __future__ import annotations
