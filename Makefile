@@ -69,11 +69,11 @@ check: $(INSTALLED) types ## lint, types, import contract, fast tests: before ea
 	PYTHONPATH=.types $(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
 
-# On a machine with a GPU: the tests of the kernels, compiled for it, and what the machine can do.
-gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, and what it can do
+# On a machine with a GPU: the tests of the kernels, compiled for it, what the machine can do, and how fast a layer is.
+gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, what it can do, and the benchmark
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse tests/unit/model/test_swiglu.py && \
-	    $(BIN)/biroute doctor --gpu; \
+	    $(BIN)/biroute doctor --gpu && $(BIN)/biroute bench gpu; \
 	else echo "make gpu-check: torch sees no GPU here, so nothing was checked"; fi
 
 # Small mistakes in the core, and settings that are forgotten, one at a time: do the tests notice? About an hour.

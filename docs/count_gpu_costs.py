@@ -30,12 +30,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers.emulated_device import FREE  # noqa: E402
 
-from biroute.launcher.generate.trained import ModelChoice, open_trained  # noqa: E402
+from biroute.launcher.bench.gpu.routes import trained_routes  # noqa: E402
 from biroute.model.attention.block_sparse import attention, backward, cost, descriptors, forward, plan_kernels, router  # noqa: E402
 from biroute.model.attention.block_sparse.descriptors import mean_descriptors  # noqa: E402
 from biroute.model.attention.block_sparse.plan_reference import reference_plan  # noqa: E402
 from biroute.model.attention.grid import RegionGrid  # noqa: E402
-from biroute.model.attention.routing import LARGEST_DESCRIPTOR, route_regions  # noqa: E402
+from biroute.model.attention.routing import LARGEST_DESCRIPTOR  # noqa: E402
 from biroute.model.attention.rule import RouteRule  # noqa: E402
 
 HEADS, GROUPS, HEAD_SIZE, REGION, TOPK = 32, 8, 128, 64, 32
@@ -106,28 +106,6 @@ KERNELS = [
     (backward, "join_units"), (router, "route_blocks"), (descriptors, "mean_rows"), (plan_kernels, "plan_groups"),
     (plan_kernels, "place_regions"), (plan_kernels, "sort_pairs"),
 ]  # fmt: skip
-
-
-def trained_routes(run: Path, text: Path) -> dict[int, Tensor]:
-    """Routes int32 [1, G, N, K] of the longest sequence by tokens of a query block."""
-    trained = open_trained(ModelChoice(run=run, device="cpu"))
-    tokens = trained.tokenizer.encode(text.read_text(encoding="utf-8"))
-    if len(tokens) < LENGTHS[-1]:
-        raise SystemExit(f"{text}: {len(tokens)} tokens; a text of {LENGTHS[-1]} is needed")
-    found: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
-    for core in trained.model.cores:
-
-        def choose(q: Tensor, k: Tensor, core: Any = core) -> Tensor:
-            for block in BLOCKS:
-                rule = RouteRule(REGION, block, TOPK, True, descriptors_per_region=core.rule.descriptors_per_region)
-                found[block].append(route_regions(q, k, rule).int())
-            sys.stderr.write(f"layer {core.layer}: routed\n")
-            return route_regions(q, k, core.rule)
-
-        core.router = choose
-    with torch.no_grad():
-        trained.model.layers.hidden_states(torch.tensor([tokens[: LENGTHS[-1]]]))
-    return {block: torch.cat(routes, 1)[:, :GROUPS] for block, routes in found.items()}
 
 
 def random_route(tokens: int, block: int) -> Tensor:
@@ -222,7 +200,7 @@ def count_router(q: Tensor, k: Tensor, route: Tensor, block: int, per_region: in
 
 def main() -> None:
     run, text = (Path(name) for name in sys.argv[1:3])
-    of_model = trained_routes(run, text)
+    of_model = trained_routes(run, text, LENGTHS[-1], BLOCKS, region_size=REGION, topk=TOPK, heads=GROUPS)
     rows = []
     for tokens in LENGTHS:
         for block in BLOCKS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from biroute.launcher.bench.gpu.targets import TARGETS, Compared, Target
 from biroute.launcher.plan.hardware import HardwareProfile, load_hardware
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,70 +113,37 @@ def least_seconds(row: dict[str, Any], profile: HardwareProfile) -> dict[str, fl
     return found
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A layer with trained routes beside dense attention: how many times as fast it is expected to be."""
-
-    forward: float
-    both: float
-    descriptors: float  # time with 8 descriptors over time with 1, both directions
-    router: float  # share of both directions
-    memory: float  # peak over what dense attention holds
-    memory_of_flash: float  # the same, with the buffers of FlashAttention-2's backward
-
-    @staticmethod
-    def of(row: dict[str, Any], profile: HardwareProfile) -> Compared:
-        dense_forward, dense_both = (ms / 1e3 for ms in DENSE_H200[row["tokens"]])
-        rates = Rates.expected(profile)
-        parts, single = layer_seconds(row, rates), sum(layer_seconds(row, rates, "1").values())
-        total = sum(parts.values())
-        # fp32 gradients of the queries; those of keys and values for every query head.
-        buffers = row["tokens"] * HEADS * HEAD_SIZE * (4 + 2 * ELEMENT)
-        peak, dense = row["torch"]["peak_bytes"], row["torch"]["dense_bytes"]
-        return Compared(
-            forward=dense_forward / (parts["router"] + parts["forward"]),
-            both=dense_both / total,
-            descriptors=total / single,
-            router=parts["router"] / total,
-            memory=peak / dense,
-            memory_of_flash=peak / (dense + buffers),
-        )
-
-
-# What is asked for: text, tokens, tokens of a query block, value, at least or at most, what it is compared with.
-TARGETS: list[tuple[str, int, int, str, str, float]] = [
-    ("forward, times as fast as dense", 131_072, 1, "forward", ">=", 5.0),
-    ("forward + backward", 131_072, 1, "both", ">=", 9.0),
-    ("forward", 32_768, 1, "forward", ">=", 1.5),
-    ("forward + backward", 32_768, 1, "both", ">=", 2.5),
-    ("forward", 131_072, 64, "forward", ">=", 12.0),
-    ("forward + backward", 131_072, 64, "both", ">=", 12.0),
-    ("forward", 32_768, 64, "forward", ">=", 4.0),
-    ("forward + backward", 32_768, 64, "both", ">=", 4.0),
-    ("never slower than dense: forward + backward", 8_192, 1, "both", ">=", 1 / 1.05),
-    ("the same", 8_192, 64, "both", ">=", 1 / 1.05),
-    ("8 descriptors over 1, time", 131_072, 1, "descriptors", "<=", 1.2),
-    ("router, share of the time", 131_072, 1, "router", "<=", 0.25),
-    ("peak memory over dense attention's tensors", 131_072, 1, "memory", "<=", 1.3),
-    ("peak memory, dense with FlashAttention-2's buffers", 131_072, 1, "memory_of_flash", "<=", 1.3),
-]
+def compared(row: dict[str, Any], profile: HardwareProfile) -> Compared:
+    """A layer beside dense attention: how many times as fast it is expected to be."""
+    dense_forward, dense_both = (ms / 1e3 for ms in DENSE_H200[row["tokens"]])
+    rates = Rates.expected(profile)
+    parts, single = layer_seconds(row, rates), sum(layer_seconds(row, rates, "1").values())
+    total = sum(parts.values())
+    # FlashAttention-2's: fp32 gradients of the queries; those of keys and values for every query head.
+    buffers = row["tokens"] * HEADS * HEAD_SIZE * (4 + 2 * ELEMENT)
+    peak, dense = row["torch"]["peak_bytes"], row["torch"]["dense_bytes"]
+    return Compared(
+        forward=dense_forward / (parts["router"] + parts["forward"]),
+        both=dense_both / total,
+        descriptors=total / single,
+        router=parts["router"] / total,
+        memory=peak / dense,
+        memory_of_dense=peak / (dense + buffers),
+    )
 
 
 def _find(rows: list[dict[str, Any]], tokens: int, block: int, route: str = "trained") -> dict[str, Any]:
     return next(row for row in rows if (row["tokens"], row["block"], row["route"]) == (tokens, block, route))
 
 
-def _target_row(rows: list[dict[str, Any]], target: tuple[str, int, int, str, str, float]) -> list[str]:
-    text, tokens, block, name, sign, asked = target
+def _target_row(rows: list[dict[str, Any]], target: Target) -> list[str]:
     h200, h100, scattered = (
-        getattr(Compared.of(_find(rows, tokens, block, route), load_hardware(gpu)), name)
+        compared(_find(rows, target.tokens, target.block, route), load_hardware(gpu))
         for gpu, route in (("h200", "trained"), ("h100", "trained"), ("h200", "random"))
     )
-    met = h200 >= asked if sign == ">=" else h200 <= asked
-    return [
-        text, f"{tokens:,}", str(block), f"{sign} {asked:.3g}", f"{h200:.2f} (paper)", f"{h100:.2f} (paper)",
-        f"{scattered:.2f} (paper)", "yes" if met else "**no**",
-    ]  # fmt: skip
+    cells = [f"{target.found(one):.2f} (paper)" for one in (h200, h100, scattered)]
+    return [target.text, f"{target.tokens:,}", str(target.block), target.bound, *cells,
+            "yes" if target.met(h200) else "**no**"]  # fmt: skip
 
 
 def _time_row(row: dict[str, Any]) -> list[str]:

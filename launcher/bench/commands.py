@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biroute.configs.errors import EXIT_FAILURE
 from biroute.launcher.cli.options import AsJson, ConfigPath, Overrides
 from biroute.launcher.start.library_warnings import ignore_library_warnings
 
@@ -73,6 +74,46 @@ def attention(
     targets = [setting for setting in TARGETS if lengths is None or setting.num_tokens in lengths]
     answer = run_bench(lengths or LENGTHS, repeats, targets, layout=layout, train_steps=measure)
     _report(answer, attention_page(answer), as_json, out)
+
+
+@bench_app.command()
+def gpu(
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--length", min=256, help="tokens of a sequence, repeatable; left out: 8,192 to 131,072"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each setting, of which the median is reported")] = 5,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="trained run whose routes are measured, too; regions of 64 tokens")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="text file that the run's model reads for its routes")
+    ] = None,
+    train_step: Annotated[
+        bool, typer.Option("--train-step/--no-train-step", help="also measure whole training steps of a model")
+    ] = True,
+    rows: Rows = None,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure a routed layer and training steps on a GPU beside dense attention, and what is asked of them.
+
+    Example: biroute bench gpu --run runs/demo --text book.txt --rows gpu-rows.jsonl --out docs/benchmarks
+
+    A few minutes; exit status 1 if a setting could not be measured.
+    """
+    os.environ["DS_ACCELERATOR"] = "cuda"  # over `prepare_libraries`
+    from biroute.launcher.bench.gpu import measure
+    from biroute.launcher.bench.gpu.page import gpu_page
+
+    device, wanted = measure.the_gpu(), lengths or list(measure.LENGTHS)
+    measure.check_lengths(wanted)
+    routes = measure.routes_of_run(run, text, max(wanted))
+    model = measure.STEP_MODEL if train_step else None
+    answer = measure.run_bench(device, wanted, repeats, routes=routes, step_model=model, rows=rows)
+    _report(answer, gpu_page(answer), as_json, out)
+    if answer["failed"]:
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @bench_app.command()

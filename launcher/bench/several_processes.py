@@ -48,7 +48,7 @@ def reports_of_ranks(
         torch.multiprocessing.ProcessException: a rank failed; the others were ended.
     """
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # some libraries warn when the ranks import them
-    train = (train or TrainConfig()).model_copy(update={"device": "cpu", "threads_per_rank": 1})
+    train = (train or TrainConfig()).model_copy(update={"threads_per_rank": 1})
     if preload:
         multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     with tempfile.TemporaryDirectory(prefix="biroute-bench-") as folder:
@@ -72,13 +72,16 @@ def _report(folder: Path, rank: int) -> Path:
     return folder / f"{rank}.json"
 
 
-def join_group(rank: int, ranks: int, folder: Path, train: TrainConfig) -> None:
-    """Make this process a rank on the CPU; the ranks meet in a file of `folder`. Collective."""
+def join_group(rank: int, ranks: int, folder: Path, train: TrainConfig, device: torch.device = CPU) -> None:
+    """Make this process a rank on the device; the ranks meet in a file of `folder`. Collective.
+
+    `train.device` does not count: "auto" would join by NCCL on a machine with a GPU, which is not for the CPU.
+    """
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         RENDEZVOUS_FILE: str(folder / "rendezvous"),
     }
-    prepare_megatron(CPU)
-    join_processes(find_rank_environment(), train)
+    prepare_megatron(device)
+    join_processes(find_rank_environment(), train.model_copy(update={"device": device.type}))

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -21,15 +22,15 @@ from biroute.parallel.mesh.mesh import Mesh, build_mesh
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # the process group reads its file until this process ends
 
 
-def join_alone(config: RunConfig) -> Mesh:
+def join_alone(config: RunConfig, device: torch.device = CPU) -> Mesh:
     """Make this process a process group of one, unless it already belongs to a group, and return its mesh.
 
     All variants use this mesh, because the threads of gloo's groups never end and would accumulate.
     """
-    prepare_megatron(CPU)
+    prepare_megatron(device)
     if not dist.is_initialized():
         _folders.append(tempfile.TemporaryDirectory(prefix="biroute-bench-"))
-        join_group(0, 1, Path(_folders[-1].name), config.train)
+        join_group(0, 1, Path(_folders[-1].name), config.train, device)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, also of a group that somebody else has begun
     return build_mesh(resolve_layout(config, 1))
 

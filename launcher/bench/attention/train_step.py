@@ -45,6 +45,7 @@ STEP_VARIANTS = (
 # 8 heads of 32 in 2 groups; the vocabulary is that of configs/demo.yaml.
 STEP_MODEL = ModelConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=2, sequence_length=8192)
 STEP_VOCABULARY = 2048
+STEP_TRAIN = TrainConfig(global_batch_size=1, microbatch_size=1)
 
 
 def measure_train_steps(
@@ -52,6 +53,8 @@ def measure_train_steps(
     repeats: int,
     model: ModelConfig = STEP_MODEL,
     variants: Sequence[StepVariant] = STEP_VARIANTS,
+    train: TrainConfig = STEP_TRAIN,
+    device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
     """Measure training steps over one sequence.
 
@@ -60,15 +63,17 @@ def measure_train_steps(
         repeats: steps of each variant, after one for warm-up.
         model: the model, whose attention the variants change.
         variants: the variants; the first one is the baseline.
+        train: batch, precision and the like.
+        device: where it trains.
 
     Returns:
         A row for each variant.
     """
-    configs = [_config(model, variant) for variant in variants]
-    join_alone(configs[0])
-    engines = [build_engine(config, build_mesh(resolve_layout(config, 1)), CPU) for config in configs]
+    configs = [_config(model, variant, train) for variant in variants]
+    join_alone(configs[0], device)
+    engines = [build_engine(config, build_mesh(resolve_layout(config, 1)), device) for config in configs]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(STEP_VOCABULARY, (1, model.sequence_length + 1), generator=generator)
+    tokens = torch.randint(STEP_VOCABULARY, (1, model.sequence_length + 1), generator=generator).to(device)
     batch = Microbatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     rounds = [[_step(engine, batch, now) for engine in engines] for _ in range(repeats + 1)]
     medians = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
@@ -77,12 +82,12 @@ def measure_train_steps(
     return rows
 
 
-def _config(model: ModelConfig, variant: StepVariant) -> RunConfig:
+def _config(model: ModelConfig, variant: StepVariant, train: TrainConfig) -> RunConfig:
     attention = {"attention": variant.attention, "dense_layers": variant.dense_layers}
     return RunConfig(
         model=model.model_copy(update=attention),
         data=DataConfig(tokenizer=TokenizerConfig(vocab_size=STEP_VOCABULARY)),
-        train=TrainConfig(global_batch_size=1, microbatch_size=1),
+        train=train,
     )
 
 

@@ -33,7 +33,7 @@ LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
 # Partial results of one launch: large enough to hide the launches, small compared with a layer's activations. No more
 # than three quarters of what the queries take, unless that is little.
-SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 768 << 20, 96 << 20
+SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 768 << 20, 128 << 20
 # Query rows of one product: of a tile, and of what is streamed past a region. Where rows are wide (fp32, heads of
 # 256), a tile's are fewer, so that queries and upstream gradients fit on chip beside keys and values.
 TILE_ROWS, LEAST_TILE_ROWS, STREAMED_ROWS = 128, 64, 64

@@ -32,7 +32,7 @@ SELECTED_AT_ONCE = 16 * 32 * WARPS
 # Neighbouring regions of which the best one is compared first. The k best of these bests bound what can be chosen;
 # sixteen bits of them are bound enough.
 GROUP, BITS_OF_BOUND = 4, 16
-NARROW = 64  # rows below this width are compared as they are
+NARROW = 64  # rows below this width are compared as they are; the first blocks of a sequence have such rows
 # Programs of a launch: one for each multiprocessor of an H100, so that most of their scratch stays in its L2 cache.
 PROGRAMS = 132
 _FORCED = tl.constexpr(2147483647)
@@ -247,7 +247,7 @@ def stretches(num_blocks: int, first_block: int, num_regions: int, rule: RouteRu
         last_block = first_block + min(num_blocks, (tile + 1) * BLOCKS) - 1
         return last_block * rule.query_block_size // rule.region_size + 1
 
-    stretches, first, limit = [], 0, 256
+    stretches, first, limit = [], 0, NARROW
     while first < all_tiles:
         end = first
         while end < all_tiles and columns(end) <= limit:

@@ -91,7 +91,7 @@ def test_stretches_cover_every_tile_once_and_reach_every_region() -> None:
         *torch.tensor([n for _, n, _ in found]).cumsum(0)[:-1].tolist(),
     ]
     assert sum(tiles for _, tiles, _ in found) * BLOCKS == 131_072
-    assert [columns for _, _, columns in found] == [256, 512, 1024, 2048]
+    assert [columns for _, _, columns in found] == [64, 128, 256, 512, 1024, 2048]
 
 
 def test_too_many_regions_are_refused() -> None:

@@ -1,0 +1,64 @@
+"""What a routed layer is asked to reach on a GPU, for `biroute bench gpu` and for the page on paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Value = Literal["forward", "both", "descriptors", "router", "memory", "memory_of_dense"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A routed layer with its router beside dense attention, on one device."""
+
+    forward: float  # how many times as fast as dense
+    both: float  # the same, forward and backward together
+    descriptors: float  # time with 8 descriptors over time with 1, both directions
+    router: float  # share of both directions
+    memory: float  # peak over dense attention's inputs, output and gradients
+    memory_of_dense: float  # peak over dense attention's peak, with the buffers of its backward
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value of `Compared` for some sequence length and query block."""
+
+    text: str
+    tokens: int
+    block: int
+    value: Value
+    at_least: bool
+    asked: float
+
+    def found(self, compared: Compared) -> float:
+        """Return the value that is asked for."""
+        return float(getattr(compared, self.value))
+
+    def met(self, compared: Compared) -> bool:
+        """Return whether it is reached."""
+        found = self.found(compared)
+        return found >= self.asked if self.at_least else found <= self.asked
+
+    @property
+    def bound(self) -> str:
+        """What is asked, in words of a table."""
+        return f"{'>=' if self.at_least else '<='} {self.asked:.3g}"
+
+
+TARGETS = (
+    Target("forward, times as fast as dense", 131_072, 1, "forward", True, 5.0),
+    Target("forward + backward", 131_072, 1, "both", True, 9.0),
+    Target("forward", 32_768, 1, "forward", True, 1.5),
+    Target("forward + backward", 32_768, 1, "both", True, 2.5),
+    Target("forward", 131_072, 64, "forward", True, 12.0),
+    Target("forward + backward", 131_072, 64, "both", True, 12.0),
+    Target("forward", 32_768, 64, "forward", True, 4.0),
+    Target("forward + backward", 32_768, 64, "both", True, 4.0),
+    Target("never slower than dense: forward + backward", 8_192, 1, "both", True, 1 / 1.05),
+    Target("the same", 8_192, 64, "both", True, 1 / 1.05),
+    Target("8 descriptors over 1, time", 131_072, 1, "descriptors", False, 1.2),
+    Target("router, share of the time", 131_072, 1, "router", False, 0.25),
+    Target("peak memory over dense attention's tensors", 131_072, 1, "memory", False, 1.3),
+    Target("peak memory over dense attention's peak", 131_072, 1, "memory_of_dense", False, 1.3),
+)
