@@ -40,10 +40,15 @@ def run_job(tree: dict[str, Any]) -> str:
     return "finished"
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file that may be written to now: a last one that is there in part is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def points_of(run_dir: Path, name: str = "train/loss") -> list[tuple[int, float]]:
     """(step, value) of each point of a metric, in the order they were written."""
-    path = run_dir / "metrics.jsonl"
-    points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    points = lines_of(run_dir / "metrics.jsonl")
     return [(p["step"], p["metrics"][name]) for p in points if name in p["metrics"]]
 
 

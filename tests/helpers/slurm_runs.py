@@ -17,6 +17,7 @@ from biroute.launcher.attempts.failures import read_heartbeats
 from biroute.launcher.attempts.journal import Attempt, read_attempts
 from biroute.launcher.attempts.run_files import log_dir
 from helpers.corpus import small_run
+from helpers.job import points_of
 from helpers.slurm_cluster import Cluster, wait_for
 
 # Starting ranks is mostly imports, which a busy machine of two cores stretches.
@@ -89,10 +90,7 @@ class ClusterRun:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Step -> training loss, and no step twice."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    points = [json.loads(line) for line in lines if line.endswith("\n")]
-    trained = [(p["step"], p["metrics"]["train/loss"]) for p in points if "train/loss" in p["metrics"]]
+    trained = points_of(run_dir)
     assert len(dict(trained)) == len(trained), "a step is recorded twice"
     return dict(trained)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.job import until
+from helpers.job import lines_of, until
 
 from biroute.launcher.attempts.journal import read_attempts
 
@@ -45,8 +44,7 @@ METRICS = {
 
 
 def points(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lines_of(run_dir / "metrics.jsonl")
 
 
 def training_steps(run_dir: Path) -> list[int]:
