@@ -104,10 +104,13 @@ def gpu(
     """
     os.environ["DS_ACCELERATOR"] = "cuda"  # over `prepare_libraries`
     from biroute.launcher.bench.gpu import measure
+    from biroute.launcher.bench.gpu.llama import check_installed
     from biroute.launcher.bench.gpu.page import gpu_page
 
     device, wanted = measure.the_gpu(), lengths or list(measure.LENGTHS)
     measure.check_lengths(wanted)
+    if train_step:
+        check_installed()
     routes = measure.routes_of_run(run, text, max(wanted))
     model = measure.STEP_MODEL if train_step else None
     answer = measure.run_bench(device, wanted, repeats, routes=routes, step_model=model, rows=rows)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import AttentionConfig, ModelConfig, TrainConfig
-from biroute.launcher.bench.attention.train_step import StepVariant, measure_train_steps
+from biroute.launcher.bench.attention.train_step import STEP_VOCABULARY, StepVariant, measure_train_steps
 from biroute.launcher.bench.gpu.layer import Layer, compared, measure_layer
+from biroute.launcher.bench.gpu.llama import NAMES, llama_steps
 from biroute.launcher.bench.gpu.parts import measure_parts
 from biroute.launcher.bench.gpu.routes import trained_routes
 from biroute.launcher.bench.gpu.targets import TARGETS
@@ -111,8 +112,12 @@ def run_bench(
             work = partial(measure_parts, layer, tokens, block, device, repeats, RANKS)
             parts.append(_row(kept, f"{RANKS} ranks' parts, {tokens:,} tokens, Lq {block}", work))
         if step_model is not None:
-            work = partial(_steps, step_model, tokens, layer, device, repeats)
+            sized = step_model.model_copy(update={"sequence_length": tokens})
+            work = partial(_steps, sized, layer, device, repeats)
             steps.append(_row(kept, f"training steps, {tokens:,} tokens", work))
+            for compiled in (False, True):
+                work = partial(_llama, sized, device, repeats, compiled)
+                steps.append(_row(kept, f"{NAMES[compiled]}, {tokens:,} tokens", work))
     failed = [f"{row['name']}: {row['error']}" for row in (*layers, *parts, *steps) if "error" in row]
     layers, parts, steps = ([row for row in some if "error" not in row] for some in (layers, parts, steps))
     return {
@@ -122,7 +127,7 @@ def run_bench(
         "layers": [row | {"compared": asdict(compared(row))} for row in layers],
         "targets": _targets(layers),
         "parts": parts,
-        "train_steps": [row for one in steps for row in one["rows"]],
+        "train_steps": _compared_with_dense([row for one in steps for row in one["rows"]]),
         "failed": failed,
     }
 
@@ -154,23 +159,40 @@ def _targets(layers: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _steps(model: ModelConfig, tokens: int, layer: Layer, device: torch.device, repeats: int) -> Row:
+def _steps(model: ModelConfig, layer: Layer, device: torch.device, repeats: int) -> Row:
     """Training steps over one sequence: dense, a route per token, a route per region."""
     routed = {"region_size": layer.region_size, "topk": layer.topk}
+    target = STEP_TARGETS.get(model.sequence_length)
     variants = [
         StepVariant("dense", AttentionConfig(kind="dense")),
-        StepVariant("one route per token", AttentionConfig(**routed), target=STEP_TARGETS.get(tokens)),
+        StepVariant("one route per token", AttentionConfig(**routed), target=target),
         StepVariant("one route per region", AttentionConfig(query_block_size=layer.region_size, **routed)),
     ]
+    train = STEP_TRAIN if device.type == "cuda" else STEP_TRAIN.model_copy(update={"precision": "fp32"})
+    return {"rows": measure_train_steps(_clock(device), repeats, model, variants, train, device)}
+
+
+def _llama(model: ModelConfig, device: torch.device, repeats: int, compiled: bool) -> Row:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    row = llama_steps(model, STEP_VOCABULARY, device, dtype, _clock(device), repeats, compiled=compiled)
+    return {"rows": [row]}
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, after all that the device was asked for."""
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    sized = model.model_copy(update={"sequence_length": tokens})
-    train = STEP_TRAIN if device.type == "cuda" else STEP_TRAIN.model_copy(update={"precision": "fp32"})
-    return {"rows": measure_train_steps(now, repeats, sized, variants, train, device)}
+    return now
+
+
+def _compared_with_dense(rows: Sequence[Row]) -> list[Row]:
+    """Each row with how many times as fast as our dense model's step of that length it is; none without that step."""
+    dense = {row["num_tokens"]: row["seconds"] for row in rows if row["name"] == "dense"}
+    return [row | {"ratio": dense[row["num_tokens"]] / row["seconds"]} for row in rows if row["num_tokens"] in dense]
 
 
 def device_name(device: torch.device) -> str:

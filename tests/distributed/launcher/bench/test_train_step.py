@@ -58,12 +58,12 @@ def test_steps_alternate_and_are_compared_with_dense(ranks: Callable[[int], Work
 
 
 def measure_for_gpus() -> dict[str, Any]:
-    return bench_gpu._steps(MODEL, 128, Layer(region_size=16, topk=2), torch.device("cpu"), 1)
+    return bench_gpu._steps(MODEL, Layer(region_size=16, topk=2), torch.device("cpu"), 1)
 
 
 def test_steps_of_the_benchmark_for_gpus(ranks: Callable[[int], WorkerPool]) -> None:
     ((found),) = ranks(1).run(measure_for_gpus)
     dense, per_token, per_region = found["rows"]
-    assert [row["num_tokens"] for row in found["rows"]] == [128] * 3
+    assert [row["num_tokens"] for row in found["rows"]] == [64] * 3
     assert (dense["kind"], per_token["query_block_size"], per_region["query_block_size"]) == ("dense", 1, 16)
     assert all(row["region_size"] == 16 and row["topk"] == 2 for row in (per_token, per_region))

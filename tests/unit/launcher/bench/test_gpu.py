@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.cached import cached_model, random_tokens, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.bench import several_processes
+from biroute.launcher.bench.attention.train_step import STEP_VOCABULARY
 from biroute.launcher.bench.commands import bench_app
-from biroute.launcher.bench.gpu import measure, routes
+from biroute.launcher.bench.gpu import llama, measure, routes
 from biroute.launcher.bench.gpu.layer import Inputs, Layer, compared
 from biroute.launcher.bench.gpu.page import gpu_page
 from biroute.launcher.bench.gpu.parts import parts_of, whole_attention
@@ -25,6 +27,8 @@ from biroute.launcher.routes.record import read_routes
 from biroute.model.attention.partial import merge_partials, partial_attention
 
 CPU = torch.device("cpu")
+LLAMA_CONFIG = tiny_config({"sequence_length": 64, "attention": {"kind": "dense"}})
+LLAMA = LLAMA_CONFIG.model
 SMALL = Layer(num_heads=2, num_kv_heads=1, head_size=16, region_size=16, topk=2, dtype=torch.float32)
 
 
@@ -120,12 +124,29 @@ def test_routes_of_a_trained_model_are_its_own(tmp_path: Path, monkeypatch: pyte
             chosen(**changes)
 
 
+def test_llama_has_the_sizes_of_our_model() -> None:
+    """Its operations are those of our dense model's matrices: 6 for each weight and token, attention not counted."""
+    with FlopCounterMode(display=False) as counter:
+        row = measure._llama(LLAMA, CPU, 1, False)["rows"][0]
+    ours = dict(cached_model(LLAMA_CONFIG).layers.named_weights())
+    blocks = sum(weight.numel() for name, weight in ours.items() if weight.dim() > 1 and "embedding" not in name)
+    products = counter.get_flop_counts()["Global"]
+    assert sum(products.values()) == 3 * 6 * 64 * (blocks + STEP_VOCABULARY * LLAMA.hidden_size)  # tied embeddings
+    assert row["num_tokens"] == 64 and row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
+    faster, dense = row | {"name": "faster", "seconds": 1.0}, row | {"name": "dense", "seconds": 2.0}
+    assert [one["ratio"] for one in measure._compared_with_dense([dense, faster])] == [1.0, 2.0]
+    assert measure._compared_with_dense([faster]) == []
+
+
 def test_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UsageError, match="sees no GPU here; biroute bench attention"):
         CliRunner().invoke(bench_app, ["gpu"], catch_exceptions=False)
     with pytest.raises(UsageError, match=re.escape("--length 8200 is no multiple of 256 tokens; use 8192")):
         measure.check_lengths([8200])
+    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install transformers`, or use --no-train-step"):
+        llama.check_installed()
     assert measure.routes_of_run(None, None, 64) is None
     with pytest.raises(UsageError, match="--run and --text belong together"):
         measure.routes_of_run(tmp_path, None, 64)

@@ -1,0 +1,87 @@
+"""Part of `biroute bench gpu`: training steps of transformers' Llama of the same sizes, eager and compiled.
+
+A bare loop: forward with PyTorch's attention, cross-entropy, backward, clipping, a fused AdamW on the weights as they
+are, without the fp32 copies that our engine keeps in bf16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from biroute.configs.errors import UsageError
+from biroute.configs.schema import ModelConfig
+
+NAMES = {False: "transformers' Llama", True: "transformers' Llama, torch.compile"}
+
+
+def check_installed() -> None:
+    """Check that transformers is installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError(
+            "bench gpu compares training steps with transformers; install it with `pip install transformers`, or use "
+            "--no-train-step"
+        )
+
+
+def llama_steps(
+    model: ModelConfig,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    now: Callable[[], float],
+    repeats: int,
+    *,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Measure training steps over one sequence.
+
+    Args:
+        model: the sizes.
+        vocabulary: words.
+        device: where it trains.
+        dtype: of weights and activations.
+        now: a clock in seconds.
+        repeats: steps, after two that warm up and compile.
+        compiled: whether `torch.compile` compiles the model.
+
+    Returns:
+        A row as those of `measure_train_steps`, without a ratio.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads, head_dim=model.head_size,
+        max_position_embeddings=model.sequence_length, tie_word_embeddings=model.tied_embeddings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llama: Any = LlamaForCausalLM(shape)
+    llama.to(device=device, dtype=dtype)
+    forward: Callable[..., Any] = torch.compile(llama) if compiled else llama
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True)
+    tokens = torch.randint(vocabulary, (1, model.sequence_length + 1), device=device)
+
+    def step() -> float:
+        started = now()
+        logits = forward(tokens[:, :-1], use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1).float(), tokens[0, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return now() - started
+
+    seconds = statistics.median([step() for _ in range(repeats + 2)][2:])
+    return {"name": NAMES[compiled], "kind": "dense", "num_tokens": model.sequence_length,
+            "num_layers": model.num_layers, "hidden_size": model.hidden_size, "seconds": seconds,
+            "tokens_per_second": model.sequence_length / seconds, "target": None}  # fmt: skip
