@@ -1,12 +1,15 @@
 """Count what a routed layer does on a GPU, for routes of a trained model; write docs/benchmarks/gpu_on_paper.json.
 
+    biroute train configs/demo.yaml model.hidden_size=256 model.num_heads=8 model.sequence_length=2048 \
+        model.attention.region_size=64 parallel.data=1 train.steps=500 train.global_batch_size=2 train.run_dir=RUN
     python docs/count_gpu_costs.py RUN TEXT
 
-RUN is the folder of a trained run with regions of 64 tokens. Its model reads one long sequence of the text file;
-from the queries and keys of each layer a route of 32 regions is chosen, and the first 8 key/value heads are taken
-for those of one large layer. Causal routes of the first tokens are those of a shorter sequence. A second kind of
-route is drawn at random: what neighbours share is then least. The kernels are not run: their work follows from the
-route (`model/attention/block_sparse/cost.py`), and torch's own operations are counted as they are called.
+RUN is the folder of a trained run with regions of 64 tokens, such as this one; the page's TEXT is the beginning of
+the demo's English. Its model reads one long sequence of the text file; from the queries and keys of each layer a
+route of 32 regions is chosen, and the first 8 key/value heads are taken for those of one large layer. Causal routes
+of the first tokens are those of a shorter sequence. A second kind of route is drawn at random: what neighbours share
+is then least. The kernels are not run: their work follows from the route (`model/attention/block_sparse/cost.py`),
+and torch's own operations are counted as they are called.
 """
 
 from __future__ import annotations
@@ -37,10 +40,15 @@ from biroute.model.attention.block_sparse.plan_reference import reference_plan  
 from biroute.model.attention.grid import RegionGrid  # noqa: E402
 from biroute.model.attention.routing import LARGEST_DESCRIPTOR  # noqa: E402
 from biroute.model.attention.rule import RouteRule  # noqa: E402
+from biroute.parallel.region.attention import own_regions, part_grid_of  # noqa: E402
+from biroute.parallel.region.costs import ExchangeCosts, RegionLayout  # noqa: E402
+from biroute.parallel.region.fetched_table import FetchedTable  # noqa: E402
+from biroute.parallel.region.plan import plan_exchange  # noqa: E402
 
 HEADS, GROUPS, HEAD_SIZE, REGION, TOPK = 32, 8, 128, 64, 32
 LENGTHS = (8_192, 32_768, 131_072)
 BLOCKS = (1, 64)
+RANKS = (2, 4, 8)
 SORT_PASSES = 4  # a radix sort of 16 bits reads and writes twice
 
 
@@ -127,8 +135,23 @@ def random_route(tokens: int, block: int) -> Tensor:
 def count(route: Tensor, block: int) -> dict[str, Any]:
     """Everything that a layer with this route does."""
     tokens = route.shape[2] * block
-    grid = RegionGrid(REGION, block, True, HEAD_SIZE**-0.5, path="block_sparse")
-    q, k = (torch.empty(1, n, tokens, HEAD_SIZE, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS))
+    q, k = of_heads(HEADS, tokens), of_heads(GROUPS, tokens)
+    routers = {str(n): count_router(q, k, route, block, n) for n in (1, 8)}
+    return {"tokens": tokens, "block": block, **count_attention(q, k, route, grid_of(block)), "router": routers}
+
+
+def of_heads(heads: int, tokens: int) -> Tensor:
+    """Sizes without memory."""
+    return torch.empty(1, heads, tokens, HEAD_SIZE, dtype=torch.bfloat16, device="meta")
+
+
+def grid_of(block: int) -> RegionGrid:
+    return RegionGrid(REGION, block, True, HEAD_SIZE**-0.5, path="block_sparse")
+
+
+def count_attention(q: Tensor, k: Tensor, route: Tensor, grid: RegionGrid) -> dict[str, Any]:
+    """Everything that attention does, forward and backward, with the plans of the route."""
+    block = grid.query_block_size
     call = attention.Call.of(q, k, k, route, grid)
     # The kernels of the plan would take long in the interpreter.
     with in_place_of([(attention, "make_plan")], lambda: reference_plan):
@@ -142,8 +165,6 @@ def count(route: Tensor, block: int) -> dict[str, Any]:
     shared, scattered, pairs = (int(x.sum()) for x in (plan.counts, plan.scattered, route >= 0))
     del call, plan, turned
     return {
-        "tokens": tokens,
-        "block": block,
         "tiles": tiles,
         "shared_regions_of_a_tile": shared / tiles,
         "scattered_pairs": scattered / pairs,
@@ -157,7 +178,37 @@ def count(route: Tensor, block: int) -> dict[str, Any]:
         "needed_flops": {"forward": needed[0], "backward": needed[1]},
         "kernels": {side: {name: vars(one) for name, one in costs.items()} for side, costs in kernels.items()},
         "torch": torch_operations(q, k, route, grid),
-        "router": {str(n): count_router(q, k, route, block, n) for n in (1, 8)},
+    }
+
+
+def count_ranks(route: Tensor, block: int, ranks: int) -> dict[str, Any]:
+    """What region ranks compute of their own regions and of those that they fetch, all ranks together."""
+    layout = RegionLayout(route.shape[2] * block // REGION, REGION, ranks)
+    grid, rows = grid_of(block), HEADS // GROUPS
+    costs = ExchangeCosts.of(
+        region_size=REGION, query_block_size=block, heads_per_group=rows, head_size=HEAD_SIZE, element_size=2
+    )
+    q, k = of_heads(HEADS, layout.tokens_per_rank), of_heads(GROUPS, layout.tokens_per_rank)
+    own, fetched, shipped = list[dict[str, Any]](), list[dict[str, Any]](), 0
+    for rank, of_rank in enumerate(route.long().chunk(ranks, 2)):
+        own.append(count_attention(q, k, own_regions(of_rank, layout, rank).int(), grid))
+        requests = plan_exchange(of_rank, layout, rank, costs).transfers
+        shipped += sum(requests.shipped_pairs())
+        table = FetchedTable.of(of_rank, layout, requests)
+        if table is not None:
+            part_grid = part_grid_of(grid, q, rows * block, 0.0)
+            fetched.append(count_attention(q, of_heads(GROUPS, table.size * REGION), table.route, part_grid))
+    return {"tokens": route.shape[2] * block, "block": block, "ranks": ranks, "shipped": shipped,
+            "own": added(own), "fetched": added(fetched)}  # fmt: skip
+
+
+def added(rows: list[Any]) -> Any:
+    """The sums of numbers in equal places; of what calls have at once, the most."""
+    if not isinstance(rows[0], dict):
+        return sum(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: (max if name == "rows_at_once" else added)([row[name] for row in rows if name in row]) for name in names
     }
 
 
@@ -208,7 +259,13 @@ def main() -> None:
             for kind, route in (("trained", trained), ("random", random_route(tokens, block))):
                 rows.append({"route": kind, **count(route, block)})
                 sys.stderr.write(f"{kind}, {tokens} tokens, blocks of {block}: counted\n")
-    COSTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    of_ranks = []
+    for tokens in LENGTHS[1:]:
+        for block in BLOCKS:
+            for ranks in RANKS:
+                of_ranks.append(count_ranks(of_model[block][:, :, : tokens // block], block, ranks))
+                sys.stderr.write(f"{ranks} region ranks, {tokens} tokens, blocks of {block}: counted\n")
+    COSTS.write_text(json.dumps({"layers": rows, "ranks": of_ranks}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

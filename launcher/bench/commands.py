@@ -106,13 +106,14 @@ def gpu(
     from biroute.launcher.bench.gpu import measure
     from biroute.launcher.bench.gpu.llama import check_installed
     from biroute.launcher.bench.gpu.page import gpu_page
+    from biroute.launcher.bench.gpu.targets import STEP_MODEL
 
     device, wanted = measure.the_gpu(), lengths or list(measure.LENGTHS)
     measure.check_lengths(wanted)
     if train_step:
         check_installed()
     routes = measure.routes_of_run(run, text, max(wanted))
-    model = measure.STEP_MODEL if train_step else None
+    model = STEP_MODEL if train_step else None
     answer = measure.run_bench(device, wanted, repeats, routes=routes, step_model=model, rows=rows)
     _report(answer, gpu_page(answer), as_json, out)
     if answer["failed"]:

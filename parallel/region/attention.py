@@ -9,6 +9,7 @@ regions of one transfer.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from biroute.model.attention.partial import (
     working_dtype,
 )
 from biroute.parallel.region.costs import Baselines, ExchangeCosts, RegionLayout
+from biroute.parallel.region.fetched_table import FetchedTable
 from biroute.parallel.region.plan import ExchangePlan, Way, plan_exchange
 from biroute.parallel.region.transfers import Transfers
 from biroute.parallel.region.transport import Pending, Transport
@@ -70,7 +72,6 @@ class RoutedAttention(torch.autograd.Function):
         transport.log.add_plan(layer, plan, baselines)
         requests, served = plan.transfers, transport.request(plan.transfers, topk, layer)
         regions = region_table(k, v, grid.region_size)
-        queries = pair_rows(q, k.shape[1], grid.query_block_size, plan)
 
         # Both payloads travel while the own regions are attended.
         keys = transport.start(
@@ -78,8 +79,9 @@ class RoutedAttention(torch.autograd.Function):
             served.fetched_regions(), requests.fetched_regions(),
         )  # fmt: skip
         shipped = transport.start(
-            layer, "queries", queries[requests.shipped], requests.shipped_pairs(), served.shipped_pairs()
-        )
+            layer, "queries", pair_rows(q, plan, grid, requests.shipped),
+            requests.shipped_pairs(), served.shipped_pairs(),
+        )  # fmt: skip
         own_route = own_regions(route, layout, transport.rank)
         out, lse = partial_attention(q, k, v, own_route, grid, out_dtype=working_dtype(q))
 
@@ -92,33 +94,33 @@ class RoutedAttention(torch.autograd.Function):
             served.shipped_pairs(), requests.shipped_pairs(),
         )  # fmt: skip
         fetched = keys.wait()
-        merge_transfers(out, lse, plan, queries, fetched, results, part_grid, k.shape[1])
+        table = FetchedTable.of(route, layout, requests) if uses_kernels(part_grid, q) else None
+        if table is not None:
+            table.attend(out, lse, q, fetched, part_grid)
+        merge_transfers(out, lse, plan, q, fetched, results, part_grid)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, own_route, out, lse, fetched, arrived)
-        ctx.plan, ctx.served, ctx.part_grid, ctx.exchange = plan, served, part_grid, exchange
+        ctx.plan, ctx.served, ctx.table, ctx.part_grid, ctx.exchange = plan, served, table, part_grid, exchange
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, own_route, out, lse, fetched, arrived = ctx.saved_tensors
         plan, served, layout, transport = ctx.plan, ctx.served, ctx.exchange.layout, ctx.exchange.transport
-        grid, layer, requests, groups = ctx.exchange.grid, ctx.exchange.layer, plan.transfers, k.shape[1]
-        lq = grid.query_block_size
+        grid, layer, requests = ctx.exchange.grid, ctx.exchange.layer, plan.transfers
         dout = dout.contiguous()
         delta = attention_delta(out, dout)
-        douts = pair_rows(dout, groups, lq, plan)
-        offsets = torch.stack(
-            [pair_rows(x[..., None], groups, lq, plan).squeeze(-1) for x in (lse, delta)], -1
-        )  # [U, r, Lq, 2]
         upstream = transport.start(
             layer,
             "gradients",
-            pack(douts[requests.shipped], offsets[requests.shipped]),
+            pack(*upstream_rows(dout, lse, delta, plan, grid, requests.shipped)),
             requests.shipped_pairs(),
             served.shipped_pairs(),
         )
-        queries = pair_rows(q, groups, lq, plan)
-        dq_rows, d_fetched = fetched_backward(queries, douts, offsets, fetched, requests, ctx.part_grid)
+        if ctx.table is not None:
+            of_fetched, d_fetched = ctx.table.backward(q, fetched, dout, lse, delta, ctx.part_grid)
+        else:
+            of_fetched, d_fetched = fetched_backward(q, dout, lse, delta, fetched, plan, ctx.part_grid)
         keys = transport.start(layer, "gradients", d_fetched, requests.fetched_regions(), served.fetched_regions())
         dq, dk, dv = partial_attention_backward(
             q, k, v, own_route, grid, dout=dout, lse=lse, delta=delta, out_dtype=working_dtype(q)
@@ -129,8 +131,7 @@ class RoutedAttention(torch.autograd.Function):
         )
         returned = transport.start(layer, "gradients", dq_arrived, served.shipped_pairs(), requests.shipped_pairs())
         received = keys.wait()
-        dq_rows[requests.shipped] = returned.wait()
-        add_pair_rows(dq, dq_rows, plan, groups, lq)
+        add_queries(dq, of_fetched, returned.wait(), plan, grid)
         d_table = torch.stack((dk, dv)).unflatten(3, (-1, grid.region_size)).flatten(1, 3)  # [2, B*G*R, L, D]
         add_regions(d_table, d_regions, received, served, layout.regions_per_rank)
         dk, dv = d_table.view(2, *k.shape)
@@ -169,19 +170,24 @@ def region_table(k: Tensor, v: Tensor, region_size: int) -> Tensor:
     return torch.stack([x.unflatten(2, (-1, region_size)).flatten(0, 2) for x in (k, v)], 1)
 
 
-def pair_rows(x: Tensor, groups: int, query_block_size: int, plan: ExchangePlan) -> Tensor:
-    """Select the query blocks of the plan's pairs: x [B, H, S, C] -> [U, r, Lq, C]."""
-    transfers = plan.transfers
-    x_grNMC = x.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, query_block_size))
-    return x_grNMC.transpose(1, 2)[transfers.group_of_pair, plan.pair_block]
+def pair_rows(x: Tensor, plan: ExchangePlan, grid: RegionGrid, which: slice | Tensor) -> Tensor:
+    """Select the query blocks of some of the plan's pairs: x [B, H, S, C] -> [n, r, Lq, C]."""
+    return _by_block(x, plan, grid)[plan.transfers.group_of_pair[which], plan.pair_block[which]]
 
 
-def add_pair_rows(x: Tensor, rows: Tensor, plan: ExchangePlan, groups: int, query_block_size: int) -> None:
-    """Add rows [U, r, Lq, C] to x [B, H, S, C], transfer after transfer."""
-    x_gNrMC = x.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, query_block_size)).transpose(1, 2)
-    for transfer in plan.transfers:
-        # The pairs of a transfer are different blocks, so this adds each row once.
-        x_gNrMC[transfer.group, plan.pair_block[transfer.pairs]] += rows[transfer.pairs]
+def upstream_rows(
+    dout: Tensor, lse: Tensor, delta: Tensor, plan: ExchangePlan, grid: RegionGrid, which: slice | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Select what backward needs of some pairs: dout [n, r, Lq, D], and log-sum-exp and delta [n, r, Lq, 2]."""
+    offsets = [pair_rows(x[..., None], plan, grid, which).squeeze(-1) for x in (lse, delta)]
+    return pair_rows(dout, plan, grid, which), torch.stack(offsets, -1)
+
+
+def _by_block(x: Tensor, plan: ExchangePlan, grid: RegionGrid) -> Tensor:
+    """View x [B, H, S, C] as [B * G, N, r, Lq, C]."""
+    groups = plan.transfers.num_groups // x.shape[0]
+    x_grNMC = x.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, grid.query_block_size))
+    return x_grNMC.transpose(1, 2)
 
 
 def _queries(rows: Tensor) -> Tensor:
@@ -241,26 +247,27 @@ def transfer_backward(
 
 
 def merge_transfers(
-    out: Tensor, lse: Tensor, plan: ExchangePlan, queries: Tensor, fetched: Tensor, results: Pending,
-    part_grid: RegionGrid, groups: int,
-) -> None:  # fmt: skip
-    """Merge every transfer into out [B, H, S, D] and lse [B, H, S], which contain the part of the own regions."""
-    lq, head_size = part_grid.query_block_size, out.shape[-1]
-    out_gNrMD = out.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, lq)).transpose(1, 2)
-    lse_gNrM = lse.unflatten(1, (groups, -1)).flatten(0, 1).unflatten(2, (-1, lq)).transpose(1, 2)
-    slots, parts, returned = plan.transfers.pair_slots, {}, None
+    out: Tensor, lse: Tensor, plan: ExchangePlan, q: Tensor, fetched: Tensor, results: Pending, part_grid: RegionGrid
+) -> None:
+    """Merge transfers into out [B, H, S, D] and lse [B, H, S], which contain the part of the own regions.
+
+    The kernels have attended to all that was fetched; then what was shipped is left.
+    """
+    out_gNrMD, lse_gNrM = _by_block(out, plan, part_grid), _by_block(lse[..., None], plan, part_grid)[..., 0]
+    slots, parts = plan.transfers.pair_slots, {}
+    attended = uses_kernels(part_grid, q)
     for number, transfer in enumerate(plan.transfers):  # compute what was fetched while the results travel
-        if not transfer.ship:
-            parts[number] = attend_transfer(
-                queries[transfer.pairs], fetched[transfer.rows], slots[transfer.pairs], part_grid
-            )
-    returned = unpack(results.wait(), queries.dtype, head_size)
+        if not transfer.ship and not attended:
+            queries = pair_rows(q, plan, part_grid, transfer.pairs)
+            parts[number] = attend_transfer(queries, fetched[transfer.rows], slots[transfer.pairs], part_grid)
+    returned = unpack(results.wait(), q.dtype, out.shape[-1])
     for number, transfer in enumerate(plan.transfers):
-        part_out, part_lse = (
-            (returned[0][transfer.rows], returned[1][transfer.rows].squeeze(-1))
-            if transfer.ship
-            else parts.pop(number)
-        )
+        if transfer.ship:
+            part_out, part_lse = returned[0][transfer.rows], returned[1][transfer.rows].squeeze(-1)
+        elif attended:
+            continue
+        else:
+            part_out, part_lse = parts.pop(number)
         blocks = plan.pair_block[transfer.pairs]
         before = lse_gNrM[transfer.group, blocks]
         # exp and log: logaddexp and exp2 round an element differently by its place in a tensor.
@@ -315,27 +322,50 @@ def serve_backward(
 
 
 def fetched_backward(
-    queries: Tensor, douts: Tensor, offsets: Tensor, fetched: Tensor, requests: Transfers, part_grid: RegionGrid
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the fetched regions and of the pairs' queries, [U, r, Lq, D], 0 for shipped pairs."""
-    dq = torch.zeros_like(queries, dtype=working_dtype(queries))
-    d_fetched = torch.zeros_like(fetched, dtype=working_dtype(queries))
-    for transfer in requests:
+    q: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, fetched: Tensor, plan: ExchangePlan, part_grid: RegionGrid
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Compute the gradients of the fetched regions, and by number of transfer those of queries [n, r, Lq, D]."""
+    dq: dict[int, Tensor] = {}
+    d_fetched = torch.zeros_like(fetched, dtype=working_dtype(q))
+    for number, transfer in enumerate(plan.transfers):
         if not transfer.ship:
-            at = transfer.pairs
-            dq[at], d_fetched[transfer.rows] = transfer_backward(
-                queries[at], douts[at], offsets[at], fetched[transfer.rows], requests.pair_slots[at], part_grid
+            queries = pair_rows(q, plan, part_grid, transfer.pairs)
+            douts, offsets = upstream_rows(dout, lse, delta, plan, part_grid, transfer.pairs)
+            slots = plan.transfers.pair_slots[transfer.pairs]
+            dq[number], d_fetched[transfer.rows] = transfer_backward(
+                queries, douts, offsets, fetched[transfer.rows], slots, part_grid
             )
     return dq, d_fetched
+
+
+def add_queries(
+    dq: Tensor, of_fetched: Tensor | dict[int, Tensor], returned: Tensor, plan: ExchangePlan, grid: RegionGrid
+) -> None:
+    """Add to dq [B, H, S, D] what fetched regions gave, of all queries or by transfer, and what came back."""
+    if isinstance(of_fetched, Tensor):
+        dq += of_fetched
+        of_fetched = {}
+    dq_gNrMD = _by_block(dq, plan, grid)
+    for number, transfer in enumerate(plan.transfers):
+        rows = returned[transfer.rows] if transfer.ship else of_fetched.get(number)
+        if rows is not None:  # the pairs of a transfer are different blocks, so this adds each row once
+            dq_gNrMD[transfer.group, plan.pair_block[transfer.pairs]] += rows
 
 
 def add_regions(
     d_table: Tensor, of_shipped: list[Tensor], received: Tensor, served: Transfers, regions_per_rank: int
 ) -> None:
-    """Add the gradients of all transfers to the owner's, [2, B * G * R, L, D], in the order of the transfers."""
+    """Add the gradients of all transfers to the owner's, [2, B * G * R, L, D], in the order of the other ranks.
+
+    What one rank requests is of different heads, or different regions of a head: each row is added to once for it.
+    """
     shipped = iter(of_shipped)
-    for transfer in served:
-        part = next(shipped) if transfer.ship else received[transfer.rows]
-        d_table[:, transfer.group * regions_per_rank + served.requested_region[transfer.requested]] += part.transpose(
-            0, 1
-        )
+    of_peers = served.fetched_regions()
+    rows, parts = served.table_rows(regions_per_rank).split(of_peers), received.split(of_peers)
+    for peer, transfers in groupby(zip(served.sizes, served, strict=True), key=lambda pair: pair[0].peer):
+        if of_peers[peer]:
+            d_table[:, rows[peer]] += parts[peer].transpose(0, 1)
+        for _, transfer in transfers:
+            if transfer.ship:
+                at = transfer.group * regions_per_rank + served.requested_region[transfer.requested]
+                d_table[:, at] += next(shipped).transpose(0, 1)

@@ -85,6 +85,13 @@ class Transfers:
         """Count the regions that travel from or to each rank."""
         return self._per_rank([size.requested * (not size.ship) for size in self.sizes])
 
+    def fetched_of_groups(self) -> list[int]:
+        """Count the regions that are fetched for each group, of all ranks together."""
+        counts = [0] * self.num_groups
+        for size in self.sizes:
+            counts[size.group] += size.requested * (not size.ship)
+        return counts
+
     def requested_regions(self) -> list[int]:
         """Count the regions that are requested of or by each rank, whichever way they are reached."""
         return self._per_rank([size.requested for size in self.sizes])
@@ -97,36 +104,62 @@ class Transfers:
     @cached_property
     def shipped(self) -> Tensor:
         """The places of the shipped pairs among all, int64, ascending."""
-        of_pair = self._ship.repeat_interleave(self._pairs, output_size=len(self.pair_slots))
-        return places(of_pair, sum(self.shipped_pairs()))
+        count, total = sum(self.shipped_pairs()), len(self.pair_slots)
+        if count in (0, total):
+            return torch.arange(count, device=self.header.device)
+        return places(self._ship.repeat_interleave(self._pairs, output_size=total), count)
 
     def table_rows(self, regions_per_rank: int) -> Tensor:
         """Return the rows of the fetched regions in the owner's table of all groups, [B * G * R, ...]."""
-        count = len(self.requested_region)
-        group, ship = (x.repeat_interleave(self._requested, output_size=count) for x in (self._group, self._ship))
-        fetched = places(~ship, sum(self.fetched_regions()))
-        return (group * regions_per_rank + self.requested_region)[fetched]
+        group = self._of_requested(self._group)
+        return (group * regions_per_rank + self.requested_region)[self._fetched]
+
+    def fetched_places(self, regions_per_rank: int) -> tuple[Tensor, Tensor]:
+        """Return the group of each fetched region, and its number in the whole sequence."""
+        group, peer = self._of_requested(self._group), self._of_requested(self._place // self.num_groups)
+        return group[self._fetched], (peer * regions_per_rank + self.requested_region)[self._fetched]
+
+    def _of_requested(self, of_transfer: Tensor) -> Tensor:
+        """Repeat values of the transfers for each of their requested regions."""
+        return of_transfer.repeat_interleave(self._requested, output_size=len(self.requested_region))
+
+    @cached_property
+    def _fetched(self) -> Tensor:
+        """The places of the fetched regions among all that are requested, int64, ascending."""
+        count = sum(self.fetched_regions())
+        if count in (0, len(self.requested_region)):
+            return torch.arange(count, device=self.header.device)
+        return places(~self._of_requested(self._ship), count)
 
     @cached_property
     def _place(self) -> Tensor:
         """The places of the transfers in the flattened header, int64 [X]."""
-        return places(self.header[..., 2].flatten() > 0, len(self.sizes))
+        there = [requested > 0 for groups in self.numbers for _, _, requested in groups]
+        first, count = (there.index(True) if self.sizes else 0), len(self.sizes)
+        if all(there[first : first + count]):  # as in a causal model: all of the ranks before this one, or after it
+            return torch.arange(first, first + count, device=self.header.device)
+        return places(self.header[..., 2].flatten() > 0, count)
 
-    @property
+    @cached_property
     def _group(self) -> Tensor:
         return self._place % self.num_groups
 
-    @property
+    @cached_property
     def _ship(self) -> Tensor:
-        return self.header[..., 0].flatten()[self._place].bool()
+        return self._numbers[:, 0].bool()
 
     @property
     def _pairs(self) -> Tensor:
-        return self.header[..., 1].flatten()[self._place]
+        return self._numbers[:, 1]
 
     @property
     def _requested(self) -> Tensor:
-        return self.header[..., 2].flatten()[self._place]
+        return self._numbers[:, 2]
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """The header's rows of the transfers, int64 [X, 3]."""
+        return self.header.flatten(0, 1)[self._place]
 
     def _per_rank(self, numbers: list[int]) -> list[int]:
         sums = [0] * len(self.numbers)

@@ -55,6 +55,7 @@ def measure_train_steps(
     variants: Sequence[StepVariant] = STEP_VARIANTS,
     train: TrainConfig = STEP_TRAIN,
     device: torch.device = CPU,
+    vocabulary: int = STEP_VOCABULARY,
 ) -> list[dict[str, Any]]:
     """Measure training steps over one sequence.
 
@@ -65,15 +66,16 @@ def measure_train_steps(
         variants: the variants; the first one is the baseline.
         train: batch, precision and the like.
         device: where it trains.
+        vocabulary: words.
 
     Returns:
         A row for each variant.
     """
-    configs = [_config(model, variant, train) for variant in variants]
+    configs = [_config(model, variant, train, vocabulary) for variant in variants]
     join_alone(configs[0], device)
     engines = [build_engine(config, build_mesh(resolve_layout(config, 1)), device) for config in configs]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(STEP_VOCABULARY, (1, model.sequence_length + 1), generator=generator).to(device)
+    tokens = torch.randint(vocabulary, (1, model.sequence_length + 1), generator=generator).to(device)
     batch = Microbatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     rounds = [[_step(engine, batch, now) for engine in engines] for _ in range(repeats + 1)]
     medians = [statistics.median(column) for column in zip(*rounds[1:], strict=True)]  # the first round warms up
@@ -82,11 +84,11 @@ def measure_train_steps(
     return rows
 
 
-def _config(model: ModelConfig, variant: StepVariant, train: TrainConfig) -> RunConfig:
+def _config(model: ModelConfig, variant: StepVariant, train: TrainConfig, vocabulary: int) -> RunConfig:
     attention = {"attention": variant.attention, "dense_layers": variant.dense_layers}
     return RunConfig(
         model=model.model_copy(update=attention),
-        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=STEP_VOCABULARY)),
+        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=vocabulary)),
         train=train,
     )
 

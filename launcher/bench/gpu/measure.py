@@ -17,12 +17,12 @@ from torch import Tensor
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import AttentionConfig, ModelConfig, TrainConfig
-from biroute.launcher.bench.attention.train_step import STEP_VOCABULARY, StepVariant, measure_train_steps
+from biroute.launcher.bench.attention.train_step import StepVariant, measure_train_steps
 from biroute.launcher.bench.gpu.layer import Layer, compared, measure_layer
 from biroute.launcher.bench.gpu.llama import NAMES, llama_steps
 from biroute.launcher.bench.gpu.parts import measure_parts
 from biroute.launcher.bench.gpu.routes import trained_routes
-from biroute.launcher.bench.gpu.targets import TARGETS
+from biroute.launcher.bench.gpu.targets import STEP_MODEL, STEP_TARGETS, STEP_VOCABULARY, TARGETS
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.bench.rows import KeptRows, Row
 
@@ -30,12 +30,6 @@ LAYER = Layer()
 LENGTHS = (8_192, 32_768, 131_072)
 BLOCKS = (1, LAYER.region_size)  # a route per token, and per region
 RANKS = 4  # whose parts of a route are measured
-# Times of the whole layer that the parts of region ranks may take together, and how many times as fast as dense a
-# training step is to be, by length.
-PARTS_TARGET = 1.15
-STEP_TARGETS = {8_192: 1.0, 32_768: 2.0, 131_072: 5.0}
-# Heads as in `Layer` and narrow matrices, so that a step is mostly attention.
-STEP_MODEL = ModelConfig(hidden_size=1024, num_layers=4, num_heads=32, num_kv_heads=8, head_size=128)
 STEP_TRAIN = TrainConfig(global_batch_size=1, microbatch_size=1, precision="bf16")
 
 
@@ -169,7 +163,7 @@ def _steps(model: ModelConfig, layer: Layer, device: torch.device, repeats: int)
         StepVariant("one route per region", AttentionConfig(query_block_size=layer.region_size, **routed)),
     ]
     train = STEP_TRAIN if device.type == "cuda" else STEP_TRAIN.model_copy(update={"precision": "fp32"})
-    return {"rows": measure_train_steps(_clock(device), repeats, model, variants, train, device)}
+    return {"rows": measure_train_steps(_clock(device), repeats, model, variants, train, device, STEP_VOCABULARY)}
 
 
 def _llama(model: ModelConfig, device: torch.device, repeats: int, compiled: bool) -> Row:

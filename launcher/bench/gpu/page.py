@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from biroute.launcher.bench.gpu.measure import PARTS_TARGET
+from biroute.launcher.bench.gpu.targets import PARTS_TARGET
 from biroute.launcher.bench.report import Findings, Page, Part, Table
 
 _INTRODUCTION = """\

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from biroute.configs.schema import ModelConfig
+
 Value = Literal["forward", "both", "descriptors", "router", "memory", "memory_of_dense"]
 
 
@@ -45,6 +47,14 @@ class Target:
         """What is asked, in words of a table."""
         return f"{'>=' if self.at_least else '<='} {self.asked:.3g}"
 
+
+# Times of the whole layer that the parts of region ranks may take together, and how many times as fast as dense a
+# training step is to be, by length.
+PARTS_TARGET = 1.15
+STEP_TARGETS = {8_192: 1.0, 32_768: 2.0, 131_072: 5.0}
+# Heads as in a layer that is measured, and narrow matrices, so that a step is mostly attention.
+STEP_MODEL = ModelConfig(hidden_size=1024, num_layers=4, num_heads=32, num_kv_heads=8, head_size=128)
+STEP_VOCABULARY = 2048
 
 TARGETS = (
     Target("forward, times as fast as dense", 131_072, 1, "forward", True, 5.0),

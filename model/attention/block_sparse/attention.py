@@ -32,8 +32,9 @@ from biroute.model.attention.grid import RegionGrid
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
 # Partial results of one launch: large enough to hide the launches, small compared with a layer's activations. No more
-# than three quarters of what the queries take, unless that is little.
-SCRATCH_BYTES, LEAST_SCRATCH_BYTES = 768 << 20, 128 << 20
+# than three quarters of what the queries take, or than the keys, unless that is little; those of one head at once if
+# they are few.
+SCRATCH_BYTES, LEAST_SCRATCH_BYTES, SCRATCH_OF_HEAD = 768 << 20, 192 << 20, 256 << 20
 # Query rows of one product: of a tile, and of what is streamed past a region. Where rows are wide (fp32, heads of
 # 256), a tile's are fewer, so that queries and upstream gradients fit on chip beside keys and values.
 TILE_ROWS, LEAST_TILE_ROWS, STREAMED_ROWS = 128, 64, 64
@@ -246,7 +247,9 @@ class Call:
     @property
     def scratch(self) -> int:
         """Bytes for the partial results of a launch."""
-        return min(SCRATCH_BYTES, max(LEAST_SCRATCH_BYTES, self.q.nbytes * 3 // 4))
+        of_head = self.route.shape[1] * self.results() * self.q.shape[3] * self.q.element_size()
+        least = max(LEAST_SCRATCH_BYTES, of_head if of_head <= SCRATCH_OF_HEAD else 0)
+        return min(SCRATCH_BYTES, max(least, self.q.nbytes * 3 // 4, self.k.nbytes))
 
     @property
     def bytes_of_unit(self) -> int:

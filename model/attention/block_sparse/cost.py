@@ -146,7 +146,7 @@ def router_cost(
     heads, num_blocks = route.shape[0] * route.shape[1], route.shape[2]
     row = head_size * element_size
     dim = max(16, triton.next_power_of_2(head_size))
-    total = Cost(read=heads * num_blocks * row, written=int((route >= 0).sum()) * 4)
+    total = Cost(read=heads * num_blocks * row, written=route.numel() * 4)
     first_block = first_token // rule.query_block_size
     for _, tiles, columns in router.stretches(num_blocks, first_block, num_regions, rule):
         width = max(16, triton.next_power_of_2(columns))

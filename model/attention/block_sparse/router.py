@@ -42,10 +42,10 @@ _EXCLUDED = tl.constexpr(-2147483648)
 @triton.jit(do_not_specialize=["first_block", "first_tile"])
 def route_blocks(
     queries_ptr, keys_ptr, rows_ptr, route_ptr, first_block, first_tile, tiles, all_blocks, heads, regions, columns,
-    SLOTS: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr, D: tl.constexpr,
-    DIM: tl.constexpr, BLOCKS: tl.constexpr, REGIONS: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
-    FINALISTS: tl.constexpr, GROUP: tl.constexpr, BITS_OF_BOUND: tl.constexpr, CAUSAL: tl.constexpr,
-    OWN: tl.constexpr, PREVIOUS: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, PLACES: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, BLOCKS: tl.constexpr, REGIONS: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr, FINALISTS: tl.constexpr, GROUP: tl.constexpr, BITS_OF_BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr, PREVIOUS: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """queries [Z, N, D], keys [n, Z, R, D] -> route int32 [Z, N, K]; rows [programs, BLOCKS, WIDTH] is scratch."""
     rows_ptr += tl.program_id(0).to(tl.int64) * (BLOCKS * WIDTH)
@@ -70,7 +70,8 @@ def route_blocks(
         for some in range(0, BLOCKS, AT_ONCE):
             select(
                 rows_ptr + some * WIDTH, route_ptr, head, block0 + some, first_block, all_blocks, regions, columns,
-                SLOTS, BLOCK, REGION, WIDTH, AT_ONCE, FINALISTS, GROUP, BITS_OF_BOUND, CAUSAL, OWN, PREVIOUS, SINK,
+                SLOTS, PLACES, BLOCK, REGION, WIDTH, AT_ONCE, FINALISTS, GROUP, BITS_OF_BOUND, CAUSAL, OWN, PREVIOUS,
+                SINK,
             )  # fmt: skip
         tl.debug_barrier()  # the next tile writes to the same rows
 
@@ -78,9 +79,9 @@ def route_blocks(
 @triton.jit
 def select(
     rows_ptr, route_ptr, head, block0, first_block, all_blocks, regions, columns,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
-    FINALISTS: tl.constexpr, GROUP: tl.constexpr, BITS_OF_BOUND: tl.constexpr, CAUSAL: tl.constexpr,
-    OWN: tl.constexpr, PREVIOUS: tl.constexpr, SINK: tl.constexpr,
+    SLOTS: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr, WIDTH: tl.constexpr,
+    AT_ONCE: tl.constexpr, FINALISTS: tl.constexpr, GROUP: tl.constexpr, BITS_OF_BOUND: tl.constexpr,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr, PREVIOUS: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """Choose the regions of AT_ONCE query blocks from their rows of affinities."""
     block = block0 + tl.arange(0, AT_ONCE)
@@ -110,6 +111,9 @@ def select(
         number_allowed = tl.minimum((first_block + block) * BLOCK // REGION + 1, number_allowed)
     want = tl.where(block < all_blocks, tl.minimum(number_allowed, SLOTS), 0)
     route_ptr += (head.to(tl.int64) * all_blocks + block0) * SLOTS
+    slot = tl.arange(0, PLACES)[None, :]
+    empty = (slot >= want[:, None]) & (slot < SLOTS) & (block < all_blocks)[:, None]
+    tl.store(route_ptr + tl.arange(0, AT_ONCE)[:, None] * SLOTS + slot, -1, mask=empty)
     regions_of_row = tl.broadcast_to(region[None, :], [AT_ONCE, WIDTH])
     if FINALISTS < WIDTH:
         # `want` groups have a best one that reaches this bound, so all that is chosen does, and lies in these groups.
@@ -203,7 +207,7 @@ def fused_route(
     heads = batch * groups
     queries = queries.reshape(heads, num_blocks, head_size).to(dtype).contiguous()
     keys = keys.reshape(heads, num_regions, descriptors, head_size).permute(2, 0, 1, 3).to(dtype).contiguous()
-    route = torch.full((heads, num_blocks, rule.topk), -1, dtype=torch.int32, device=queries.device)
+    route = torch.empty((heads, num_blocks, rule.topk), dtype=torch.int32, device=queries.device)
     first_block = first_token // rule.query_block_size
     for first_tile, tiles, columns in stretches(num_blocks, first_block, num_regions, rule):
         width = max(16, triton.next_power_of_2(columns))
@@ -211,8 +215,9 @@ def fused_route(
         rows = torch.empty(programs * BLOCKS * width, dtype=torch.float32, device=queries.device)
         route_blocks[(programs,)](
             queries, keys, rows, route, first_block, first_tile, tiles, num_blocks, heads, num_regions, columns,
-            SLOTS=rule.topk, DESCRIPTORS=descriptors, BLOCK=rule.query_block_size, REGION=rule.region_size,
-            D=head_size, DIM=max(16, triton.next_power_of_2(head_size)), BLOCKS=BLOCKS, REGIONS=REGIONS, WIDTH=width,
+            SLOTS=rule.topk, PLACES=triton.next_power_of_2(rule.topk), DESCRIPTORS=descriptors,
+            BLOCK=rule.query_block_size, REGION=rule.region_size, D=head_size,
+            DIM=max(16, triton.next_power_of_2(head_size)), BLOCKS=BLOCKS, REGIONS=REGIONS, WIDTH=width,
             AT_ONCE=max(1, min(BLOCKS, SELECTED_AT_ONCE // width)), FINALISTS=finalists(rule.topk, width),
             GROUP=GROUP, BITS_OF_BOUND=BITS_OF_BOUND, CAUSAL=rule.causal, OWN=rule.force_own,
             PREVIOUS=rule.force_previous, SINK=rule.attention_sink, PRECISION=precision, num_warps=WARPS,

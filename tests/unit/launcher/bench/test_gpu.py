@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import TrainConfig
 from biroute.launcher.bench import several_processes
-from biroute.launcher.bench.attention.train_step import STEP_VOCABULARY
 from biroute.launcher.bench.commands import bench_app
 from biroute.launcher.bench.gpu import llama, measure, routes
 from biroute.launcher.bench.gpu.layer import Inputs, Layer, compared
 from biroute.launcher.bench.gpu.page import gpu_page
 from biroute.launcher.bench.gpu.parts import parts_of, whole_attention
-from biroute.launcher.bench.gpu.targets import TARGETS
+from biroute.launcher.bench.gpu.targets import STEP_VOCABULARY, TARGETS
 from biroute.launcher.routes.record import read_routes
 from biroute.model.attention.partial import merge_partials, partial_attention
 

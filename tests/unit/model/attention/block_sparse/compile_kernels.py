@@ -107,7 +107,16 @@ def main() -> None:
             places = {"UNIT": 1024, "TILE_UNIT": 64, "KINDS": kept, "REGIONS": plan.REGIONS_AT_ONCE}
             report(plan_kernels.place_regions, places | {"PROGRAMS": plan.COUNTERS_AT_ONCE}, plan.WARPS)
     for width in (256, 2048):
-        rule = {"SLOTS": 32, "DESCRIPTORS": 8, "BLOCK": 1, "REGION": 64, "D": 128, "DIM": 128, "PRECISION": "ieee"}
+        rule = {
+            "SLOTS": 32,
+            "PLACES": 32,
+            "DESCRIPTORS": 8,
+            "BLOCK": 1,
+            "REGION": 64,
+            "D": 128,
+            "DIM": 128,
+            "PRECISION": "ieee",
+        }
         forced = {"CAUSAL": True, "OWN": True, "PREVIOUS": True, "SINK": False}
         rows = {"BLOCKS": router.BLOCKS, "REGIONS": router.REGIONS, "WIDTH": width}
         few = {"FINALISTS": router.finalists(32, width), "GROUP": router.GROUP, "BITS_OF_BOUND": router.BITS_OF_BOUND}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from biroute.model.attention.block_sparse.attention import Call
 from biroute.model.attention.block_sparse.plan import Blocking, Sorted, cut_segments, make_plan
 from biroute.model.attention.block_sparse.plan_reference import reference_plan
+from biroute.model.attention.grid import RegionGrid
 
 
 def random_routes(heads: int, blocks: int, regions: int, slots: int) -> Tensor:
@@ -147,3 +149,22 @@ def test_segments_fit_into_the_scratch_memory(
     num_heads: int, num_blocks: int, bytes_per_block: int, scratch: int, expected: tuple[int, int]
 ) -> None:
     assert cut_segments(num_heads, num_blocks, bytes_per_block, 16, scratch) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "key_tokens", "expected"),
+    [
+        (8_192, 8_192, 256),
+        (16_384, 16_384, 192),
+        (65_536, 65_536, 384),
+        (262_144, 262_144, 768),
+        (16_384, 114_688, 224),
+    ],
+)
+def test_scratch_memory_of_a_layer(tokens: int, key_tokens: int, expected: int) -> None:
+    """In MiB: a head at once if that is 256, three quarters of the queries, or the keys if a rank fetched more."""
+    q = torch.empty(1, 32, tokens, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 8, key_tokens, 128, dtype=torch.bfloat16, device="meta")
+    route = torch.empty(1, 8, tokens, 32, dtype=torch.int32, device="meta")
+    call = Call.of(q, k, k, route, RegionGrid(64, 1, True, 0.1)).turned()
+    assert call.scratch == expected << 20
