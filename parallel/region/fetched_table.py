@@ -24,7 +24,7 @@ from biroute.parallel.region.transfers import Transfers
 class FetchedTable:
     """Where each fetched region is in the table of its head, and the route through the tables."""
 
-    route: Tensor  # int32 [B, G, N, K] places in the table, ascending, -1 = not fetched
+    route: Tensor  # int32 [B, G, N, K] places in the table, -1 = not fetched, in any slot: the kernels mind no order
     group: Tensor  # int64 [W] head of each fetched region
     place: Tensor  # int64 [W] its place in the table
     size: int  # T, that of the largest table
@@ -47,13 +47,10 @@ class FetchedTable:
         place_gR.scatter_(0, at, torch.ones_like(at))
         fetched_gR = place_gR.view(requests.num_groups, -1) > 0
         place_gR = place_gR.view(requests.num_groups, -1).cumsum(1) - 1
-        # Ascending regions have ascending places; what is not fetched goes behind.
-        place_gR = place_gR.where(fetched_gR, size)
+        place_gR = place_gR.where(fetched_gR, -1)
         chosen = route.flatten(0, 1).flatten(1)
-        table_gNK = place_gR.gather(1, chosen.clamp(min=0)).where(chosen >= 0, size).view(-1, *route.shape[2:])
-        table_gNK = table_gNK.sort(-1).values
-        table = table_gNK.masked_fill_(table_gNK == size, -1).int().view_as(route)
-        return FetchedTable(table, group, place_gR.flatten()[at], size)
+        table = place_gR.gather(1, chosen.clamp(min=0)).where(chosen >= 0, -1)
+        return FetchedTable(table.int().view_as(route), group, place_gR.flatten()[at], size)
 
     def keys(self, fetched: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Arrange keys and values by head: [W, 2, L, D] -> [B, G, T * L, D] each; no route names the rest of it."""
