@@ -49,6 +49,11 @@ def failing_job(tree: dict[str, Any], failures: int, code: int = errno.EIO) -> t
             return str(error), said
 
 
+def warnings_of_saves(said: list[str]) -> list[str]:
+    """Without that of a slow rank, which a busy machine makes of either."""
+    return [text for text in said if text.startswith("warning: ") and "checkpoint" in text]
+
+
 @pytest.mark.parametrize(
     ("failures", "ends", "left", "warnings"),
     [
@@ -66,7 +71,7 @@ def test_a_save_is_tried_again(
     assert ends in end and ends in other
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(int(path.name[5:]) for path in folder.iterdir()) == left
-    told = [text for text in said if text.startswith("warning: ")]
+    told = warnings_of_saves(said)
     assert len(told) == warnings and "trying again in 0.1 s" in told[0]
     assert ("training goes on without a checkpoint of step 1" in told[-1]) == (failures == 3)
 
@@ -78,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_no_full_disk(ranks: Ranks, corpus: P
     assert end == other
     assert "could not save the checkpoint ([Errno 13] Permission denied)" in end
     assert "make train.run_dir writable for every rank" in end and "space" not in end
-    assert not [text for text in said if text.startswith("warning: ")]
+    assert not warnings_of_saves(said)
 
 
 def test_a_source_that_training_leaves_out_is_named_at_the_start(ranks: Ranks, corpus: Path, tmp_path: Path) -> None:
