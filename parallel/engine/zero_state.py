@@ -55,10 +55,10 @@ class OptimizerState:
             for name in MOMENTS:
                 self._adam.state[parameter][name].copy_(state[name])
             return
-        weight = state["weight"].to(parameter.device)
-        parameter.set_full_hp_param(weight)  # type: ignore[attr-defined]
+        # These copy the piece that this rank has of them, if any: the rest is not read from the file.
+        parameter.set_full_hp_param(state["weight"])  # type: ignore[attr-defined]
         for name in MOMENTS:
-            parameter.set_full_hp_param(state[name].to(parameter.device), name)  # type: ignore[attr-defined]
+            parameter.set_full_hp_param(state[name], name)  # type: ignore[attr-defined]
 
     def finish_writing(self, step: int) -> None:
         """Set the step count of the bias correction and refresh what DeepSpeed keeps gathered."""

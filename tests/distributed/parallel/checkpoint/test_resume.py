@@ -244,3 +244,27 @@ def test_reshard_is_undone_by_its_inverse(stride: int, parts: int) -> None:
     assert torch.equal(again[0], whole)
     if stride == 2:
         assert torch.equal(shards[0], torch.cat([whole[:4], whole[8:12]])), "half of the gate, half of the up rows"
+
+
+def write_own_job(sections: dict[str, Any]) -> int:
+    """Write the state again, with moments that cannot be read where DeepSpeed keeps them on other ranks alone."""
+    engine = start_engine(small_config(**sections))
+    train(engine, [1])
+    before = {name: engine.state.read(parameter) for name, parameter in engine.named_parameters()}
+    elsewhere = 0
+    for name, parameter in engine.named_parameters():
+        state = dict(before[name])
+        if parameter._hp_mapping is None:  # type: ignore[attr-defined]
+            state |= {kind: value.to("meta") for kind, value in state.items() if kind != "weight"}
+            elsewhere += 1
+        engine.state.write(parameter, state)
+    for name, parameter in engine.named_parameters():
+        for kind, value in engine.state.read(parameter).items():
+            assert torch.equal(value, before[name][kind]), f"{name} {kind}"
+    return elsewhere
+
+
+@pytest.mark.parametrize("layout", ["data 2, ZeRO 1", "data 2, ZeRO 1, bf16"])
+def test_a_rank_reads_its_own_moments_alone(layout: str, ranks: Ranks) -> None:
+    """A resumed run would otherwise read and move both moments of the whole model on every rank."""
+    assert min(ranks(2).run(write_own_job, LAYOUTS[layout])) > 3
