@@ -39,7 +39,7 @@ def start(name: str, arguments: list[str], told: list[str]) -> tuple[subprocess.
         for line in process.stdout:
             sys.stdout.write(f"{name:6} | {line}")
             sys.stdout.flush()
-            if line.startswith(("FAILED ", "ERROR ", "E  ")):
+            if line.startswith(("FAILED ", "ERROR", "INTERNALERROR", "E  ")):
                 told.append(f"{name:6} | {line}")
 
     thread = threading.Thread(target=show)

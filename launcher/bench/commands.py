@@ -112,6 +112,7 @@ def gpu(
     measure.check_lengths(wanted)
     if train_step:
         check_installed()
+        measure.join(device)
     routes = measure.routes_of_run(run, text, max(wanted))
     model = STEP_MODEL if train_step else None
     answer = measure.run_bench(device, wanted, repeats, routes=routes, step_model=model, rows=rows)

@@ -22,6 +22,7 @@ from biroute.launcher.ranks.secret import prove
 from biroute.parallel.messages import broadcast_message, gather_messages
 
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun: its agent, not rank 0, holds the store
+_NEVER = timedelta(days=365)
 _SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before that
 
 
@@ -41,8 +42,8 @@ def join_processes(environment: RankEnvironment, train: TrainConfig, secret: byt
     With a `secret`, the ranks first prove to each other that they know it.
 
     Raises:
-        UsageError: a GPU was requested and there is none, the address is unknown, the given port is in use, or a rank
-            does not know the secret.
+        UsageError: a GPU was requested and there is none, the address is unknown, the given port is in use, a rank
+            does not know the secret, or it has a GPU where rank 0 has none or the other way round.
         RuntimeError: the port is in use, and was chosen for this attempt alone.
     """
     device = choose_device(train.device, environment.local_rank)
@@ -60,6 +61,8 @@ def join_processes(environment: RankEnvironment, train: TrainConfig, secret: byt
 
 def collective_timeout(train: TrainConfig) -> timedelta:
     """Return the timeout of collectives, for every group: above the watchdog's, which names the missing rank."""
+    if train.hang_seconds == 0:  # nothing is to end a hang
+        return _NEVER
     return max(_SHORTEST_TIMEOUT, 2 * timedelta(seconds=max(train.hang_seconds, train.startup_seconds)))
 
 
@@ -155,6 +158,7 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, s
         store = _store(environment, timeout)
         if secret is not None:
             prove(store, secret, environment.rank, environment.world_size)
+        check_backend(store, environment.rank, backend)
         dist.init_process_group(
             backend,
             store=store,
@@ -169,6 +173,25 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, s
         if environment.port_of_ours:
             raise RuntimeError(f"rendezvous at {address}: {reason}; the next attempt uses another port") from error
         raise UsageError(f"rendezvous at MASTER_ADDR:MASTER_PORT = {address}: {reason}; use another port") from None
+
+
+def check_backend(store: dist.Store, rank: int, backend: str) -> None:
+    """Check that this rank communicates as rank 0 does; otherwise both would wait for each other until the timeout.
+
+    Raises:
+        UsageError: one of them has a GPU and the other has none.
+    """
+    key, devices = "biroute/backend", {"nccl": "a GPU", "gloo": "the CPU"}
+    if rank == 0:
+        store.set(key, backend)
+        return
+    other = store.get(key).decode()
+    if other != backend:
+        raise UsageError(
+            f"rank {rank} on {socket.gethostname()} would train on {devices[backend]}, rank 0 on {devices[other]}: "
+            "with train.device=auto all nodes need working GPUs, or none: biroute doctor --gpu tells what is wrong, "
+            "or set train.device=cpu"
+        )
 
 
 def _store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:

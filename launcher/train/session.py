@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+import torch
 import torch.distributed as dist
 
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, FencedError, StoppedError
@@ -107,7 +108,7 @@ def _train(
             hook.on_message(text)
 
     prepare_megatron(place.device)
-    for line in _first_lines(config, dataset, layout):
+    for line in _first_lines(config, dataset, layout, place.device):
         say(line)
     mesh = build_mesh(layout, collective_timeout(config.train))
     engine = build_engine(config, mesh, place.device)
@@ -131,9 +132,9 @@ def _train(
         trainer.fit()
 
 
-def _first_lines(config: RunConfig, dataset: Dataset, layout: Layout) -> Iterator[str]:
+def _first_lines(config: RunConfig, dataset: Dataset, layout: Layout, device: torch.device) -> Iterator[str]:
     """Say what is trained on what, and what of the data is left out."""
-    yield describe(config, layout)
+    yield f"{describe(config, layout)}, on {'GPUs' if device.type == 'cuda' else 'CPUs'}"
     if config.train.evaluate_sequences is None:
         used, there = (
             dataset.evaluate_sequences(config.train.microbatch_size * layout.data),

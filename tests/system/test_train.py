@@ -72,7 +72,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> N
 def test_a_whole_run_and_what_mlflow_shows(config_file: Path, run_dir: Path, command: Command) -> None:
     answer = command("train", config_file, "parallel.data=2")
     assert answer.status == 0, answer.err
-    assert "step 8/8" in answer.out
+    assert "8 steps, on CPUs\n" in answer.out and "step 8/8" in answer.out
     assert "bits per byte" in answer.out
     assert answer.err == "", "nothing but our own lines"
     run, client = only_run(run_dir)

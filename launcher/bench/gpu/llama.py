@@ -6,9 +6,9 @@ are, without the fp32 copies that our engine keeps in bf16.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,19 +17,24 @@ from torch.nn.functional import cross_entropy
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import ModelConfig
 
+_ATTENTION = "causal_sdpa"
 NAMES = {False: "transformers' Llama", True: "transformers' Llama, torch.compile"}
 
 
 def check_installed() -> None:
-    """Check that transformers is installed.
+    """Check that transformers 5 is installed.
 
     Raises:
         UsageError: it is not.
     """
-    if importlib.util.find_spec("transformers") is None:
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        found = "none"
+    if not found.startswith("5."):
         raise UsageError(
-            "bench gpu compares training steps with transformers; install it with `pip install transformers`, or use "
-            "--no-train-step"
+            f"bench gpu compares training steps with transformers 5, and finds {found}; install it with "
+            "`pip install 'transformers>=5,<6'`, or use --no-train-step"
         )
 
 
@@ -57,8 +62,12 @@ def llama_steps(
     Returns:
         A row as those of `measure_train_steps`, without a ratio.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # Attention of that name gets no mask: while it is compiled, transformers would else make one of S x S, and
+    # PyTorch could not take its fast causal kernels.
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
     shape = LlamaConfig(
         vocab_size=vocabulary, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
@@ -66,9 +75,11 @@ def llama_steps(
         max_position_embeddings=model.sequence_length, tie_word_embeddings=model.tied_embeddings,
     )  # fmt: skip
     torch.manual_seed(0)
+    shape._attn_implementation = _ATTENTION
     llama: Any = LlamaForCausalLM(shape)
     llama.to(device=device, dtype=dtype)
-    forward: Callable[..., Any] = torch.compile(llama) if compiled else llama
+    torch.compiler.reset()  # or sequences of another length would be compiled for any length
+    forward: Callable[..., Any] = torch.compile(llama, dynamic=False) if compiled else llama
     optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(vocabulary, (1, model.sequence_length + 1), device=device)
 

@@ -5,18 +5,21 @@ Each row is kept in a file as soon as it is measured, so that a benchmark that w
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import AttentionConfig, ModelConfig, TrainConfig
+from biroute.configs.schema import AttentionConfig, ModelConfig, RunConfig, TrainConfig
 from biroute.launcher.bench.attention.train_step import StepVariant, measure_train_steps
 from biroute.launcher.bench.gpu.layer import Layer, compared, measure_layer
 from biroute.launcher.bench.gpu.llama import NAMES, llama_steps
@@ -25,6 +28,7 @@ from biroute.launcher.bench.gpu.routes import trained_routes
 from biroute.launcher.bench.gpu.targets import STEP_MODEL, STEP_TARGETS, STEP_VOCABULARY, TARGETS
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.bench.rows import KeptRows, Row
+from biroute.launcher.bench.single_process import join_alone
 
 LAYER = Layer()
 LENGTHS = (8_192, 32_768, 131_072)
@@ -55,6 +59,11 @@ def check_lengths(lengths: Sequence[int]) -> None:
         if tokens % step:
             near = step * max(1, round(tokens / step))
             raise UsageError(f"--length {tokens} is no multiple of {step} tokens; use {near}")
+
+
+def join(device: torch.device) -> None:
+    """Make this process a group of one on the device, before a trained model would make one on the CPU."""
+    join_alone(RunConfig(model=STEP_MODEL, data=DataConfig(), train=STEP_TRAIN), device)
 
 
 def routes_of_run(run: Path | None, text: Path | None, tokens: int) -> dict[int, Tensor] | None:
@@ -94,7 +103,9 @@ def run_bench(
         rows: file that keeps finished rows.
     """
     about_run = environment_info() | {"device": device_name(device)}
-    about = [about_run["code"], about_run["device"], repeats, repr(layer), repr(step_model), routes is not None]
+    software = about_run["software"] = f"{about_run['software']}, transformers {_version('transformers')}"
+    chosen = [hashlib.sha256(route.numpy().tobytes()).hexdigest() for route in (routes or {}).values()]
+    about = [about_run["code"], software, about_run["device"], repeats, repr(layer), repr(step_model), chosen]
     kept = KeptRows(rows, about)
     layers, parts, steps = list[Row](), list[Row](), list[Row]()
     for tokens in sorted(lengths):
@@ -127,10 +138,12 @@ def run_bench(
 
 
 def _row(kept: KeptRows, name: str, work: Callable[[], Row]) -> Row:
-    """The row of that name; one that fails, for want of memory say, is told and costs no other."""
+    """The row of that name; one that fails, for want of memory or in a compiler, is told and costs no other."""
     try:
         row = kept.row(name, lambda: {"name": name, **work()})
-    except (RuntimeError, ValueError) as failure:
+    except UsageError:
+        raise
+    except Exception as failure:
         row = {"name": name, "error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
     say(f"{name}: {row.get('error', 'measured')}")
     return row
@@ -189,8 +202,15 @@ def _compared_with_dense(rows: Sequence[Row]) -> list[Row]:
     return [row | {"ratio": dense[row["num_tokens"]] / row["seconds"]} for row in rows if row["num_tokens"] in dense]
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
 def device_name(device: torch.device) -> str:
-    """Return what the device is called, with driver and compiler where it is a GPU."""
+    """Return what the device is called, with the CUDA that torch was built for and Triton where it is a GPU."""
     if device.type != "cuda":
         return str(device)
     import triton

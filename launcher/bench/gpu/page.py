@@ -16,8 +16,9 @@ Made by `biroute bench gpu`; do not edit.
 A causal layer of one sequence, without projections, beside dense `scaled_dot_product_attention`, by turns. Times are
 medians, between events of the device, after a first run that compiles. A routed layer is its router (8 descriptors of
 a region), forward and backward. *Trained* routes are those of a trained model for real text; *random* ones the
-router's for white noise, of which neighbours share least. The router always runs on white noise. What was expected on
-paper: [gpu_on_paper.md](gpu_on_paper.md).
+router's for white noise, of which neighbours share least. The router always runs on white noise, and so do training
+steps. A target is *met* with trained routes; where none were given, with random ones, for which some targets are not
+expected to be met. What was expected on paper: [gpu_on_paper.md](gpu_on_paper.md).
 """
 _TARGETS = ["target", "S", "Lq", "asked", "trained routes", "random routes", "met"]
 _LAYER = ["routes", "S", "Lq", "dense forward ms", "dense backward ms", "router ms", "forward ms", "backward ms",

@@ -13,12 +13,14 @@ from torch import Tensor
 from biroute.launcher.bench.gpu.layer import Inputs, Layer, Marks, choose, kernels_path
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.partial import attention_delta, partial_attention, partial_attention_backward
-from biroute.parallel.region.attention import own_regions
-from biroute.parallel.region.costs import RegionLayout
+from biroute.parallel.region.attention import own_regions, region_table
+from biroute.parallel.region.costs import ExchangeCosts, RegionLayout
+from biroute.parallel.region.fetched_table import FetchedTable
+from biroute.parallel.region.plan import plan_exchange
 
 
 class Part(NamedTuple):
-    """The queries of one rank and the regions of one owner, with what backward needs of the whole route."""
+    """The queries of one rank and its own or its fetched regions, with what backward needs of the whole route."""
 
     q: Tensor
     k: Tensor
@@ -43,7 +45,8 @@ def measure_parts(
     inputs = Inputs.draw(layer, tokens, device)
     whole = whole_attention(inputs, layer, block)
     parts = parts_of(whole, ranks)
-    runs = [(_run([whole], device), _run(parts, device)) for _ in range(repeats + 1)][1:]  # the first warms up
+    # Parts are added up in fp32. The first run of each warms up.
+    runs = [(_run([whole], device), _run(parts, device, torch.float32)) for _ in range(repeats + 1)][1:]
     once, cut = (statistics.median(column) for column in zip(*runs, strict=True))
     return {"tokens": tokens, "block": block, "ranks": ranks, "seconds": once, "parts_seconds": cut,
             "ratio": cut / once}  # fmt: skip
@@ -59,30 +62,44 @@ def whole_attention(inputs: Inputs, layer: Layer, block: int) -> Part:
 
 
 def parts_of(whole: Part, ranks: int) -> list[Part]:
-    """Cut attention into parts: of each rank's queries with the regions of each owner up to itself."""
-    block, size = whole.grid.query_block_size, whole.grid.region_size
+    """Cut attention as the exchange does: of each rank its own regions, and all that it fetches in one call."""
+    grid = whole.grid
+    block, size = grid.query_block_size, grid.region_size
     layout = RegionLayout(whole.k.shape[2] // size, size, ranks)
-    shards = [slice(rank * layout.tokens_per_rank, (rank + 1) * layout.tokens_per_rank) for rank in range(ranks)]
+    heads, row = whole.q.shape[1] // whole.k.shape[1], whole.q.shape[3]
+    costs = ExchangeCosts.of(
+        region_size=size, query_block_size=block, heads_per_group=heads, head_size=row,
+        element_size=whole.q.element_size(),
+    )  # fmt: skip
+    regions = region_table(whole.k, whole.v, size)
+    part_grid = replace(grid, causal=False, same_tokens=False)
     parts = []
-    for rank, rows in enumerate(shards):
-        q, dout, lse, delta = (x[:, :, rows].contiguous() for x in (whole.q, whole.dout, whole.lse, whole.delta))
+    for rank in range(ranks):
+        rows = slice(rank * layout.tokens_per_rank, (rank + 1) * layout.tokens_per_rank)
+        q, k, v, dout, lse, delta = (
+            x[:, :, rows].contiguous() for x in (whole.q, whole.k, whole.v, whole.dout, whole.lse, whole.delta)
+        )
         route = whole.route[:, :, rows.start // block : rows.stop // block]
-        for owner, keys in enumerate(shards[: rank + 1]):
-            k, v = (x[:, :, keys].contiguous() for x in (whole.k, whole.v))
-            grid = replace(whole.grid, causal=owner == rank, same_tokens=owner == rank)
-            parts.append(Part(q, k, v, own_regions(route, layout, owner), grid, dout, lse, delta))
+        parts.append(Part(q, k, v, own_regions(route, layout, rank), grid, dout, lse, delta))
+        requests = plan_exchange(route, layout, rank, costs, "fetch").transfers
+        table = FetchedTable.of(route, layout, requests)
+        if table is not None:
+            group, region = requests.fetched_places(layout.regions_per_rank)
+            k, v = table.keys(regions[group * layout.num_regions + region], len(q))
+            parts.append(Part(q, k, v, table.route, part_grid, dout, lse, delta))
     return parts
 
 
-def _run(parts: Sequence[Part], device: torch.device) -> float:
-    """Seconds of forward of all parts, then backward of all."""
+def _run(parts: Sequence[Part], device: torch.device, out_dtype: torch.dtype | None = None) -> float:
+    """Seconds of forward of all parts, then backward of all; outputs and gradients of `out_dtype`, or the inputs'."""
     marks = Marks(device)
     for part in parts:
-        partial_attention(part.q, part.k, part.v, part.route, part.grid)
+        partial_attention(part.q, part.k, part.v, part.route, part.grid, out_dtype=out_dtype)
     for part in parts:
         partial_attention_backward(
-            part.q, part.k, part.v, part.route, part.grid, dout=part.dout, lse=part.lse, delta=part.delta
-        )
+            part.q, part.k, part.v, part.route, part.grid, dout=part.dout, lse=part.lse, delta=part.delta,
+            out_dtype=out_dtype,
+        )  # fmt: skip
     marks.mark()
     (seconds,) = marks.seconds()
     return seconds

@@ -258,6 +258,7 @@ def write_own_job(sections: dict[str, Any]) -> int:
             state |= {kind: value.to("meta") for kind, value in state.items() if kind != "weight"}
             elsewhere += 1
         engine.state.write(parameter, state)
+        assert engine.state.read(parameter, keep=False) == {}, "for another rank's file: nothing is copied"
     for name, parameter in engine.named_parameters():
         for kind, value in engine.state.read(parameter).items():
             assert torch.equal(value, before[name][kind]), f"{name} {kind}"

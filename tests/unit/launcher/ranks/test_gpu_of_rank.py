@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 
 from biroute.configs.errors import UsageError
-from biroute.launcher.ranks.rendezvous import gpu_of_rank
+from biroute.launcher.ranks.rendezvous import check_backend, gpu_of_rank
 
 STEP = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_GPUS_ON_NODE": "4"}
 
@@ -38,3 +39,12 @@ def test_the_gpu_of_a_rank(local_rank: int, visible: int, environment: dict[str,
 def test_more_ranks_than_gpus_are_refused(local_rank: int, visible: int, environment: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=f"local rank {local_rank} has no GPU: torch sees {visible}"):
         gpu_of_rank(local_rank, visible, environment)
+
+
+def test_a_rank_without_a_gpu_among_ranks_with_one_is_named() -> None:
+    """gloo and NCCL would wait for each other."""
+    store = dist.HashStore()
+    check_backend(store, 0, "nccl")
+    check_backend(store, 1, "nccl")
+    with pytest.raises(UsageError, match="would train on the CPU, rank 0 on a GPU: with train"):
+        check_backend(store, 2, "gloo")
