@@ -68,14 +68,14 @@ def llama_steps(
     # Attention of that name gets no mask: while it is compiled, transformers would else make one of S x S, and
     # PyTorch could not take its fast causal kernels.
     AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
-    shape = LlamaConfig(
+    shape = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=vocabulary, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads, head_dim=model.head_size,
         max_position_embeddings=model.sequence_length, tie_word_embeddings=model.tied_embeddings,
+        attn_implementation=_ATTENTION,
     )  # fmt: skip
     torch.manual_seed(0)
-    shape._attn_implementation = _ATTENTION
     llama: Any = LlamaForCausalLM(shape)
     llama.to(device=device, dtype=dtype)
     torch.compiler.reset()  # or sequences of another length would be compiled for any length
