@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +107,26 @@ def test_changed_text_trains_another_tokenizer(built: DataConfig, tmp_path: Path
     verify_dataset(data.dir, deep=True)
 
 
+def stopping_after(number: int, written: list[str]) -> Callable[..., Any]:
+    """A writer of shards that is interrupted after so many, whose names go to `written`."""
+    write_shard = shard_writer.write_shard
+
+    def write(folder: Path, file: str, *rest: Any) -> Any:
+        if len(written) == number:
+            raise KeyboardInterrupt
+        written.append(file)
+        return write_shard(folder, file, *rest)
+
+    return write
+
+
 def test_changing_back_in_mid_build_is_no_mixture(
     built: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = copy_of(built, tmp_path / "d")
     written: list[str] = []
     write_shard = shard_writer.write_shard
-
-    def interrupted(folder: Path, file: str, *rest: Any) -> Any:
-        if len(written) == 3:
-            raise KeyboardInterrupt
-        written.append(file)
-        return write_shard(folder, file, *rest)
-
-    monkeypatch.setattr(shard_writer, "write_shard", interrupted)
+    monkeypatch.setattr(shard_writer, "write_shard", stopping_after(3, written))
     # Other texts in shards of the same names and sizes.
     with pytest.raises(KeyboardInterrupt):
         build_dataset(data.model_copy(update={"min_document_bytes": 60}), QUIET)
@@ -179,14 +186,7 @@ def test_continuing_keeps_finished_parts_and_shards(
         encode, "_encode_part", lambda path, texts: (encoded.append(path.name), encode_part(path, texts))
     )
     written: list[str] = []
-
-    def stop_after_two(folder: Path, file: str, *rest: Any) -> Any:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(file)
-        return write_shard(folder, file, *rest)
-
-    monkeypatch.setattr(shard_writer, "write_shard", stop_after_two)
+    monkeypatch.setattr(shard_writer, "write_shard", stopping_after(2, written))
     with pytest.raises(KeyboardInterrupt):
         build_dataset(data, QUIET)
     assert len(encoded) > 5
