@@ -90,6 +90,22 @@ def merge_partials(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tens
     return torch.as_tensor(merged), lse
 
 
+def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh two parts over disjoint sets of keys, by their log-sum-exps.
+
+    Returns:
+        The weight of each part and the log-sum-exp of both; 0, 0 and -inf where neither has a visible key.
+    """
+    # exp and log: logaddexp and exp2 round an element differently by its place in a tensor.
+    highest = torch.maximum(lse, part_lse)
+    highest.masked_fill_(highest == -torch.inf, 0.0)
+    weight, part_weight = ((x - highest).exp_() for x in (lse, part_lse))
+    total = weight + part_weight
+    merged = highest + total.log()
+    total.masked_fill_(total == 0, 1.0)
+    return weight / total, part_weight / total, merged
+
+
 @torch.no_grad()
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, route: Tensor, grid: RegionGrid, *, out_dtype: torch.dtype | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from biroute.model.attention.grid import AttentionPath, RegionGrid, uses_kernels
 from biroute.model.attention.partial import (
     attention_delta,
+    merge_weights,
     partial_attention,
     partial_attention_backward,
     working_dtype,
@@ -269,15 +270,11 @@ def merge_transfers(
         else:
             part_out, part_lse = parts.pop(number)
         blocks = plan.pair_block[transfer.pairs]
-        before = lse_gNrM[transfer.group, blocks]
-        # exp and log: logaddexp and exp2 round an element differently by its place in a tensor.
-        highest = torch.maximum(before, part_lse)
-        weight, part_weight = ((x - highest).exp_() for x in (before, part_lse))
-        total = weight + part_weight
-        merged = out_gNrMD[transfer.group, blocks] * (weight / total)[..., None]
-        merged += part_out.to(merged.dtype) * (part_weight / total)[..., None]
+        weight, part_weight, merged_lse = merge_weights(lse_gNrM[transfer.group, blocks], part_lse)
+        merged = out_gNrMD[transfer.group, blocks] * weight[..., None]
+        merged += part_out.to(merged.dtype) * part_weight[..., None]
         out_gNrMD[transfer.group, blocks] = merged
-        lse_gNrM[transfer.group, blocks] = highest + total.log_()
+        lse_gNrM[transfer.group, blocks] = merged_lse
 
 
 def serve_forward(

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from biroute.model.attention.grid import RegionGrid
-from biroute.model.attention.partial import partial_attention, partial_attention_backward, working_dtype
+from biroute.model.attention.partial import (
+    merge_weights,
+    partial_attention,
+    partial_attention_backward,
+    working_dtype,
+)
 from biroute.parallel.region.costs import RegionLayout
 from biroute.parallel.region.transfers import Transfers
 
@@ -64,14 +69,10 @@ class FetchedTable:
         """Merge attention over the tables into out [B, H, S, D] and lse [B, H, S]."""
         k, v = self.keys(fetched, len(q))
         part, part_lse = partial_attention(q, k, v, self.route, grid, out_dtype=out.dtype)
-        highest = torch.maximum(lse, part_lse)
-        highest.masked_fill_(highest == -torch.inf, 0.0)
-        weight, part_weight = ((x - highest).exp_() for x in (lse, part_lse))
-        total = weight + part_weight
-        lse.copy_(highest + total.log())
-        total.masked_fill_(total == 0, 1.0)
-        out *= (weight / total)[..., None]
-        out.addcmul_(part, (part_weight / total)[..., None])
+        weight, part_weight, merged_lse = merge_weights(lse, part_lse)
+        lse.copy_(merged_lse)
+        out *= weight[..., None]
+        out.addcmul_(part, part_weight[..., None])
 
     def backward(
         self, q: Tensor, fetched: Tensor, dout: Tensor, lse: Tensor, delta: Tensor, grid: RegionGrid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from biroute.launcher.bench.gpu.layer import Inputs, Layer, Marks, choose, kernels_path
 from biroute.model.attention.grid import RegionGrid
 from biroute.model.attention.partial import attention_delta, partial_attention, partial_attention_backward
-from biroute.parallel.region.attention import own_regions, region_table
+from biroute.parallel.region.attention import own_regions, part_grid_of, region_table
 from biroute.parallel.region.costs import ExchangeCosts, RegionLayout
 from biroute.parallel.region.fetched_table import FetchedTable
 from biroute.parallel.region.plan import plan_exchange
@@ -72,7 +71,7 @@ def parts_of(whole: Part, ranks: int) -> list[Part]:
         element_size=whole.q.element_size(),
     )  # fmt: skip
     regions = region_table(whole.k, whole.v, size)
-    part_grid = replace(grid, causal=False, same_tokens=False)
+    part_grid = part_grid_of(grid, whole.q, heads * block, 0.0)
     parts = []
     for rank in range(ranks):
         rows = slice(rank * layout.tokens_per_rank, (rank + 1) * layout.tokens_per_rank)
