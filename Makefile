@@ -70,9 +70,10 @@ check: $(INSTALLED) types ## lint, types, import contract, fast tests: before ea
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m 'not slow'
 
 # On a machine with a GPU: the tests of the kernels, compiled for it, what the machine can do, and how fast a layer is.
-gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, what it can do, and the benchmark
+gpu-check: $(INSTALLED) ## on a machine with a GPU: the tests of its kernels, whole runs, what it can do, and the benchmark
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse tests/unit/model/test_swiglu.py && \
+	    BIROUTE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/model/attention/block_sparse tests/unit/model/test_swiglu.py \
+	        tests/system/test_gpu.py && \
 	    $(BIN)/biroute doctor --gpu && $(BIN)/biroute bench gpu; \
 	else echo "make gpu-check: torch sees no GPU here, so nothing was checked"; fi
 

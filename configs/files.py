@@ -183,7 +183,7 @@ class HashingWriter:
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Write to the file and update the checksum and the count."""
         self._digest.update(data)
         self.size_bytes += len(data)
@@ -192,6 +192,11 @@ class HashingWriter:
     def flush(self) -> None:
         """Flush the file."""
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     @property
     def sha256(self) -> str:

@@ -187,9 +187,19 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO: 1 shards the optimizer state, 2 also the gradients, 3 also the parameters"
     )
+    overlap_grad_reduce: bool = Field(
+        False,
+        description="with ZeRO 2 on GPUs, sum gradients over data ranks beside backward (DeepSpeed's overlap_comm), "
+        "for a second buffer of 1 GB; ZeRO 3 always does, ZeRO 0 and 1 cannot",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
+        if self.overlap_grad_reduce and self.zero_stage < 2:
+            raise ValueError(
+                f"overlap_grad_reduce=true with zero_stage={self.zero_stage}: DeepSpeed sums gradients there after "
+                "backward; set zero_stage=2 or overlap_grad_reduce=false"
+            )
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(
                 f"pipeline={self.pipeline} with zero_stage={self.zero_stage}: DeepSpeed pipelines support "

@@ -89,15 +89,19 @@ class Dataset:
         return max(multiple_of, there - there % multiple_of)
 
 
-def open_dataset(config: RunConfig) -> Dataset:
+def open_dataset(config: RunConfig, part: int = 0, parts: int = 1) -> Dataset:
     """Open the dataset of a configuration after a quick check.
+
+    Args:
+        config: of the run.
+        part, parts: which of the shards are checked, where several processes share them.
 
     Raises:
         UsageError: the dataset is missing or damaged, or was built with other settings, or model.objective=mlm and
             its tokenizer has no mask piece.
     """
     data = config.data
-    manifest, tokenizer = check_dataset(data.dir)
+    manifest, tokenizer = check_dataset(data.dir, part, parts)
     _check_settings(config, manifest)
     if tokenizer.vocab_size != data.tokenizer.vocab_size:
         raise UsageError(

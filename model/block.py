@@ -6,6 +6,7 @@ C hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,9 +34,12 @@ from biroute.model.swiglu import SwiGLU
 
 
 def megatron_config(
-    model: ModelConfig, tensor_parallel_size: int, sequence_parallel: bool = False
+    model: ModelConfig, tensor_parallel_size: int, sequence_parallel: bool = False, draw_weights: bool = True
 ) -> TransformerConfig:
-    """Our model configuration in Megatron-core's terms. DeepSpeed owns the pipeline, so that size stays 1."""
+    """Our model configuration in Megatron-core's terms. DeepSpeed owns the pipeline, so that size stays 1.
+
+    Without `draw_weights` every matrix is NaN until it is loaded.
+    """
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -62,8 +66,13 @@ def megatron_config(
         params_dtype=torch.float32,
     )
     for name in ("init_method", "output_layer_init_method"):
-        setattr(config, name, drawn_on_cpu(getattr(config, name)))
+        setattr(config, name, drawn_on_cpu(getattr(config, name)) if draw_weights else fill_with_nan)
     return config
+
+
+def fill_with_nan(weight: Tensor) -> Tensor:
+    """Initialise a weight that is to be loaded: drawing it would take minutes, and what is not loaded must show."""
+    return nn.init.constant_(weight, math.nan)
 
 
 def drawn_on_cpu(draw: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
@@ -141,11 +150,12 @@ class Block(nn.Module):
         shard: SequenceShard | None = None,
         sequence_parallel: bool = False,
         exact_sums: bool = False,
+        draw_weights: bool = True,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.layer = TransformerLayer(
-            megatron_config(model, groups.tp.size(), sequence_parallel),
+            megatron_config(model, groups.tp.size(), sequence_parallel, draw_weights),
             _submodules(model, groups, shard, sequence_parallel, exact_sums),
             layer_number=layer + 1,
             pg_collection=groups,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
 from biroute.model.attention.sequence_shard import SequenceShard
-from biroute.model.block import Block, drawn_on_cpu, megatron_config
+from biroute.model.block import Block, drawn_on_cpu, fill_with_nan, megatron_config
 from biroute.model.cross_entropy import chunked_cross_entropy
 from biroute.model.exact_sums import ExactColumnParallelLinear, exact_product
 from biroute.model.norm import RMSNorm
@@ -49,15 +49,25 @@ class LayerPlan:
 
 
 def plan_layers(
-    config: RunConfig, groups: ProcessGroupCollection, shard: SequenceShard | None = None
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    shard: SequenceShard | None = None,
+    *,
+    draw_weights: bool = True,
 ) -> list[LayerPlan]:
-    """The layers of the model in order. `groups` are the process groups that weights are split over, `shard` is this
-    rank's part of the sequences where ranks share them."""
+    """Plan the layers of the model, in order.
+
+    Args:
+        config: of the run.
+        groups: the process groups that weights are split over.
+        shard: this rank's part of the sequences, where ranks share them.
+        draw_weights: False where all weights are loaded before they are used; every matrix is NaN until then.
+    """
     model = config.model
     sequence_parallel = config.parallel.sequence_parallel and groups.tp.size() > 1
     common = {"model": model, "groups": groups, "sequence_parallel": sequence_parallel}
     train = config.train
-    common |= {"exact_sums": train.exact_sums}
+    common |= {"exact_sums": train.exact_sums, "draw_weights": draw_weights}
     vocabulary = {"matrix": VocabularyMatrix(**common, vocab_size=config.padded_vocab_size)}
     block = {**common, "activation_checkpointing": train.activation_checkpointing, "shard": shard}
     norm = {"hidden_size": model.hidden_size, "eps": model.norm_epsilon}
@@ -114,12 +124,14 @@ class VocabularyMatrix:
     groups: ProcessGroupCollection
     sequence_parallel: bool
     exact_sums: bool
+    draw_weights: bool
 
     def for_megatron(self) -> dict[str, Any]:
         """Return the arguments that Megatron-core's embedding and its linear layer have in common."""
+        draw = drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=self.model.init_std))
         return {
-            "init_method": drawn_on_cpu(partial(nn.init.normal_, mean=0.0, std=self.model.init_std)),
-            "config": megatron_config(self.model, self.groups.tp.size(), self.sequence_parallel),
+            "init_method": draw if self.draw_weights else fill_with_nan,
+            "config": megatron_config(self.model, self.groups.tp.size(), self.sequence_parallel, self.draw_weights),
             "tp_group": self.groups.tp,
         }
 

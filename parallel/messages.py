@@ -49,8 +49,18 @@ def broadcast_message(message: Any) -> Any:
     return _decode(content)
 
 
+def any_rank(flag: bool) -> bool:
+    """Return on every rank whether `flag` is true on any. Collective."""
+    found = _on_device(torch.tensor([flag], dtype=torch.uint8))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def _encode(message: Any) -> Tensor:
-    content = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    return _on_device(torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8))
+
+
+def _on_device(content: Tensor) -> Tensor:
     return content.cuda() if dist.get_backend() == "nccl" else content
 
 

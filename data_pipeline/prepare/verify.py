@@ -50,22 +50,31 @@ def verify_dataset(folder: Path, deep: bool = False, progress: Progress | None =
     return manifest
 
 
-def check_dataset(folder: Path) -> tuple[Manifest, Tokenizer]:
+def check_dataset(folder: Path, part: int = 0, parts: int = 1) -> tuple[Manifest, Tokenizer]:
     """Perform the quick check of `verify_dataset`, and return the manifest and the tokenizer.
+
+    Args:
+        folder: the dataset's folder.
+        part, parts: which of the shards are opened, where several processes share them: each opens every `parts`-th.
 
     Raises:
         UsageError: a check failed; the message names the file.
     """
     manifest = load_manifest(folder)
     tokenizer = check_tokenizer(folder, manifest)
+    for shard, first in list(_shards_with_first_key(manifest))[part::parts]:
+        with open_shard(folder, shard) as file:
+            check_header(file, folder / shard.file, first)
+    if part == 0:
+        _check_no_others(folder, manifest)
+    return manifest, tokenizer
+
+
+def _shards_with_first_key(manifest: Manifest) -> Iterator[tuple[ShardEntry, str]]:
     for source in manifest.sources:
         for split in SPLITS:
             for number, shard in enumerate(source.splits[split].shards):
-                with open_shard(folder, shard) as file:
-                    first = sample_key(source.name, split, number * manifest.samples_per_shard)
-                    check_header(file, folder / shard.file, first)
-    _check_no_others(folder, manifest)
-    return manifest, tokenizer
+                yield shard, sample_key(source.name, split, number * manifest.samples_per_shard)
 
 
 def check_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:

@@ -76,7 +76,7 @@ def open_trained(choice: ModelChoice, say: Say = lambda _: None) -> Trained:
                 raise
             say(f"{error}; trying the one before it")
             continue
-        layers = LayerSequence(plan_layers(config, groups_of_one(place)), place)
+        layers = LayerSequence(plan_layers(config, groups_of_one(place), draw_weights=False), place)
         load_weights(layers, weights)
         if choice.precision == "bf16":
             layers = layers.bfloat16()

@@ -190,6 +190,7 @@ def _buffers(work: Workload, stage: int) -> float:
     if work.execution.gathers == "blocks":
         # The weights of this block and the next one, and this block's gradients before they are scattered.
         return 3 * element * (work.block_matrices + work.embedding) / work.layout.tensor
-    bucket = 4.0 * min(parameters, BUCKET_ELEMENTS)
+    buckets = 2 if work.config.parallel.overlap_grad_reduce and work.layout.zero_stage == 2 else 1
+    bucket = 4.0 * buckets * min(parameters, BUCKET_ELEMENTS)
     gathered = element * min(parameters, LIVE_PARAMETERS) if work.layout.zero_stage == 3 else 0.0
     return bucket + gathered

@@ -58,8 +58,8 @@ class Execution:
         element = 2.0 if bf16 else 4.0
         return cls(
             recompute="full" if config.train.activation_checkpointing else "none",
-            # DeepSpeed gathers and reduces beside computation in stage 3 only (overlap_comm).
-            hidden=frozenset({"region", "data"} if stage == 3 else {"region"}),
+            # DeepSpeed gathers and reduces beside computation in stage 3, and in stage 2 if asked (overlap_comm).
+            hidden=frozenset({"region", "data"} if stage == 3 or config.parallel.overlap_grad_reduce else {"region"}),
             # Without ZeRO there is no copy of the weights; with it there is one in fp32, also of fp32 weights.
             state_bytes=(element, 4.0, 8.0 if stage == 0 else 12.0),
             # The gradient takes the logits' memory. In bf16 a CPU keeps the softmax in fp32, too.

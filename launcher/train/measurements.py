@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from biroute.configs.layout import Layout
-from biroute.configs.schema import RunConfig, TrainConfig
+from biroute.configs.schema import ParallelConfig, RunConfig, TrainConfig
 from biroute.launcher.plan.hardware import load_hardware
 from biroute.launcher.train.memory import memory_metrics
 from biroute.launcher.train.routing_health import RoutingHealth
@@ -34,7 +34,7 @@ class Measurements:
         """Measure `engine`; `system` adds the load of the nodes, `stragglers` compares the ranks."""
         self._engine, self._train = engine, engine.config.train
         self._system, self._stragglers = system, stragglers
-        self._communication = timed_communication(engine.mesh.layout)
+        self._communication = timed_communication(engine.mesh.layout, engine.config.parallel)
         self._seconds_at_peak = seconds_at_peak(engine.config, dist.get_world_size())
         routing = RoutingHealth(engine.config, engine)
         self.routing = routing if routing.layers and self._train.route_metrics_every else None
@@ -77,13 +77,13 @@ def _gather_rows(row: Sequence[float], device: torch.device) -> list[list[float]
     return rows
 
 
-def timed_communication(layout: Layout) -> set[str]:
+def timed_communication(layout: Layout, parallel: ParallelConfig) -> set[str]:
     """Return the phases of communication that there are in a layout and that can be told apart from computation."""
     found = {"comm_pipeline"} if layout.pipe > 1 else set()
     if layout.region > 1:
         found.add("comm_region")
     # ZeRO-3 reduces gradients and gathers weights beside the computation.
-    if layout.data * layout.region > 1 and layout.zero_stage < 3:
+    if layout.data * layout.region > 1 and layout.zero_stage < 3 and not parallel.overlap_grad_reduce:
         found.add("comm_data")
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -44,6 +46,7 @@ class Observer(TrainerHook):
         """
         self._run_dir = config.train.run_dir
         self._fencing_token = fencing_token
+        self._step_seconds, self._signal_seconds = 0.0, float(config.slurm.signal_seconds)
         streams = [sys.stdout, log] if log is not None else [sys.stdout]
         train = config.train
         self._progress = [ProgressLine(train.steps, log_every=train.log_every, stream=stream) for stream in streams]
@@ -86,6 +89,7 @@ class Observer(TrainerHook):
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:
         """Show the step on the progress line."""
+        self._step_seconds = values["time/step_seconds"]
         for line in self._progress:
             line.update(step, values)
 
@@ -102,7 +106,8 @@ class Observer(TrainerHook):
         return {} if share is None else {"progress/goodput": share}
 
     def on_save(self, step: int, checkpoint: Path, seconds: float) -> None:
-        """Record what the checkpoint took."""
+        """Record what the checkpoint took, and say if the time before a job's limit would not do for another."""
+        self._check_time_to_stop(seconds)
         try:
             size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
         except OSError:  # a newer one has displaced it
@@ -110,6 +115,18 @@ class Observer(TrainerHook):
         values = {"checkpoint/step": float(step), "checkpoint/seconds": seconds, "checkpoint/gib": size / 2**30}
         self._tracker.log(step, values)
         self._tracker.log_checkpoint()
+
+    def _check_time_to_stop(self, save_seconds: float) -> None:
+        given, needed = self._signal_seconds, self._step_seconds + save_seconds
+        if needed <= given or "SLURM_JOB_ID" not in os.environ:
+            return
+        self._signal_seconds = math.inf  # once is enough
+        enough = 60 * math.ceil(2 * needed / 60)
+        self.on_message(
+            f"warning: a step ({self._step_seconds:.0f} s) and a save ({save_seconds:.0f} s) take longer than "
+            f"slurm.signal_seconds={given:.0f}: at its time limit the job may end before it has saved, and lose the "
+            f"steps since its last checkpoint; submit or resume with slurm.signal_seconds={enough}"
+        )
 
     def on_message(self, text: str) -> None:
         """Print the message."""

@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, FencedError, StoppedError
+from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, FencedError, StoppedError, UsageError
 from biroute.configs.files import write_atomically
 from biroute.configs.layout import Layout, resolve_layout
 from biroute.configs.load import write_config
@@ -31,11 +31,12 @@ from biroute.launcher.train.observer import Observer
 from biroute.launcher.train.stragglers import Stragglers
 from biroute.launcher.train.system_metrics import SystemMetrics
 from biroute.launcher.train.trainer import Trainer
+from biroute.parallel.checkpoint.files import list_checkpoints
 from biroute.parallel.checkpoint.load import load_checkpoint
 from biroute.parallel.engine.engine import build_engine
 from biroute.parallel.mesh.megatron import prepare_megatron
 from biroute.parallel.mesh.mesh import build_mesh
-from biroute.parallel.messages import gather_messages
+from biroute.parallel.messages import broadcast_message, gather_messages
 
 
 def run(
@@ -57,7 +58,8 @@ def run(
         FencedError: another attempt owns the run folder.
     """
     layout = resolve_layout(config, place.world_size)
-    dataset = open_dataset(config)
+    hosts = gather_messages(socket.gethostname())
+    dataset = _open_dataset(config, hosts, place.rank)
     check_same({"checksum of the dataset's manifest": dataset.manifest.checksum[:12]})
     stop_consensus = StopConsensus(stop, fencing_token, place.device)
     stop_consensus.check_before_training()
@@ -70,14 +72,15 @@ def run(
 
     status: Status = "FAILED"
     cause = "an error on rank 0"
+    stopped: StoppedError | None = None
     try:
-        _train(config, place, layout, dataset, fencing_token.attempt, stop_consensus, watchdog, hooks)
+        _train(config, place, layout, dataset, fencing_token.attempt, stop_consensus, watchdog, hooks, hosts)
         status, cause = "FINISHED", explain_end(logs, EXIT_OK).cause
-    except StoppedError:
+    except StoppedError as error:  # on all ranks
+        stopped = error
         if place.rank == 0:
             record_stop(logs, watchdog.step or None, stop_consensus.signal_name)
         status, cause = "KILLED", explain_end(logs, EXIT_STOPPED).cause
-        raise
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         if not isinstance(error, FencedError):
@@ -87,8 +90,11 @@ def run(
         watchdog.allow(config.tracking.flush_seconds)
         for hook in hooks:
             hook.on_end(status, cause)
-    dist.barrier()  # no rank leaves while another still needs it
+    if stopped is None:
+        dist.barrier()  # no rank leaves while another still needs it
     leave_processes(dist.get_backend(), dist.destroy_process_group)
+    if stopped is not None:
+        raise stopped
 
 
 def _train(
@@ -100,6 +106,7 @@ def _train(
     stop_consensus: StopConsensus,
     watchdog: Watchdog,
     hooks: Sequence[TrainerHook],
+    hosts: Sequence[str],
 ) -> None:
     """Build the engine and its data, and train to the last step, from the newest checkpoint if there is one."""
 
@@ -111,16 +118,19 @@ def _train(
     for line in _first_lines(config, dataset, layout, place.device):
         say(line)
     mesh = build_mesh(layout, collective_timeout(config.train))
-    engine = build_engine(config, mesh, place.device)
-    stop_consensus.check_before_training()
     checkpoints = config.train.run_dir / CHECKPOINTS
+    # One answer for all ranks: what one of them sees of a shared folder may be some seconds old.
+    resumes = broadcast_message(bool(list_checkpoints(checkpoints)))
+    engine = build_engine(config, mesh, place.device, draw_weights=not resumes)
+    stop_consensus.check_before_training()
     about = about_run(config, dataset) | {"layout": str(layout), "written_by": writer(attempt)}
     progress = load_checkpoint(engine, checkpoints, about, say)
+    if resumes and progress is None:
+        raise RuntimeError(f"{checkpoints}: the checkpoints were removed while this attempt started")
     stop_consensus.check_before_training()
     position = progress.sequences if progress else 0
     loader = dataset.train_loader(data_rank=mesh.at.data, data_size=layout.data, position=position)
     heldout = dataset.heldout_batches(data_rank=mesh.at.data, data_size=layout.data)
-    hosts = gather_messages(socket.gethostname())
     system = SystemMetrics(hosts, place.rank, place.device)
     measurements = Measurements(engine, system, Stragglers(layout, hosts, say))
     trainer = Trainer(
@@ -130,6 +140,24 @@ def _train(
         trainer.resume(progress)
     with loader:
         trainer.fit()
+
+
+def _open_dataset(config: RunConfig, hosts: Sequence[str], rank: int) -> Dataset:
+    """Open the dataset. Collective: the ranks of a node share the check of its shards, which may be thousands.
+
+    Raises:
+        UsageError: a check failed on any rank; on all ranks.
+    """
+    on_node = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+    dataset, problem = None, None
+    try:
+        dataset = open_dataset(config, on_node.index(rank), len(on_node))
+    except UsageError as error:
+        problem = str(error)
+    problem = next((found for found in gather_messages(problem) if found is not None), None)
+    if problem is not None or dataset is None:
+        raise UsageError(problem)
+    return dataset
 
 
 def _first_lines(config: RunConfig, dataset: Dataset, layout: Layout, device: torch.device) -> Iterator[str]:

@@ -90,7 +90,7 @@ def _read_parameters(engine: Engine, path: Path, meta: CheckpointMeta) -> None:
         else:
             shards = [part(name, rank) for rank in ranks]
             state = {
-                key: reshard([shard[key] for shard in shards], *saved.split, tensor_size)[tensor_rank]
+                key: reshard([shard[key] for shard in shards], *saved.split, tensor_size, tensor_rank)
                 for key in shards[0]
             }
         engine.state.write(parameter, state)

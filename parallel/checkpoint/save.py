@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,9 @@ from biroute.parallel.checkpoint.meta import (
     read_meta,
 )
 from biroute.parallel.engine.engine import Engine
-from biroute.parallel.messages import broadcast_message, gather_messages
+from biroute.parallel.messages import any_rank, broadcast_message, gather_messages
 
+PIECE_BYTES = 256 << 20  # of a file, after which it is synced and the save counts as having progressed
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -59,8 +59,9 @@ def save_checkpoint(
     With `kept`, no later save removes this one.
 
     `about` goes into meta.json; `about["model"]` is what a loading run is checked against. The folder gets its name
-    only when every file in it is complete and on disk, and if `owner` still owns the run. `reached` is called after
-    every parameter: a long save is no hang.
+    only when every file in it is complete and on disk, and if `owner` still owns the run. `reached` is called on all
+    ranks after every parameter that is read, and then for every piece that any of them has written: a long save is
+    no hang, neither for those that write nor for those that wait for them.
 
     Raises:
         SaveError: the disk refused, perhaps only for now; older checkpoints are untouched.
@@ -73,12 +74,14 @@ def save_checkpoint(
     problem = _agree(_make_folder(partial) if dist.get_rank() == 0 else None)
     written: dict[str, Any] = {}
     if problem is None:
+        pace = _Pace(reached)
         try:
-            written = _write_rank_files(engine, partial, reached)
+            written = _write_rank_files(engine, partial, reached, pace.piece_written)
         except DivergedError as error:
             problem = error
         except OSError as error:
             problem = _explain_write(error, partial)
+        pace.wait_for_others()
     everyone = gather_messages((_to_message(problem), written))
     problem = next((_from_message(found) for found, _ in everyone if found), None)
     if problem is None and dist.get_rank() == 0:
@@ -113,7 +116,26 @@ def note_evaluation(path: Path, owner: Owner) -> None:
         write_atomically(path / META_NAME, _json(meta.model_copy(update={"progress": progress})))
 
 
-def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None]) -> dict[str, Any]:
+class _Pace:
+    """Keeps the ranks of a save in step, piece by piece, so that each of them sees whether any still progresses."""
+
+    def __init__(self, reached: Callable[[], None]) -> None:
+        self._reached = reached
+
+    def piece_written(self) -> None:
+        """Report that this rank has written a piece, and has more to write. Collective, with either method."""
+        any_rank(True)
+        self._reached()
+
+    def wait_for_others(self) -> None:
+        """Report that this rank is done, until all ranks are. Collective, with either method."""
+        while any_rank(False):
+            self._reached()
+
+
+def _write_rank_files(
+    engine: Engine, folder: Path, reached: Callable[[], None], piece_written: Callable[[], None]
+) -> dict[str, Any]:
     """Write this rank's files; returns their fingerprints, and where each parameter of this rank is.
 
     Raises:
@@ -147,7 +169,7 @@ def _write_rank_files(engine: Engine, folder: Path, reached: Callable[[], None])
         )
     file = f"weights-pipe{mesh.at.pipe:02d}-tensor{mesh.at.tensor:02d}-part{part:02d}.pt"
     return {
-        "files": {file: write_file(folder / file, mine).model_dump()},
+        "files": {file: write_file(folder / file, mine, piece_written).model_dump()},
         "parameters": {name: (mesh.at.tensor, file, entry["split"]) for name, entry in mine.items()},
     }
 
@@ -181,21 +203,41 @@ def _publish(partial: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def write_file(path: Path, content: Any) -> Fingerprint:
-    """Write a torch file, durably; returns its size and checksum.
+class _PieceWriter(HashingWriter):
+    """Syncs each piece before the next, as a sync of a whole file may take as long as a hang."""
+
+    def __init__(self, file: BinaryIO, piece_written: Callable[[], None]) -> None:
+        super().__init__(file)
+        self._piece_written = piece_written
+        self._end_of_piece = PIECE_BYTES
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: self._end_of_piece - self.size_bytes]
+            super().write(part)
+            rest = rest[len(part) :]
+            if self.size_bytes == self._end_of_piece:
+                self.sync()
+                self._end_of_piece += PIECE_BYTES
+                self._piece_written()
+        return len(data)
+
+
+def write_file(path: Path, content: Any, piece_written: Callable[[], None] = lambda: None) -> Fingerprint:
+    """Write a torch file, durably; returns its size and checksum. `piece_written` is called every 256 MiB.
 
     Raises:
         OSError: the disk refused, wherever in the file that was.
     """
     try:
         with new_file(path) as file:
-            writer = HashingWriter(file)
+            writer = _PieceWriter(file, piece_written)
             torch.save(content, cast(IO[bytes], writer))  # it calls nothing but write and flush
-            file.flush()
-            os.fsync(file.fileno())
+            writer.sync()
     except RuntimeError as error:
         # After a write that failed, torch.save complains about its archive; the cause stands behind it.
-        if isinstance(error.__context__, OSError):
+        if isinstance(error.__context__, Exception):
             raise error.__context__ from None
         raise
     return Fingerprint(bytes=writer.size_bytes, sha256=writer.sha256)

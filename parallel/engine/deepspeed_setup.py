@@ -69,7 +69,7 @@ def deepspeed_settings(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.microbatch_size,
         "gradient_accumulation_steps": microbatches_per_step(config, mesh.layout),
         "gradient_clipping": config.optim.gradient_clip if stage > 0 else 0.0,  # stage 0: Engine._clip_gradients
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "overlap_comm": stage == 3 or config.parallel.overlap_grad_reduce},
         "zero_allow_untested_optimizer": True,
         # immediate: a bf16 gradient goes as soon as it is added to the fp32 one, rather than after the step.
         "bf16": {"enabled": config.train.precision == "bf16", "immediate_grad_update": True},
@@ -90,31 +90,32 @@ def partitioned_construction(config: RunConfig, mesh: Mesh) -> AbstractContextMa
     )
 
 
-def pipeline_specs(plans: list[LayerPlan]) -> list[LayerSpec]:
+def pipeline_specs(plans: list[LayerPlan], device: torch.device) -> list[LayerSpec]:
+    """Describe the layers to DeepSpeed, which builds those of its stage, each on `device` before the next one."""
     names = [plan.name for plan in plans]
-    return [_TiedSpec(plan) if names.count(plan.name) > 1 else _Spec(plan) for plan in plans]
+    return [(_TiedSpec if names.count(plan.name) > 1 else _Spec)(plan, device) for plan in plans]
 
 
 class _Spec(LayerSpec):
     """A planned layer that DeepSpeed builds on the stage that it falls to."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, device: torch.device) -> None:
         super().__init__(plan.module_class)
-        self.plan = plan
+        self.plan, self.device = plan, device
 
     def build(self, log: bool = False) -> nn.Module:
-        return self.plan.build()
+        return self.plan.build().to(self.device)
 
 
 class _TiedSpec(TiedLayerSpec):
     """A planned layer that several stages use; DeepSpeed keeps its copies equal."""
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, device: torch.device) -> None:
         super().__init__(plan.name, plan.module_class)
-        self.plan = plan
+        self.plan, self.device = plan, device
 
     def build(self, log: bool = False) -> nn.Module:
-        return self.plan.build()
+        return self.plan.build().to(self.device)
 
 
 class _MeshForDeepSpeed:

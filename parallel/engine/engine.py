@@ -65,7 +65,10 @@ class Microbatch:
     ) -> Microbatch:
         """Take this rank's tokens of a microbatch [B, S] of its data rank, and move them to its device."""
         arrays = (inputs, labels) if loss_mask is None else (inputs, labels, loss_mask)
-        return cls(*(mesh.own_tokens(torch.from_numpy(x)).to(device) for x in arrays))
+        own = [mesh.own_tokens(torch.from_numpy(x)) for x in arrays]
+        if device.type == "cuda":  # from pinned memory the GPU copies by itself, while the host goes on
+            own = [x.pin_memory() for x in own]
+        return cls(*(x.to(device, non_blocking=True) for x in own))
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,15 @@ class StepReport:
     spike: bool = False  # skipped by the spike guard
 
 
-def build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> Engine:
-    """Build the model of `config` on `mesh`, with weights initialised from the seed. Collective."""
+def build_engine(config: RunConfig, mesh: Mesh, device: torch.device, *, draw_weights: bool = True) -> Engine:
+    """Build the model of `config` on `mesh`, with weights drawn from the seed. Collective.
+
+    Without `draw_weights` they are NaN until a checkpoint is loaded.
+    """
     start()
     clock = PhaseClock(torch.cuda.synchronize if device.type == "cuda" else None)
     shard = region_shard(config, mesh, clock)
-    plans = plan_layers(config, mesh.groups, shard)
+    plans = plan_layers(config, mesh.groups, shard, draw_weights=draw_weights)
     loss = loss_function(config.model, mesh.layout.region)
     kind = PipelineEngine if mesh.layout.pipe > 1 else DataParallelEngine
     with quietly():
@@ -212,9 +218,9 @@ class DataParallelEngine(Engine):
         self._loss = loss
         self._module = module
         # Gradients are reduced over data (and region) ranks inside backward. ZeRO 2 reduces buckets as they fill,
-        # ZeRO 3 beside the computation: of that, this is only what is left at the end.
+        # ZeRO 3 beside the computation, as ZeRO 2 may: of that, this is only what is left at the end.
         _time_method(self.deepspeed, "allreduce_gradients", self.clock, "comm_data")
-        if config.parallel.zero_stage == 2:
+        if config.parallel.zero_stage == 2 and not config.parallel.overlap_grad_reduce:
             _time_method(self.deepspeed.optimizer, "average_tensor", self.clock, "comm_data")
 
     def _forward_backward_step(self, microbatches: Sequence[Microbatch]) -> Tensor:
@@ -263,7 +269,7 @@ class PipelineEngine(Engine):
         self._plans = plans
         self.microbatches_per_evaluation = 2 * mesh.layout.pipe
         self._pipeline = PipelineModule(
-            layers=pipeline_specs(plans),
+            layers=pipeline_specs(plans, device),
             topology=PipeModelDataParallelTopology(
                 num_pp=mesh.layout.pipe,
                 num_dp=mesh.layout.data * mesh.layout.region,

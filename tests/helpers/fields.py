@@ -57,6 +57,7 @@ SHOWN_BY: dict[str, str] = {
         for name in ("tensor", "pipeline", "region", "sequence_parallel", "zero_stage")
     },
     "parallel.data": ERRORS,
+    "parallel.overlap_grad_reduce": f"{ENGINE}test_gradients_that_are_summed_beside_backward_are_the_same",
     "parallel.region_exchange": f"{EXCHANGE}test_measured_bytes_are_those_of_the_plan",
     "data.dir": LOADER.removesuffix("::"),
     "data.sources.name": f"{LOADER}test_weights_mix_the_sources",

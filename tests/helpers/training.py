@@ -77,9 +77,10 @@ def microbatches(config: RunConfig, mesh: Mesh, step: int) -> list[Microbatch]:
     return [microbatch_of(config, x, y) for x, y in zip(inputs.split(size), labels.split(size), strict=True)]
 
 
-def start_engine(config: RunConfig) -> Engine:
+def start_engine(config: RunConfig, *, draw_weights: bool = True) -> Engine:
     """The engine of `config` on all ranks of this process group."""
-    return build_engine(config, build_mesh(resolve_layout(config, dist.get_world_size())), CPU)
+    mesh = build_mesh(resolve_layout(config, dist.get_world_size()))
+    return build_engine(config, mesh, CPU, draw_weights=draw_weights)
 
 
 def train(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float]]:
@@ -125,7 +126,7 @@ def merge(ranks: list[Shards]) -> dict[str, dict[str, Tensor]]:
         merged[name] = {
             key: first[key]
             if split is None
-            else reshard([by_rank[rank][1][key] for rank in sorted(by_rank)], *split, 1)[0]
+            else reshard([by_rank[rank][1][key] for rank in sorted(by_rank)], *split, 1, 0)
             for key in first
         }
     return merged

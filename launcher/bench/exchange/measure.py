@@ -118,7 +118,7 @@ def trained_routes(config: RunConfig, sequences: int) -> Trained:
     meta = read_meta(checkpoint)
     check_same_model(checkpoint, meta.model, model_identity(config, dataset.manifest.tokenizer_fingerprint))
     mesh = build_mesh(resolve_layout(config, 1))
-    module = LayerSequence(plan_layers(config, mesh.groups)).eval()
+    module = LayerSequence(plan_layers(config, mesh.groups, draw_weights=False)).eval()
     load_weights(module, dict(read_weights(checkpoint, verify=True)))
     batches = list(dataset.heldout_batches(data_rank=0, data_size=1))
     microbatches = [Microbatch.of(*b.arrays, mesh=mesh, device=CPU) for b in batches]

@@ -12,10 +12,12 @@ from helpers import emulated_device
 from helpers.emulated_device import COUNTS, EmulatedTensor, Emulation, to_device
 from helpers.pool import WorkerPool
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from biroute.configs.load import config_from_tree
 from biroute.model.attention.core import CoreAttention
 from biroute.model.attention.rope import rotary_tables
+from biroute.model.attention.suffix import for_dense
 from biroute.model.block import drawn_on_cpu
 from biroute.model.norm import RMSNorm
 from biroute.model.swiglu import SwiGLU
@@ -105,6 +107,26 @@ def test_weights_on_a_device_are_those_of_the_cpu(ranks: Ranks) -> None:
     ((weight, expected, device),) = ranks(1).run(weights_job)
     assert device == emulated_device.TYPE
     assert weight.equal(expected.double())
+
+
+def dense_job(dtype: torch.dtype) -> tuple[list[int], Tensor, Tensor]:
+    """Heads of keys and values that dense attention on a device is given, its output, and that of the CPU."""
+    emulated_device.activate()
+    q, k, v = (x.detach().to(dtype) for x in inputs(SMALL))
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with Emulation():
+        there, *both = (to_device(x) for x in (q, k, v))
+        given = for_dense(there, *both)
+        found = scaled_dot_product_attention(there, *given, is_causal=True, enable_gqa=dtype != torch.float32)
+    return [x.shape[1] for x in given], found.inner, expected
+
+
+def test_dense_attention_in_fp32_on_a_device_has_no_grouped_heads(ranks: Ranks) -> None:
+    """PyTorch's kernels for 32 bits take none there: it would write S x S scores to memory."""
+    for dtype, heads in ((torch.float32, 4), (torch.bfloat16, 2)):
+        ((given, found, expected),) = ranks(1).run(dense_job, dtype)
+        assert given == [heads, heads]
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def norm_job() -> list[tuple[Tensor, Tensor]]:

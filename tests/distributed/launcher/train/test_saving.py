@@ -32,11 +32,11 @@ def failing_job(tree: dict[str, Any], failures: int, code: int = errno.EIO) -> t
 
     write_file, left, said = save.write_file, [failures if dist.get_rank() == 1 else 0], []
 
-    def fail_at_first(path: Path, content: Any) -> Any:
+    def fail_at_first(path: Path, content: Any, piece_written: Callable[[], None]) -> Any:
         if left[0]:
             left[0] -= 1
             raise OSError(code, os.strerror(code))
-        return write_file(path, content)
+        return write_file(path, content, piece_written)
 
     with (
         patch.object(save, "write_file", fail_at_first),

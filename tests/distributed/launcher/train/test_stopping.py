@@ -46,8 +46,10 @@ def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number
     import torch.distributed as dist
 
     from biroute.data_pipeline.read.loader import HeldoutBatches
-    from biroute.launcher.train import trainer
+    from biroute.launcher.train import session, trainer
 
+    left: list[str] = []
+    session.leave_processes = lambda backend, close: bool(left.append(backend))  # type: ignore[assignment]
     batches, save = HeldoutBatches.__iter__, trainer.save_checkpoint
 
     def signal_then_save(
@@ -65,7 +67,9 @@ def signalled_job(tree: dict[str, Any], place: str, step: int, rank: int, number
 
     HeldoutBatches.__iter__ = signal_in_between  # type: ignore[method-assign]
     trainer.save_checkpoint = signal_then_save  # type: ignore[assignment]
-    return run_job(tree)
+    end = run_job(tree)
+    assert left == ["gloo"], "with NCCL a rank that leaves first would fail the others"
+    return end
 
 
 @pytest.mark.parametrize("parallel", [{"data": 2}, {"pipeline": 2, "zero_stage": 1}], ids=str)

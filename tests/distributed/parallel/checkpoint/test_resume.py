@@ -7,16 +7,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.pool import RankFailedError, WorkerPool
 from helpers.training import Shards, merge, shards_of, small_config, start_engine, train
 
+from biroute.parallel.checkpoint import save as save_module
 from biroute.parallel.checkpoint.files import list_checkpoints
 from biroute.parallel.checkpoint.load import load_checkpoint
-from biroute.parallel.checkpoint.meta import TrainingProgress
-from biroute.parallel.checkpoint.reshard import reshard
+from biroute.parallel.checkpoint.meta import TrainingProgress, read_meta
+from biroute.parallel.checkpoint.reshard import join, reshard
 from biroute.parallel.checkpoint.save import save_checkpoint
 from biroute.parallel.engine.engine import Engine
 
@@ -59,9 +62,7 @@ def uninterrupted_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shar
 
 
 def resumed_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shards, list[str]]:
-    # Other initial weights: whatever is not restored shows.
-    other = {**sections, "train": {**sections.get("train", {}), "seed": 99}}
-    engine = start_engine(small_config(**other))
+    engine = start_engine(small_config(**sections), draw_weights=False)  # NaN: a weight that is not restored shows
     said: list[str] = []
     progress = load_checkpoint(engine, folder, ABOUT, said.append)
     assert progress == TrainingProgress(step=STOP, sequences=STOP * 8)
@@ -88,7 +89,7 @@ def test_resume_is_exact(layout: str, ranks: Ranks, tmp_path: Path) -> None:
 
 
 def load_only_job(sections: dict[str, Any], folder: Path) -> tuple[Any, Shards]:
-    engine = start_engine(small_config(**{**sections, "train": {"seed": 99}}))
+    engine = start_engine(small_config(**sections), draw_weights=False)
     progress = load_checkpoint(engine, folder, ABOUT, lambda _: None)
     return progress, whole_state(engine)
 
@@ -114,6 +115,32 @@ def save_after_two_steps_job(sections: dict[str, Any], folder: Path) -> Shards:
     train(engine, (1, 2))
     save(engine, folder, 2)
     return whole_state(engine)
+
+
+def paced_save_job(folder: Path) -> tuple[int, int, list[int]]:
+    """Save files of many pieces, rank 1's four times as large; how often this rank was told of progress, its number
+    of parameters, and the whole pieces of each rank's file."""
+    engine = start_engine(small_config(parallel={"tensor": 2, "zero_stage": 0}))
+    if dist.get_rank() == 1:
+        read = engine.state.read
+        engine.state.read = lambda p, keep=True: {  # type: ignore[method-assign]
+            kind: value.repeat(4, *[1] * (value.dim() - 1)) for kind, value in read(p, keep).items()
+        }
+    told: list[int] = []
+    with patch.object(save_module, "PIECE_BYTES", 4096):
+        path = save_checkpoint(
+            engine, folder, TrainingProgress(step=1, sequences=8), ABOUT, 1, reached=lambda: told.append(1)
+        )
+    sizes = [entry.bytes for _, entry in sorted(read_meta(path).files.items())]
+    return len(told), len(list(engine.named_parameters())), [size // 4096 for size in sizes]
+
+
+def test_ranks_that_wait_for_a_large_file_see_it_grow(ranks: Ranks, tmp_path: Path) -> None:
+    """Their watchdogs would otherwise end the run in the midst of a long save, which progresses."""
+    found = ranks(2).run(paced_save_job, tmp_path)
+    for told, parameters, (smaller, larger) in found:
+        assert larger > smaller + 10
+        assert told == parameters + larger
 
 
 def three_checkpoints_job(folder: Path) -> list[str]:
@@ -239,11 +266,20 @@ def test_meta_names_every_file(checkpoints: Path) -> None:
 @pytest.mark.parametrize(("stride", "parts"), [(1, 2), (2, 2), (2, 4), (2, 1)])
 def test_reshard_is_undone_by_its_inverse(stride: int, parts: int) -> None:
     whole = torch.arange(16 * 3).reshape(16, 3)
-    shards = reshard([whole], 0, stride, 2)
-    again = reshard(reshard(shards, 0, stride, parts), 0, stride, 1)
-    assert torch.equal(again[0], whole)
+    shards = [reshard([whole], 0, stride, 2, part) for part in range(2)]
+    again = [reshard(shards, 0, stride, parts, part) for part in range(parts)]
+    assert torch.equal(reshard(again, 0, stride, 1, 0), whole)
+    assert torch.equal(join(again, (0, stride)), whole)
     if stride == 2:
         assert torch.equal(shards[0], torch.cat([whole[:4], whole[8:12]])), "half of the gate, half of the up rows"
+
+
+def test_of_other_shards_nothing_is_read() -> None:
+    whole = torch.arange(16 * 3).reshape(16, 3)
+    first, second = (reshard([whole], 0, 2, 2, part) for part in range(2))
+    unreadable = torch.empty_like(first, device="meta")
+    assert torch.equal(reshard([first, unreadable], 0, 2, 4, 1), torch.cat([whole[2:4], whole[10:12]]))
+    assert torch.equal(reshard([unreadable, second], 0, 2, 4, 2), torch.cat([whole[4:6], whole[12:14]]))
 
 
 def write_own_job(sections: dict[str, Any]) -> int:

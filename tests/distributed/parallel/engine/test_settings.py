@@ -122,3 +122,19 @@ TWO_RANKS: list[tuple[dict[str, Any], dict[str, int]]] = [
 def test_a_layout_is_what_was_asked_for(ranks: Ranks, parallel: dict[str, Any], changed: dict[str, int]) -> None:
     found = ranks(2).run(layout_job, {"zero_stage": 0, **parallel})[0]
     assert found == DATA_PARALLEL | changed
+
+
+def overlap_job(overlap: bool) -> tuple[Weights, bool]:
+    engine = start_engine(small_config(parallel={"data": 2, "zero_stage": 2, "overlap_grad_reduce": overlap}))
+    train(engine, range(1, STEPS + 1))
+    weights = {name: engine.state.read(parameter)["weight"] for name, parameter in engine.named_parameters()}
+    return weights, engine.deepspeed.zero_overlap_comm()
+
+
+def test_gradients_that_are_summed_beside_backward_are_the_same(ranks: Ranks) -> None:
+    """That they are summed on another stream shows on a GPU alone; here DeepSpeed's other order of buffers does."""
+    pool = ranks(2)
+    (beside, overlaps), (after, waits) = pool.run(overlap_job, True)[0], pool.run(overlap_job, False)[0]
+    assert overlaps and not waits
+    for name, weight in after.items():
+        assert torch.equal(beside[name], weight), name

@@ -203,6 +203,11 @@ def test_what_is_hidden_counts_where_it_lasts_longer() -> None:
     assert shown.data == pytest.approx(bytes_by_axis(traffic(one, 0))["data"] / 0.04)
     assert beside.data == pytest.approx(shown.data - beside.matmul - beside.attention - beside.elementwise)
     assert step_time(hidden, UNIT, 0.4).data == 0
+    layout = Layout(1, 1, 8, 1, zero_stage=2)
+    after, along = (work(layout, parallel={"overlap_grad_reduce": overlap}) for overlap in (False, True))
+    assert after.execution.hidden < along.execution.hidden == {"region", "data"}
+    buffers = [memory_of_stage(each, 0, 0.4).buffers for each in (after, along)]
+    assert buffers[1] == 2 * buffers[0], "one bucket fills while the other is summed"
 
 
 def test_latency_counts_for_each_message() -> None:

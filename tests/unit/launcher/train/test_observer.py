@@ -50,3 +50,28 @@ def test_the_plan_of_the_clusters_nodes_goes_with_the_run(
     else:
         assert not planned
     assert bool(said) == (hardware == "h99"), said
+
+
+@pytest.mark.parametrize(("save_seconds", "warnings"), [(80.0, 0), (121.0, 1)])
+def test_too_little_time_before_the_limit_is_told_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float, warnings: int
+) -> None:
+    """A step is waited for, then comes the save: if the limit is nearer than that, both are lost."""
+    config = config_from_tree(small_run(corpus, tmp_path / "run", steps=2, parallel={}), "test")
+    (tmp_path / "run").mkdir()
+    token = FencingToken(tmp_path / "run", begin_attempt(tmp_path / "run", nodes=["here"], world_size=1))
+    said: list[str] = []
+    monkeypatch.setattr(observer.Observer, "on_message", lambda self, text: said.append(text))
+    watching = observer.Observer(config, resolve_layout(config, 1), open_dataset(config), token, None)
+    step = {"train/loss": 1.0, "time/step_seconds": 39.0, "throughput/tokens_per_second": 1.0}
+    watching.on_step(1, step)
+    watching.on_save(1, tmp_path, save_seconds)
+    assert not said, "not in a job"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    watching.on_save(1, tmp_path, save_seconds)
+    watching.on_save(2, tmp_path, save_seconds)
+    watching.on_end("FINISHED", "")
+    assert len(said) == warnings
+    for text in said:
+        assert "a step (39 s) and a save (121 s) take longer than slurm.signal_seconds=120" in text
+        assert "slurm.signal_seconds=360" in text

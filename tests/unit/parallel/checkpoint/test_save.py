@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from biroute.configs.errors import DISK_FULL
+from biroute.parallel.checkpoint import save
+from biroute.parallel.checkpoint.files import fingerprint
 from biroute.parallel.checkpoint.save import write_file
 
 
@@ -31,6 +33,28 @@ def test_the_cause_is_the_disk_at_every_size(limit_file_size: Callable[[int], No
         with pytest.raises(OSError, match=r".") as caught:
             write_file(tmp_path / "part", content)
         assert caught.value.errno in DISK_FULL, f"at {size} of {whole} bytes: {caught.value!r}"
+
+
+def test_every_piece_is_synced_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync of a whole file of many GB may take as long as a hang."""
+    monkeypatch.setattr(save, "PIECE_BYTES", 1000)
+    on_disk: list[int] = []
+    content = {"large": torch.arange(1500.0), "small": torch.zeros(3)}
+    written = write_file(tmp_path / "file", content, lambda: on_disk.append((tmp_path / "file").stat().st_size))
+    assert on_disk == [1000 * (1 + at) for at in range(written.bytes // 1000)]
+    assert fingerprint(tmp_path / "file") == written
+    assert torch.equal(torch.load(tmp_path / "file", weights_only=True)["large"], content["large"])
+
+
+def test_what_ends_a_rank_while_it_writes_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save would complain about its archive, and the loss of another rank would look like an error of this."""
+    monkeypatch.setattr(save, "PIECE_BYTES", 1000)
+
+    def lost() -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        write_file(tmp_path / "file", {"weight": torch.zeros(1500)}, lost)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
