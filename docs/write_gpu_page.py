@@ -304,7 +304,8 @@ STEPS = """## Training steps
 
 Of a model that is mostly attention: 4 layers, hidden size 1,024, 32 query heads and 8 key/value heads of size 128,
 one sequence, trained routes, an H200. Attention as above, products of matrices at the rate of products, the bytes of
-the optimizer at that of streaming; all else is left out on both sides. `biroute bench gpu` measures the same model.
+the optimizer at that of streaming; all else is left out on both sides. `biroute bench gpu --run RUN --text FILE`
+measures the same: this model, with one trained route in all layers, and the router's time.
 """
 LIMITS = """## What limits it
 

@@ -2,13 +2,15 @@
 
     <run>/logs/attempt-0001/
         rank-00003.log              what the rank printed
+        nccl-rank-3                 NCCL's last calls, where one of them timed out
         ranks/rank-00003.json       its heartbeat: last known step and activity
         failures/rank-00003.json    the exception, or the hang, that ended it
         preflight/<host>.json       findings of the node check
         stopped.json                the signal that stopped training, and the step that was saved
 
 When a rank dies, its peers fail within milliseconds, because their connections to it close. So the cause is the
-earliest failure that is not such a consequence; if all of them are, it is a rank that recorded nothing.
+earliest failure that is not such a consequence; if all of them are, it is a rank that recorded nothing. The
+log of such a rank may tell why NCCL's watchdog ended it.
 """
 
 from __future__ import annotations
@@ -28,16 +30,11 @@ from typing import Any, Literal, TypeVar
 from biroute.configs.errors import EXIT_OK, EXIT_STOPPED, EXIT_USAGE_ERROR, UsageError
 from biroute.configs.files import write_atomically
 from biroute.configs.records import last_lines, parse_json, read_small, record_of
+from biroute.launcher.attempts.nccl import Abort, describe_timeout, find_abort, means_lost_peer, without_preamble
 from biroute.launcher.attempts.run_files import PREFLIGHT
 
 Kind = Literal["error", "user", "peer", "hang"]
 
-_LOST_PEER = re.compile(
-    r"closed by (remote )?peer|connection reset|broken pipe|remote process exited|network error|socket closed"
-    r"|connection refused|socket timeout|recvvalue failed"
-    r"|communicator was aborted|ncclremoteerror|ncclsystemerror|unhandled system error",
-    re.IGNORECASE,
-)
 _WORDS_OF_SLURM = {
     "TIMEOUT": "time limit",
     "PREEMPTED": "preempted",
@@ -62,6 +59,7 @@ _LESS_MEMORY = "lower train.microbatch_size, or set train.activation_checkpointi
 _ENDED_BY = {"SIGBUS": ": a file that it had mapped was cut short, or /dev/shm is full; try `biroute data verify`"}
 _RANKS_NAMED = 4
 _LINES_OF_LOG_SHOWN = 25
+_LOGS_READ = 256  # of ranks that recorded nothing, for what NCCL said: at most 64 MiB
 _BRIEF_CHARACTERS = 300
 _RecordType = TypeVar("_RecordType")
 
@@ -110,21 +108,28 @@ def log_file(logs: Path, rank: int) -> Path:
     return logs / f"rank-{rank:05d}.log"
 
 
+def nccl_file_prefix(logs: Path) -> str:
+    """Return the prefix, to which torch appends the rank, of the files with NCCL's last calls."""
+    return str(logs.absolute() / "nccl-rank-")
+
+
 def record_failure(logs: Path, rank: int, step: int, error: Exception) -> None:
     """Record the exception that ends this rank. Never raises, as the disk may be gone."""
     kind: Kind = "error"
+    text, host = f"{type(error).__name__}: {error}", socket.gethostname()
     if isinstance(error, UsageError):
-        kind = "user"
+        kind, text = "user", f"{error}"
+    elif timeout := describe_timeout(str(error)):
+        kind, text = "hang", f"hang: {timeout} on rank {rank} on {host}"
     elif is_consequence(error):
         kind = "peer"
-    text = f"{error}" if kind == "user" else f"{type(error).__name__}: {error}"
     lines = "".join(traceback.format_exception(error))
-    write_failure(logs, Failure(rank, socket.gethostname(), time.time(), step, kind, text, lines))
+    write_failure(logs, Failure(rank, host, time.time(), step, kind, text, lines))
 
 
 def is_consequence(error: Exception) -> bool:
     """Return whether an error is the loss of the connection to another rank, which ended before."""
-    return bool(_LOST_PEER.search(str(error)))
+    return means_lost_peer(str(error))
 
 
 def write_failure(logs: Path, failure: Failure) -> None:
@@ -175,9 +180,13 @@ def last_step(logs: Path) -> int | None:
 
 
 def first_failure(logs: Path) -> Failure | None:
-    """Return the failure that caused the others: the earliest that is not a consequence, or else the earliest."""
+    """Return the failure that caused the others: the earliest that is not a consequence, or else the earliest.
+
+    Where all are consequences, or there are none, the logs of the other ranks come first: NCCL may have ended them.
+    """
     failures = read_failures(logs)
-    return next((failure for failure in failures if failure.kind != "peer"), failures[0] if failures else None)
+    cause = next((failure for failure in failures if failure.kind != "peer"), None) or _ended_by_nccl(logs)
+    return cause or (failures[0] if failures else None)
 
 
 def silent_ranks(logs: Path) -> list[Heartbeat]:
@@ -237,7 +246,9 @@ def explain_end(
         unknown = f"an error in the configuration or data, or Python did not start; see {logs}"
         return End(status, first.error if first is not None else unknown, step)
     if first is not None and first.kind != "peer":
-        return End(status, f"{first}{_memory_remedy([first.error])}", first.step, crash=True)
+        # A hang may be the wait for a rank that Slurm killed.
+        about = [first.error, *said] if first.kind == "hang" else [first.error]
+        return End(status, f"{first}{_memory_remedy(about)}", first.step, crash=True)
     if signal_name and first is None:
         name = f"{words} ({signal_name})" if words else signal_name
         return End(status, f"{name}; the ranks ended before they could save", step)
@@ -289,6 +300,8 @@ def name_ranks(heartbeats: Sequence[Heartbeat]) -> str:
 
 def _cause_without_record(logs: Path, status: int, first: Failure | None, said: Sequence[str]) -> str:
     silent = silent_ranks(logs)
+    if not silent and first is not None:
+        return f"{first}; every rank lost a connection, as where the network fails"
     if not silent:
         return f"it {ending(status)} before any rank wrote a heartbeat{_memory_remedy(said)}"
     last = f"last seen at step {max(heartbeat.step for heartbeat in silent)}"
@@ -301,6 +314,32 @@ def _cause_without_record(logs: Path, status: int, first: Failure | None, said: 
     return f"{killed}); the others lost their connection to it"
 
 
+def _ended_by_nccl(logs: Path) -> Failure | None:
+    """Return why NCCL's watchdog ended ranks that recorded nothing: an error of one of them, or else a hang."""
+    silent = silent_ranks(logs)
+    # Any of them can tell; of very many those at equal distances, so that no group of neighbours is left out.
+    read = silent[:: -(-len(silent) // _LOGS_READ) or 1]
+    aborts = [(one, find_abort(log_file(logs, one.rank))) for one in read]
+    told = [(one, abort) for one, abort in aborts if abort is not None]
+    for one, abort in told:
+        if abort.kind == "error":
+            return _failure_of(one, abort, abort.text)
+    hung = [(one, abort) for one, abort in told if abort.kind == "hang"]
+    if not hung:
+        return None
+    text = f"hang: {hung[0][1].text} on {name_ranks([hung[0][0]])}"
+    text += f", and likewise on {len(hung) - 1} more" if len(hung) > 1 else ""
+    if quiet := [one for one, abort in aborts if abort is None]:
+        text += f"; none timed out on {name_ranks(quiet)}, so the others may wait for that"
+    return _failure_of(*hung[0], text)
+
+
+def _failure_of(one: Heartbeat, abort: Abort, text: str) -> Failure:
+    lines = "\n".join(abort.lines[:_LINES_OF_LOG_SHOWN])
+    kind: Kind = "hang" if abort.kind == "hang" else "error"
+    return Failure(one.rank, one.host, one.time, one.step, kind, text, lines)
+
+
 def _memory_remedy(said: Sequence[str]) -> str:
     """Return the words for a rank that got no more memory; "" if nothing that was said is about that."""
     if any(_OF_THE_GPU.search(text) for text in said):
@@ -311,7 +350,7 @@ def _memory_remedy(said: Sequence[str]) -> str:
 
 
 def _brief(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(without_preamble(text).split())
     return line if len(line) <= _BRIEF_CHARACTERS else line[:_BRIEF_CHARACTERS] + "..."
 
 

@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 from biroute.configs.errors import EXIT_FAILURE
@@ -36,6 +35,7 @@ from biroute.launcher.attempts.failures import (
     write_failure,
     write_heartbeat,
 )
+from biroute.launcher.attempts.whereabouts import Whereabouts, find_rank, uses_gpu
 
 _SHORTEST_TICK, _LONGEST_TICK = 0.2, 15.0
 _RANK_0_TICK = 0.2  # its heartbeat shows the step of the run
@@ -53,6 +53,7 @@ class HangReport:
     collective: str  # name of the collective that it waits in; "" if it is in none
     place: str  # `launcher/train/trainer.py:120 in _evaluate`: the innermost line of BiRoute's code
     waited: float  # seconds
+    for_gpu: bool = False  # whether it is in no collective, but seems to wait for its GPU, where one may be queued
 
 
 class Watchdog:
@@ -181,10 +182,20 @@ class Watchdog:
         for stream in [sys.stderr] if self._log is None else [sys.stderr, self._log]:
             with contextlib.suppress(OSError, ValueError):
                 faulthandler.dump_traceback(file=stream, all_threads=True)
-        frame = sys._current_frames().get(self._main or 0)
-        collective, place = where_in(frame)
+        frames = sys._current_frames()
+        frame = frames.get(self._main or 0)
+        at = Whereabouts("", "", False)
+        with contextlib.suppress(Exception):  # whatever the frames hold, a hang must end
+            at = find_rank(frames, self._main or 0, uses_gpu())
         report = HangReport(
-            self._rank, socket.gethostname(), self.step, self._doing, collective, place, round(waited, 1)
+            self._rank,
+            socket.gethostname(),
+            self.step,
+            self._doing,
+            at.collective,
+            at.place,
+            round(waited, 1),
+            at.for_gpu,
         )
         with contextlib.suppress(OSError):
             write_report(self._logs, report)
@@ -208,30 +219,15 @@ class Watchdog:
             time.sleep(_SHORTEST_TICK)
 
 
-def where_in(frame: FrameType | None) -> tuple[str, str]:
-    """Return the collective that a thread is in ("" if in none), and the innermost line of BiRoute's code."""
-    collective = place = ""
-    while frame is not None and not place:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("torch.distributed") and frame.f_code.co_name != "wrapper":
-            collective = frame.f_code.co_name  # the outermost one: broadcast_object_list rather than its broadcast
-        elif module.startswith("biroute."):
-            folder = "/".join(module.split(".")[1:-1])
-            place = f"{folder}/{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-        frame = frame.f_back
-    return collective, place
-
-
 def name_missing(reports: Mapping[int, HangReport], heartbeats: Sequence[Heartbeat], world_size: int) -> str:
-    """Describe which rank keeps the others waiting, and where they wait."""
-    waiting = [report for report in reports.values() if report.collective] or list(reports.values())
+    """Describe which rank keeps the others waiting, and where they wait.
+
+    A rank that seems to wait for its GPU waits for others, if there is a rank that does neither.
+    """
+    waiting = [report for report in reports.values() if report.collective or report.for_gpu] or list(reports.values())
     if not waiting:
         return "no rank could report where it was"
-    where = waiting[0]
-    goal = f"{where.collective or where.place} of step {where.step + 1}"
-    if where.collective and where.place:
-        goal = f"{where.collective} ({where.place}) of step {where.step + 1}"
-    scene = f"{goal}, where rank {where.rank} on {where.host} has waited {where.waited:.0f} s"
+    scene = _scene(next((report for report in waiting if report.collective), waiting[0]))
     silent = [rank for rank in range(world_size) if rank not in reports]
     if silent:
         last_seen = {heartbeat.rank: heartbeat for heartbeat in heartbeats}
@@ -240,15 +236,35 @@ def name_missing(reports: Mapping[int, HangReport], heartbeats: Sequence[Heartbe
         who += f" and {len(silent) - 1} more" if len(silent) > 1 else ""
         state = f"it is stopped or its node is lost (last seen: {first.doing})" if first else "it never started"
         return f"{who} did not reach {scene}; {state}"
-    elsewhere = [report for report in reports.values() if not report.collective]
+    elsewhere = [report for report in reports.values() if not report.collective and not report.for_gpu]
     if elsewhere and len(elsewhere) < len(reports):
         late = elsewhere[0]
         return f"rank {late.rank} on {late.host} did not reach {scene}; it is in {late.place or late.doing}"
     groups: dict[str, list[HangReport]] = defaultdict(list)
     for report in reports.values():
-        groups[f"{report.collective} ({report.place})" if report.collective else report.place].append(report)
-    parts = [f"rank {found[0].rank} on {found[0].host} in {name}" for name, found in groups.items()]
-    return f"the ranks wait for each other after step {where.step}: {'; '.join(parts)}"
+        groups[_where(report)].append(report)
+    parts = []
+    for name, found in sorted(groups.items(), key=lambda group: len(group[1])):  # the odd one first
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        parts.append(f"rank {found[0].rank} on {found[0].host}{more} in {name}")
+    step = max(report.step for report in reports.values())
+    return f"the ranks wait for each other after step {step}: {'; '.join(parts)}"
+
+
+def _scene(report: HangReport) -> str:
+    """Describe what a rank waits in, as what another one did not reach."""
+    rank = f"of step {report.step + 1}, where rank {report.rank} on {report.host}"
+    if report.for_gpu:
+        before = f"a collective before {report.place or report.doing}"
+        return f"{before} {rank} seems to have waited for its GPU {report.waited:.0f} s"
+    return f"{_where(report)} {rank} has waited {report.waited:.0f} s"
+
+
+def _where(report: HangReport) -> str:
+    place = report.place or report.doing
+    if report.collective:
+        return f"{report.collective} ({report.place})" if report.place else report.collective
+    return f"{place} (for its GPU, as it seems)" if report.for_gpu else place
 
 
 def write_report(logs: Path, report: HangReport) -> None:

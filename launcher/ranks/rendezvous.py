@@ -16,12 +16,20 @@ import torch.distributed as dist
 
 from biroute.configs.errors import UsageError
 from biroute.configs.schema import TrainConfig
-from biroute.launcher.attempts.journal import begin_attempt, make_run_dir
+from biroute.launcher.attempts.failures import nccl_file_prefix
+from biroute.launcher.attempts.journal import begin_attempt, given_attempt, make_run_dir
+from biroute.launcher.attempts.run_files import log_dir
 from biroute.launcher.ranks.environment import RankEnvironment
 from biroute.launcher.ranks.secret import prove
 from biroute.parallel.messages import broadcast_message, gather_messages
 
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun: its agent, not rank 0, holds the store
+# NCCL's flight recorder: a default, and the names by which a user may have set it, the older one last.
+_RECORDS = {
+    ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",  # calls that it keeps
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+}
+_RECORDS_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 _NEVER = timedelta(days=365)
 _SHORTEST_TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog ends a hang long before that
 
@@ -55,7 +63,9 @@ def join_processes(environment: RankEnvironment, train: TrainConfig, secret: byt
     )
     if train.threads_per_rank:
         torch.set_num_threads(train.threads_per_rank)
-    _handshake(environment, "nccl" if device.type == "cuda" else "gloo", collective_timeout(train), secret)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    record_collectives(backend, train.run_dir, given_attempt())
+    _handshake(environment, backend, collective_timeout(train), secret)
     return Place(environment.rank, environment.local_rank, environment.world_size, device)
 
 
@@ -87,7 +97,24 @@ def begin_joint_attempt(run_dir: Path, world_size: int) -> int:
     answer = broadcast_message(answer)
     if isinstance(answer, str):
         raise UsageError(answer)
+    record_collectives(dist.get_backend(), run_dir, answer)
     return answer
+
+
+def record_collectives(backend: str, run_dir: Path, attempt: int | None) -> None:
+    """Have NCCL keep its last calls and, where one times out, write them into the attempt's logs.
+
+    Call it before the group is made; if the attempt gets its number only then, again for the file, whose name torch
+    looks up when it writes. What the user has set stays.
+    """
+    if backend != "nccl":
+        return
+    defaults = dict(_RECORDS)
+    if attempt is not None:
+        defaults[_RECORDS_FILE] = nccl_file_prefix(log_dir(run_dir, attempt))
+    for names, value in defaults.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
 
 
 def leave_processes(backend: str, close: Callable[[], None], seconds: float = 30.0) -> bool:
@@ -166,8 +193,8 @@ def _handshake(environment: RankEnvironment, backend: str, timeout: timedelta, s
             world_size=environment.world_size,
             timeout=timeout,
         )
-        # For groups that DeepSpeed creates without a timeout; NCCL's own default is ten minutes.
-        dist.distributed_c10d.default_pg_nccl_timeout = timeout
+        # For groups that DeepSpeed creates without a timeout; the defaults are ten minutes with NCCL, 30 with gloo.
+        dist.distributed_c10d.default_pg_nccl_timeout = dist.distributed_c10d.default_pg_timeout = timeout
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = "is in use" if port_in_use(error) else str(error)
         if environment.port_of_ours:

@@ -112,7 +112,9 @@ def _watch(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
             else:
                 _show_log(failed, codes[failed], logs)
         return codes[failed]
-    if codes[failed] == EXIT_FAILURE and first is not None:  # by the ranks' own clocks, not by the order of polling
+    aborted = codes[failed] == -signal.SIGABRT  # as by NCCL's watchdog, and then the rank's log may tell why
+    if first is not None and (codes[failed] == EXIT_FAILURE or (aborted and first.kind != "peer")):
+        # By the ranks' own clocks, not by the order of polling.
         print(printable(f"error: {first}"), file=sys.stderr)
         failed = first.rank
     _show_log(failed, codes[failed], logs, on_terminal=failed == 0 and (first is None or first.kind != "peer"))

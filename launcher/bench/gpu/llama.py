@@ -93,6 +93,6 @@ def llama_steps(
         return now() - started
 
     seconds = statistics.median([step() for _ in range(repeats + 2)][2:])
-    return {"name": NAMES[compiled], "kind": "dense", "num_tokens": model.sequence_length,
+    return {"name": NAMES[compiled], "kind": "dense", "routes": None, "num_tokens": model.sequence_length,
             "num_layers": model.num_layers, "hidden_size": model.hidden_size, "seconds": seconds,
             "tokens_per_second": model.sequence_length / seconds, "target": None}  # fmt: skip

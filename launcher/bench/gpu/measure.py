@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biroute.configs.data_section import DataConfig
 from biroute.configs.errors import UsageError
-from biroute.configs.schema import AttentionConfig, ModelConfig, RunConfig, TrainConfig
-from biroute.launcher.bench.attention.train_step import StepVariant, measure_train_steps
+from biroute.configs.schema import AttentionConfig, ModelConfig
 from biroute.launcher.bench.gpu.layer import Layer, compared, measure_layer
 from biroute.launcher.bench.gpu.llama import NAMES, llama_steps
 from biroute.launcher.bench.gpu.parts import measure_parts
 from biroute.launcher.bench.gpu.routes import trained_routes
-from biroute.launcher.bench.gpu.targets import STEP_MODEL, STEP_TARGETS, STEP_VOCABULARY, TARGETS
+from biroute.launcher.bench.gpu.steps import free_memory, measure_steps, step_config
+from biroute.launcher.bench.gpu.targets import STEP_MODEL, STEP_VOCABULARY, TARGETS
 from biroute.launcher.bench.report import environment_info, say
 from biroute.launcher.bench.rows import KeptRows, Row
 from biroute.launcher.bench.single_process import join_alone
@@ -34,7 +33,6 @@ LAYER = Layer()
 LENGTHS = (8_192, 32_768, 131_072)
 BLOCKS = (1, LAYER.region_size)  # a route per token, and per region
 RANKS = 4  # whose parts of a route are measured
-STEP_TRAIN = TrainConfig(global_batch_size=1, microbatch_size=1, precision="bf16")
 
 
 def the_gpu() -> torch.device:
@@ -63,7 +61,7 @@ def check_lengths(lengths: Sequence[int]) -> None:
 
 def join(device: torch.device) -> None:
     """Make this process a group of one on the device, before a trained model would make one on the CPU."""
-    join_alone(RunConfig(model=STEP_MODEL, data=DataConfig(), train=STEP_TRAIN), device)
+    join_alone(step_config(STEP_MODEL, AttentionConfig(), device), device)
 
 
 def routes_of_run(run: Path | None, text: Path | None, tokens: int) -> dict[int, Tensor] | None:
@@ -109,16 +107,17 @@ def run_bench(
     kept = KeptRows(rows, about)
     layers, parts, steps = list[Row](), list[Row](), list[Row]()
     for tokens in sorted(lengths):
+        given = {block: route[:, :, : tokens // block] for block, route in (routes or {}).items()}
         for block in (1, layer.region_size):
-            given = {"trained": routes[block][:, :, : tokens // block]} if routes else {}
-            for kind, route in {**given, "random": None}.items():
+            of_kind = {"trained": given[block]} if given else {}
+            for kind, route in {**of_kind, "random": None}.items():
                 work: Callable[[], Row] = partial(measure_layer, layer, tokens, block, device, repeats, route)
                 layers.append(_row(kept, f"a layer, {kind} routes, {tokens:,} tokens, Lq {block}", work))
             work = partial(measure_parts, layer, tokens, block, device, repeats, RANKS)
             parts.append(_row(kept, f"{RANKS} ranks' parts, {tokens:,} tokens, Lq {block}", work))
         if step_model is not None:
             sized = step_model.model_copy(update={"sequence_length": tokens})
-            work = partial(_steps, sized, layer, device, repeats)
+            work = partial(_steps, sized, layer, device, repeats, given)
             steps.append(_row(kept, f"training steps, {tokens:,} tokens", work))
             for compiled in (False, True):
                 work = partial(_llama, sized, device, repeats, compiled)
@@ -145,6 +144,7 @@ def _row(kept: KeptRows, name: str, work: Callable[[], Row]) -> Row:
         raise
     except Exception as failure:
         row = {"name": name, "error": f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"}
+    free_memory()  # here, where no traceback of a failure holds tensors any more
     say(f"{name}: {row.get('error', 'measured')}")
     return row
 
@@ -166,17 +166,8 @@ def _targets(layers: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _steps(model: ModelConfig, layer: Layer, device: torch.device, repeats: int) -> Row:
-    """Training steps over one sequence: dense, a route per token, a route per region."""
-    routed = {"region_size": layer.region_size, "topk": layer.topk}
-    target = STEP_TARGETS.get(model.sequence_length)
-    variants = [
-        StepVariant("dense", AttentionConfig(kind="dense")),
-        StepVariant("one route per token", AttentionConfig(**routed), target=target),
-        StepVariant("one route per region", AttentionConfig(query_block_size=layer.region_size, **routed)),
-    ]
-    train = STEP_TRAIN if device.type == "cuda" else STEP_TRAIN.model_copy(update={"precision": "fp32"})
-    return {"rows": measure_train_steps(_clock(device), repeats, model, variants, train, device, STEP_VOCABULARY)}
+def _steps(model: ModelConfig, layer: Layer, device: torch.device, repeats: int, routes: Mapping[int, Tensor]) -> Row:
+    return {"rows": measure_steps(_clock(device), repeats, model, layer, device, routes)}
 
 
 def _llama(model: ModelConfig, device: torch.device, repeats: int, compiled: bool) -> Row:

@@ -16,9 +16,11 @@ Made by `biroute bench gpu`; do not edit.
 A causal layer of one sequence, without projections, beside dense `scaled_dot_product_attention`, by turns. Times are
 medians, between events of the device, after a first run that compiles. A routed layer is its router (8 descriptors of
 a region), forward and backward. *Trained* routes are those of a trained model for real text; *random* ones the
-router's for white noise, of which neighbours share least. The router always runs on white noise, and so do training
-steps. A target is *met* with trained routes; where none were given, with random ones, for which some targets are not
-expected to be met. What was expected on paper: [gpu_on_paper.md](gpu_on_paper.md).
+router's for white noise, of which neighbours share least. The router always runs on white noise. So do training
+steps: where trained routes were given, every layer's own router runs, as its time counts, and attention goes over
+the trained route, the same one in every layer; elsewhere it goes over the router's choice, *random*. A target is
+*met* with trained routes; where none were given, with random ones, for which some targets are not expected to be met.
+What was expected on paper: [gpu_on_paper.md](gpu_on_paper.md).
 """
 _TARGETS = ["target", "S", "Lq", "asked", "trained routes", "random routes", "met"]
 _LAYER = ["routes", "S", "Lq", "dense forward ms", "dense backward ms", "router ms", "forward ms", "backward ms",
@@ -69,11 +71,12 @@ def _tables_of_steps(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     one = rows[0]
     title = f"A whole training step: {one['num_layers']} layers, hidden {one['hidden_size']}, one sequence"
     cells = [
-        [row["name"], f"{row['num_tokens']:,}", f"{1e3 * row['seconds']:.1f}", f"{row['tokens_per_second']:,.0f}",
-         f"{row['ratio']:.2f}", "–" if row["target"] is None else f"{row['target']:g}"]
+        [row["name"], row["routes"] or "–", f"{row['num_tokens']:,}", f"{1e3 * row['seconds']:.1f}",
+         f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}",
+         "–" if row["target"] is None else f"{row['target']:g}"]
         for row in rows
     ]  # fmt: skip
-    return [Table(title, ["attention", "S", "ms", "tokens/s", "ratio", "target"], cells)]
+    return [Table(title, ["attention", "routes", "S", "ms", "tokens/s", "ratio", "target"], cells)]
 
 
 def _tables_of_kernels(layers: Sequence[Mapping[str, Any]]) -> list[Table]:

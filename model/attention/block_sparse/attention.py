@@ -33,8 +33,8 @@ LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 256
 # Partial results of one launch: large enough to hide the launches, small compared with a layer's activations. No more
 # than three quarters of what the queries take, or than the keys, unless that is little; those of one head at once if
-# they are few.
-SCRATCH_BYTES, LEAST_SCRATCH_BYTES, SCRATCH_OF_HEAD = 768 << 20, 192 << 20, 256 << 20
+# they are few: 256 MiB of bf16 rows and their log-sum-exps, in heads of 64 (in heads of 128 these take 4 MiB).
+SCRATCH_BYTES, LEAST_SCRATCH_BYTES, SCRATCH_OF_HEAD = 768 << 20, 192 << 20, 264 << 20
 # Query rows of one product: of a tile, and of what is streamed past a region. Where rows are wide (fp32, heads of
 # 256), a tile's are fewer, so that queries and upstream gradients fit on chip beside keys and values.
 TILE_ROWS, LEAST_TILE_ROWS, STREAMED_ROWS = 128, 64, 64
@@ -245,9 +245,14 @@ class Call:
         return 0 if self.sizes.all_shared else self.route.shape[2] * self.sizes.parts * self.sizes.rows
 
     @property
+    def bytes_of_result(self) -> int:
+        """Bytes of a row of forward's partial results: an output and its fp32 log-sum-exp."""
+        return self.q.shape[3] * self.q.element_size() + 4
+
+    @property
     def scratch(self) -> int:
         """Bytes for the partial results of a launch."""
-        of_head = self.route.shape[1] * self.results() * self.q.shape[3] * self.q.element_size()
+        of_head = self.route.shape[1] * self.results() * self.bytes_of_result
         least = max(LEAST_SCRATCH_BYTES, of_head if of_head <= SCRATCH_OF_HEAD else 0)
         return min(SCRATCH_BYTES, max(least, self.q.nbytes * 3 // 4, self.k.nbytes))
 
@@ -290,7 +295,7 @@ class Call:
 
     def forward_launches(self) -> Iterator[Launch]:
         """The launches of forward, with the visits of scattered pairs."""
-        bytes_per_block = self.results() * (self.q.shape[3] * self.q.element_size() + 4)
+        bytes_per_block = self.results() * self.bytes_of_result
         which: Sorted = "none" if self.sizes.all_shared else "scattered"
         yield from self._launches(bytes_per_block, max(1, FORWARD_UNIT_ROWS // self.sizes.rows), which)
 

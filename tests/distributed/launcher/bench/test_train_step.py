@@ -6,15 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from helpers.pool import WorkerPool
 from torch.utils.flop_counter import FlopCounterMode
 
 from biroute.configs.schema import AttentionConfig, ModelConfig
 from biroute.launcher.bench.attention import train_step as bench_train_step
 from biroute.launcher.bench.attention.train_step import StepVariant, measure_train_steps
-from biroute.launcher.bench.gpu import measure as bench_gpu
-from biroute.launcher.bench.gpu.layer import Layer
 
 VARIANTS = (
     StepVariant("dense", AttentionConfig(kind="dense")),
@@ -55,15 +52,3 @@ def test_steps_alternate_and_are_compared_with_dense(ranks: Callable[[int], Work
     assert dense["seconds"] == 6 * 64 * weights
     assert routed["tokens_per_second"] == pytest.approx(64 / routed["seconds"])
     assert (routed["dense_layers"], routed["target"]) == ([0], 2.0)
-
-
-def measure_for_gpus() -> dict[str, Any]:
-    return bench_gpu._steps(MODEL, Layer(region_size=16, topk=2), torch.device("cpu"), 1)
-
-
-def test_steps_of_the_benchmark_for_gpus(ranks: Callable[[int], WorkerPool]) -> None:
-    ((found),) = ranks(1).run(measure_for_gpus)
-    dense, per_token, per_region = found["rows"]
-    assert [row["num_tokens"] for row in found["rows"]] == [64] * 3
-    assert (dense["kind"], per_token["query_block_size"], per_region["query_block_size"]) == ("dense", 1, 16)
-    assert all(row["region_size"] == 16 and row["topk"] == 2 for row in (per_token, per_region))

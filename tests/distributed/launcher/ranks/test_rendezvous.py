@@ -1,4 +1,4 @@
-"""A rank that joins: its threads and its device."""
+"""A rank that joins: its threads, its device, and how long its groups wait."""
 
 from __future__ import annotations
 
@@ -41,3 +41,34 @@ def test_a_rank_has_the_threads_and_the_device_of_its_settings(
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == answer, done.stderr
+
+
+TIMEOUTS = """
+import sys, torch, torch.distributed as dist
+from biroute.configs.layout import resolve_layout
+from biroute.configs.load import config_from_tree
+from biroute.launcher.ranks.environment import RankEnvironment
+from biroute.launcher.ranks.rendezvous import collective_timeout, join_processes
+from biroute.parallel.mesh.mesh import build_mesh
+
+config = config_from_tree({"train": {"hang_seconds": 7200}}, "test")
+place = join_processes(RankEnvironment(0, 0, 1, file=sys.argv[1]), config.train)
+groups = build_mesh(resolve_layout(config, 1), collective_timeout(config.train)).groups
+import deepspeed
+deepspeed.init_distributed(dist_init_required=False)
+made_by_deepspeed = deepspeed.comm.new_group([0])
+for group in (dist.group.WORLD, groups.tp, groups.cp, groups.dp, groups.dp_cp, groups.pp, made_by_deepspeed):
+    print(group._get_backend(place.device).options._timeout.total_seconds())
+print(dist.distributed_c10d._get_default_timeout(dist.Backend.NCCL).total_seconds())
+"""
+
+
+def test_every_group_waits_longer_than_a_hang(tmp_path: Path) -> None:
+    """Otherwise it ends the run before the watchdog can name the rank that is missing, or where nothing should."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMEOUTS, str(tmp_path / "meeting")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    seconds = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert seconds == ["14400.0"] * 8, done.stdout + done.stderr

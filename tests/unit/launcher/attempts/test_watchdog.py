@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from biroute.launcher.attempts.failures import Heartbeat, read_heartbeats
-from biroute.launcher.attempts.watchdog import HangReport, name_missing, where_in
+from biroute.launcher.attempts.watchdog import HangReport, name_missing, read_reports, write_report
 
 
 def report(
@@ -55,39 +56,66 @@ def test_a_rank_that_never_started_is_named() -> None:
     assert "it never started" in name_missing({0: report(0), 1: report(1)}, HEARTBEATS, 3)
 
 
-def test_place_of_a_thread_in_our_code_and_in_a_collective(tmp_path: Path) -> None:
-    """A real store that nobody answers: what a rank waits in when others never come."""
-    code = """
-import sys, threading, time
-from datetime import timedelta
-from biroute.launcher.ranks.environment import RankEnvironment
-from biroute.launcher.attempts.watchdog import where_in
-from biroute.launcher.ranks.rendezvous import _handshake
-def meet():
-    try:
-        _handshake(RankEnvironment(0, 0, 2, file=sys.argv[1]), "gloo", timedelta(seconds=20), None)
-    except Exception:
-        pass
-thread = threading.Thread(target=meet)
-thread.start()
-deadline = time.monotonic() + 15
-while time.monotonic() < deadline:
-    found = where_in(sys._current_frames().get(thread.ident))
-    if found[0]:
-        break
-    time.sleep(0.05)
-print(*found, sep="|", flush=True)
-import os
-os._exit(0)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "store")], capture_output=True, text=True, check=False
-    )
-    collective, place = done.stdout.strip().split("|")
-    assert collective == "init_process_group", done.stderr
-    assert place.startswith("launcher/ranks/rendezvous.py:")
-    assert place.endswith("in _handshake")
-    assert where_in(None) == ("", "")
+LATE = report(1, "", "data_pipeline/read/loader.py:7 in step")
+
+
+def waits_for_gpu(rank: int, place: str = "parallel/engine/engine.py:139 in _report") -> HangReport:
+    return replace(report(rank, "", place), for_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("reports", "text"),
+    [
+        (
+            [waits_for_gpu(0), LATE, waits_for_gpu(2)],
+            "rank 1 on n1 did not reach a collective before parallel/engine/engine.py:139 in _report of step 5, "
+            "where rank 0 on n0 seems to have waited for its GPU 31 s; "
+            "it is in data_pipeline/read/loader.py:7 in step",
+        ),
+        (
+            [waits_for_gpu(0), LATE, report(2)],
+            "rank 1 on n1 did not reach all_reduce (launcher/train/trainer.py:9 in fit) of step 5, "
+            "where rank 2 on n2 has waited 31 s; it is in data_pipeline/read/loader.py:7 in step",
+        ),
+        (
+            [waits_for_gpu(0), waits_for_gpu(2)],
+            "rank 1 on n1 did not reach a collective before parallel/engine/engine.py:139 in _report of step 5, "
+            "where rank 0 on n0 seems to have waited for its GPU 31 s; it is stopped or its node is lost "
+            "(last seen: saving after step 4)",
+        ),
+        (
+            [waits_for_gpu(0), LATE],
+            "rank 2 did not reach a collective before parallel/engine/engine.py:139 in _report of step 5, "
+            "where rank 0 on n0 seems to have waited for its GPU 31 s; it never started",
+        ),
+        (
+            [waits_for_gpu(0), waits_for_gpu(1), report(2, "reduce")],
+            "the ranks wait for each other after step 4: "
+            "rank 2 on n2 in reduce (launcher/train/trainer.py:9 in fit); "
+            "rank 0 on n0 and 1 more in parallel/engine/engine.py:139 in _report (for its GPU, as it seems)",
+        ),
+        (
+            [replace(LATE, rank=0, host="n0"), waits_for_gpu(1), waits_for_gpu(2)],
+            "rank 0 on n0 did not reach a collective before parallel/engine/engine.py:139 in _report of step 5, "
+            "where rank 1 on n1 seems to have waited for its GPU 31 s; "
+            "it is in data_pipeline/read/loader.py:7 in step",
+        ),
+        (
+            [replace(waits_for_gpu(0), place=""), LATE, report(2, place="")],
+            "rank 1 on n1 did not reach all_reduce of step 5, where rank 2 on n2 has waited 31 s; "
+            "it is in data_pipeline/read/loader.py:7 in step",
+        ),
+    ],
+)
+def test_a_rank_that_waits_for_its_gpu_is_not_the_late_one(reports: list[HangReport], text: str) -> None:
+    """NCCL's collectives return at once: the rank then waits where it needs a result."""
+    assert name_missing({item.rank: item for item in reports}, HEARTBEATS, 3) == text
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for item in (waits_for_gpu(3), LATE):
+        write_report(tmp_path, item)
+    assert read_reports(tmp_path) == {3: waits_for_gpu(3), 1: LATE}
 
 
 WATCHED = """
@@ -117,6 +145,33 @@ def test_the_alarm_ends_a_process_that_stands_still(tmp_path: Path) -> None:
     failure = json.loads((tmp_path / "failures" / "rank-00000.json").read_text())
     assert (failure["kind"], failure["step"]) == ("hang", 3)
     assert [(heartbeat.step, heartbeat.doing) for heartbeat in read_heartbeats(tmp_path)] == [(3, "training")]
+
+
+NEEDS_A_RESULT = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+# All that the watchdog asks of torch is whether this process has used a GPU.
+used = {"gpu": True, "cpu": False}
+sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: used[sys.argv[2]]))
+from biroute.launcher.attempts.watchdog import Watchdog
+watchdog = Watchdog()
+watchdog.watch(Path(sys.argv[1]), 0, 1, hang_seconds=1, startup_seconds=1)
+watchdog.reached("training", 3)
+loss = SimpleNamespace(item=time.sleep)
+loss.item(30)
+"""
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu", "one whose question raises"])
+def test_the_watchdog_looks_whether_its_rank_waits_for_a_gpu(tmp_path: Path, device: str) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(NEEDS_A_RESULT)
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path), device], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert read_reports(tmp_path)[0].for_gpu == (device == "gpu")
 
 
 @pytest.mark.slow

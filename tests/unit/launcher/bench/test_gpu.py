@@ -59,6 +59,30 @@ def test_every_row_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest
     assert f"- failed: {failing['failed'][0]}" in gpu_page(failing).write(tmp_path)[0].read_text()
 
 
+def test_training_steps_get_the_beginning_of_the_trained_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = torch.arange(2 * 8 * 2, dtype=torch.int32).view(1, 2, 8, 2)
+    trained = {1: route.repeat_interleave(16, 2), 16: route}
+    given: list[tuple[int, dict[int, torch.Tensor]]] = []
+
+    def steps(now: Any, repeats: int, model: Any, layer: Layer, device: Any, routes: Any) -> list[Any]:
+        given.append((model.sequence_length, routes))
+        return []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError  # what else is measured does not matter here
+
+    for name in ("measure_layer", "measure_parts", "llama_steps"):
+        monkeypatch.setattr(measure, name, fail)
+    monkeypatch.setattr(measure, "measure_steps", steps)
+    for routes_of_bench in (trained, None):
+        measure.run_bench(CPU, [128, 64], 1, routes=routes_of_bench, layer=SMALL, step_model=LLAMA)
+    assert [length for length, _ in given] == [64, 128, 64, 128]
+    for length, routes_of_steps in given[:2]:
+        for block in (1, 16):
+            assert torch.equal(routes_of_steps[block], trained[block][:, :, : length // block])
+    assert [routes_of_steps for _, routes_of_steps in given[2:]] == [{}, {}]
+
+
 def test_the_parts_of_region_ranks_make_the_whole() -> None:
     inputs = Inputs.draw(SMALL, 128, CPU)
     whole = whole_attention(inputs, SMALL, 1)
@@ -95,12 +119,16 @@ def test_targets_are_ratios_of_rows(tmp_path: Path) -> None:
         "environment_info": {}, "settings": {}, "targets": targets, "parts": [], "failed": [],
         "layers": [row | {"compared": vars(one)}],
         "train_steps": [{"name": "dense", "num_layers": 4, "hidden_size": 8, "num_tokens": 64, "seconds": 0.5,
-                         "tokens_per_second": 128.0, "ratio": 1.0, "target": None}],
+                         "routes": None, "tokens_per_second": 128.0, "ratio": 1.0, "target": None},
+                        {"name": "one route per token", "num_layers": 4, "hidden_size": 8, "num_tokens": 64,
+                         "seconds": 0.25, "routes": "trained", "tokens_per_second": 256.0, "ratio": 2.0,
+                         "target": 2.0}],
     }  # fmt: skip
     text = gpu_page(answer).write(tmp_path)[0].read_text()
     assert "| forward + backward | 131,072 | 1 | >= 9 | 8.80 | 1.53 | no |" in text
     assert "| route_blocks | trained | 131,072 | 1 | 2 | 20.00 |" in text
-    assert "| dense | 64 | 500.0 | 128 | 1.00 | – |" in text
+    assert "| dense | – | 64 | 500.0 | 128 | 1.00 | – |" in text
+    assert "| one route per token | trained | 64 | 250.0 | 256 | 2.00 | 2 |" in text
 
 
 def test_routes_of_a_trained_model_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

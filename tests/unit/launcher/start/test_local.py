@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from biroute.launcher.attempts.failures import Failure, write_failure
+from biroute.launcher.attempts.failures import Failure, Heartbeat, write_failure, write_heartbeat
 from biroute.launcher.start.local import _watch
 
 KILLED, FAILED, USAGE_ERROR, FINE = "kill -9 $$", "exit 1", "exit 2", "exit 0"
@@ -49,6 +49,22 @@ def test_of_ranks_that_failed_alike_the_earliest_cause_is_shown(
     err = capsys.readouterr().err
     assert err.startswith("error: rank 2 on here: ValueError: boom\n")
     assert "last words of 2" in err
+
+
+def test_what_nccl_ended_is_told_from_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timeout = (
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9, OpType=ALLREDUCE, NumelIn=1, "
+        "NumelOut=1, Timeout(ms)=600000) ran for 600029 milliseconds before timing out."
+    )
+    ranks = [subprocess.Popen(["sh", "-c", ending]) for ending in (FAILED, "kill -ABRT $$")]
+    for number, rank in enumerate(ranks):
+        rank.wait()
+        write_heartbeat(tmp_path, Heartbeat(number, "here", 1, float(number), 7, "training"))
+    write_failure(tmp_path, Failure(0, "here", 2.0, 7, "peer", "Connection closed by peer"))
+    (tmp_path / "rank-00001.log").write_text(timeout + "\nterminate called\n")
+    assert _watch(ranks, tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: hang: NCCL's ALLREDUCE (number 9 of its group) did not end within 600 s on rank 1")
 
 
 def test_a_usage_error_of_another_rank_is_its_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

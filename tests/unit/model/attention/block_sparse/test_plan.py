@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from biroute.model.attention.block_sparse import attention
 from biroute.model.attention.block_sparse.attention import Call
 from biroute.model.attention.block_sparse.plan import Blocking, Sorted, cut_segments, make_plan
 from biroute.model.attention.block_sparse.plan_reference import reference_plan
@@ -154,7 +155,7 @@ def test_segments_fit_into_the_scratch_memory(
 @pytest.mark.parametrize(
     ("tokens", "key_tokens", "expected"),
     [
-        (8_192, 8_192, 256),
+        (8_192, 8_192, 260),
         (16_384, 16_384, 192),
         (65_536, 65_536, 384),
         (262_144, 262_144, 768),
@@ -162,9 +163,25 @@ def test_segments_fit_into_the_scratch_memory(
     ],
 )
 def test_scratch_memory_of_a_layer(tokens: int, key_tokens: int, expected: int) -> None:
-    """In MiB: a head at once if that is 256, three quarters of the queries, or the keys if a rank fetched more."""
+    """In MiB: a head at once if that is no more than 264, three quarters of the queries, or the keys of a rank."""
     q = torch.empty(1, 32, tokens, 128, dtype=torch.bfloat16, device="meta")
     k = torch.empty(1, 8, key_tokens, 128, dtype=torch.bfloat16, device="meta")
     route = torch.empty(1, 8, tokens, 32, dtype=torch.int32, device="meta")
     call = Call.of(q, k, k, route, RegionGrid(64, 1, True, 0.1)).turned()
     assert call.scratch == expected << 20
+
+
+@pytest.mark.parametrize(("tokens", "head_size", "of_forward"), [(8_192, 128, 260), (16_384, 64, 264)])
+def test_the_results_of_one_head_are_one_segment(
+    tokens: int, head_size: int, of_forward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 MiB each way, and in forward their log-sum-exps; of keys there are too many for forward to share all."""
+    monkeypatch.setattr(attention, "make_plan", lambda *_, **__: (None, None))
+    q = torch.empty(1, 32, tokens, head_size, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 8, 32_768, head_size, dtype=torch.bfloat16, device="meta")
+    route = torch.empty(1, 8, tokens, 32, dtype=torch.int32, device="meta")
+    call = Call.of(q, k, k, route, RegionGrid(64, 1, True, 0.1))
+    for launches, expected in ((call.forward_launches(), of_forward), (call.turned().backward_launches(), 256)):
+        all_of_them = list(launches)
+        assert [(one.blocks, one.segments, one.chunks) for one in all_of_them] == [(tokens, 1, 1)] * 8
+        assert all_of_them[0].part.nbytes + all_of_them[0].part_lse.nbytes == expected << 20
