@@ -25,9 +25,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from biroute.configs.schema import ModelConfig, RunConfig
+from biroute.model.attention.grid import KERNEL_DEVICES
 from biroute.model.attention.sequence_shard import SequenceShard
 from biroute.model.block import Block, drawn_on_cpu, fill_with_nan, megatron_config
-from biroute.model.cross_entropy import chunked_cross_entropy
+from biroute.model.cross_entropy import cross_entropy_in_place
 from biroute.model.exact_sums import ExactColumnParallelLinear, exact_product
 from biroute.model.norm import RMSNorm
 
@@ -190,10 +191,10 @@ def loss_function(config: ModelConfig, region_ranks: int = 1) -> Loss:
     targets_per_sequence = (config.sequence_length if config.causal else config.masked_tokens) / region_ranks
 
     def loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        if logits.device.type != "cpu":
+        if logits.device.type in KERNEL_DEVICES and logits.dtype != torch.float64:
             weights = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask.float()
             weights = weights / (targets_per_sequence * labels.shape[0])
-            return chunked_cross_entropy(logits, labels.t(), weights.t())
+            return cross_entropy_in_place(logits, labels.t(), weights.t())
         losses = vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous())
         if loss_mask is not None:
             losses = losses * loss_mask.t()

@@ -22,8 +22,8 @@ from biroute.launcher.plan.cpu_time import (
     FORWARD_PRODUCTS,
     dense_pairs,
 )
-from biroute.launcher.plan.step_time import LOSS_BYTES, OPTIMIZER_BYTES, elementwise_bytes
-from biroute.launcher.plan.workload import Execution, Workload
+from biroute.launcher.plan.step_time import OPTIMIZER_BYTES, elementwise_bytes
+from biroute.launcher.plan.workload import LOSS_BYTES, Execution, Workload
 from biroute.model.attention.bi_level import bi_level_attention, dense_attention
 from biroute.model.attention.grid import AttentionPath
 from biroute.model.attention.paths import ComputedPairs, masked_pairs, tiled_pairs

@@ -20,9 +20,6 @@ from biroute.launcher.plan.workload import Workload
 # Bytes of a step of AdamW for each parameter, fp32: gradient, master weight and two moments read, the last three
 # written; besides, the weight.
 OPTIMIZER_BYTES = 28.0
-# Of the loss for each logit: forward reads it, writes it in fp32, takes the maximum, exponentiates and divides in
-# place; backward subtracts in place and writes the gradient.
-LOSS_BYTES = 28.0
 SCORE_PASSES = 6  # times that a score is read or written forward: product, softmax, dropout, product
 
 
@@ -197,7 +194,7 @@ def _head(work: Workload, hardware: HardwareProfile) -> float:
     """Return the seconds of the LM head and the loss of a microbatch, forward and backward."""
     rate = hardware.efficiency * hardware.flops_per_second(work.config.train.precision)
     logits = work.tokens * work.config.padded_vocab_size / work.layout.tensor
-    return 3 * work.head_flops / rate + LOSS_BYTES * logits / _memory_rate(hardware, "loss")
+    return 3 * work.head_flops / rate + work.execution.loss_bytes * logits / _memory_rate(hardware, "loss")
 
 
 def _optimizer(work: Workload, hardware: HardwareProfile, stage: int) -> float:

@@ -15,6 +15,9 @@ from biroute.configs.layout import Layout, microbatches_per_step
 from biroute.configs.schema import RunConfig
 from biroute.model.flops import attended_pairs, routing_flops
 
+# Of the loss for each logit: forward reads it, writes it in fp32, takes the maximum, exponentiates and divides in
+# place; backward subtracts in place and writes the gradient.
+LOSS_BYTES = 28.0
 # selective: attention alone; alternate: all but attention's output and every second matrix product (torchtitan).
 Recomputation = Literal["none", "selective", "alternate", "full"]
 
@@ -29,6 +32,7 @@ class Execution:
     # Bytes of a parameter: weight, gradient and optimizer (master weight and moments), before ZeRO divides them.
     state_bytes: tuple[float, float, float]
     logit_bytes: float  # at the peak, for each token and word
+    loss_bytes: float = LOSS_BYTES  # that the loss reads and writes for each, forward and backward
     virtual_stages: int = 1  # parts of the model that each pipeline stage holds (interleaved schedule)
     reduces_each_microbatch: bool = False  # gradients are summed over data ranks after each microbatch
     reduction: Literal["all_reduce", "reduce_scatter"] = "all_reduce"  # how gradients are summed
@@ -64,10 +68,12 @@ class Execution:
             state_bytes=(element, 4.0, 8.0 if stage == 0 else 12.0),
             # The gradient takes the logits' memory. In bf16 a CPU keeps the softmax in fp32, too.
             logit_bytes=element + 4.0 if bf16 and config.train.device == "cpu" else element,
+            # On a GPU logits are read twice, and their gradient is written once.
+            loss_bytes=LOSS_BYTES if cpu else 3 * element,
             reduces_each_microbatch=stage >= 2,
             reduction="reduce_scatter" if stage == 3 else "all_reduce",
-            # F.rms_norm in fp32 of a bf16 input: a copy to fp32, the norm, a copy back.
-            norm_passes=2 * element + 16.0 if bf16 else 8.0,
+            # On a CPU, in fp32 of a bf16 input: a copy to fp32, the norm, a copy back.
+            norm_passes=2 * element + (16.0 if cpu and bf16 else 0.0),
             mlp_tensors=5.0 if cpu else 3.0,  # also silu of the one half, and a copy of the other
             on_cpu=cpu,
         )

@@ -84,15 +84,19 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cosines, sines = ctx.saved_tensors
-        return rotate(dout, cosines, sines, -1.0), None, None
+        # As the projections have it, which a layer's queries and keys are views of: it need not be copied for them.
+        return rotate(dout, cosines, sines, -1.0, by_token=True), None, None
 
 
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float = 1.0) -> Tensor:
-    """Rotate as `apply_rotary` does, without autograd; by the negative angles with `direction` -1."""
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor, direction: float = 1.0, *, by_token: bool = False) -> Tensor:
+    """Rotate as `apply_rotary` does, without autograd; by the negative angles with `direction` -1.
+
+    With `by_token` the result of a GPU's kernel lies in memory token by token.
+    """
     if x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and x.dim() == 4:
         from biroute.model.attention.block_sparse import rotary
 
-        return rotary.rotate(x, cosines, sines, direction)
+        return rotary.rotate(x, cosines, sines, direction, by_token=by_token)
     # Products and sums are separate operations, each rounded: whether a fused one is used would depend on the memory
     # layout.
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -92,7 +93,11 @@ def test_server_frozen(server: Server, tmp_path: Path) -> None:
     try:
         assert timed_log(tracker, range(11, 211)) < LOG_SECONDS
         until(lambda: len(troubles(said)) == 1)  # some requests timed out, and wait in the server's queue
-        assert "timed out after 4 s (tracking.timeout_seconds=2; calls now wait up to 8 s)" in troubles(said)[0]
+        # The second failure is told. On a busy machine the first may have been another than a timeout.
+        waits = r"timed out after (\d) s \(tracking\.timeout_seconds=2; calls now wait up to (\d) s\)"
+        waited = re.search(waits, troubles(said)[0])
+        assert waited is not None, troubles(said)
+        assert (int(waited[1]), int(waited[2])) in ((2, 4), (4, 8))
         start = time.monotonic()
         tracker.close("FAILED")
         assert time.monotonic() - start < 2.0  # flush_seconds, not the time-out of a call

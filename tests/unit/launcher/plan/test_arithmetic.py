@@ -172,11 +172,12 @@ def test_a_step_by_hand() -> None:
     one = work()
     step = step_time(one, UNIT, 0.4)
     assert step.attention == 8 * 4 * 3 * one.attention_flops
-    assert step.head == 8 * (3 * one.head_flops + 28 * 32 * 320)
+    # Logits are read twice, and their gradient is written once.
+    assert step.head == 8 * (3 * one.head_flops + 6 * 32 * 320)
     assert step.optimizer == (28 + 2) * parameter_count(one.config)
     assert step.data == step.tensor == step.region == step.pipeline == step.bubble == step.recomputation == 0
     # Forward of a token's element-wise operations: two norms, two residuals; rotary; SwiGLU.
-    assert step.elementwise == 8 * 4 * 3 * 32 * (8 * (2 * 20 + 2 * 6) + 2 * (2 * 16 + 3 * 16))
+    assert step.elementwise == 8 * 4 * 3 * 32 * (8 * (2 * 4 + 2 * 6) + 2 * (2 * 16 + 3 * 16))
     fast = UNIT.model_copy(update={"memory_gb_per_second": 1.0})
     assert step_time(one, fast, 0.4).matmul == 8 * 4 * 3 * one.linear_flops
     half = fast.model_copy(update={"efficiency": 0.5})

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from biroute.model import swiglu_kernels
+from biroute.model import cross_entropy_kernels, norm_kernels, swiglu_kernels
 from biroute.model.attention.block_sparse import (
     attention,
     backward,
@@ -30,14 +30,24 @@ from biroute.model.attention.block_sparse.plan import Blocking
 INTEGERS = ("order", "start", "unit_region", "unit_first", "extra_first", "listed", "members", "counts", "route",
             "seen", "table")  # fmt: skip
 FP32 = ("cosines", "sines", "lse", "part_lse", "delta", "dk", "dv", "sum_dk", "sum_dv", "extra_dk", "extra_dv",
-        "rows")  # fmt: skip
+        "rows", "top", "total", "predicted", "weight", "scale", "part")  # fmt: skip
 
 
 def pointer(name: str, whole: bool) -> str:
     name = name.removesuffix("_ptr")
     if whole and name in ("dk", "dv"):
         return "*bf16"
-    return "*i8" if name == "flags" else "*i32" if name in INTEGERS else "*fp32" if name in FP32 else "*bf16"
+    return (
+        "*i8"
+        if name == "flags"
+        else "*i64"
+        if name == "label"
+        else "*i32"
+        if name in INTEGERS
+        else "*fp32"
+        if name in FP32
+        else "*bf16"
+    )
 
 
 def report(kernel: Any, constants: dict[str, Any], warps: int, whole: bool = False) -> None:
@@ -45,7 +55,7 @@ def report(kernel: Any, constants: dict[str, Any], warps: int, whole: bool = Fal
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else pointer(name, whole) if name.endswith("_ptr")
-        else "fp32" if name.startswith(("scale", "direction", "largest")) else "i32"
+        else "fp32" if name.startswith(("scale", "direction", "largest", "eps")) else "i32"
         for name in names
     }  # fmt: skip
     aligned = [name for name in names if name.endswith(("_ptr", "_tokens"))]
@@ -96,6 +106,12 @@ def main() -> None:
     gated = {"ROWS": swiglu_kernels.ROWS, "WIDTH": swiglu_kernels.WIDTH}
     report(swiglu_kernels.gate_rows, gated, 4)
     report(swiglu_kernels.gate_rows_backward, gated, 4)
+    for kernel in (cross_entropy_kernels.sum_rows, cross_entropy_kernels.replace_by_gradient):
+        report(kernel, {"WIDTH": cross_entropy_kernels.WIDTH}, cross_entropy_kernels.WARPS)
+    for width, warps in ((norm_kernels.LARGEST_WIDTH, 16), (128, 8)):  # a hidden state, a head
+        row = {"ROWS": max(1, norm_kernels.ELEMENTS // width), "WIDTH": width}
+        report(norm_kernels.norm_rows, row, warps)
+        report(norm_kernels.norm_rows_backward, row, warps)
     whole = Blocking.of(heads=4, block=64, region=64, head_size=128)
     for one, kept in ((sizes, 1), (turned, 2), (whole, 0), (whole, 2)):
         tiles = plan.BITS // one.tile

@@ -25,7 +25,7 @@ def test_the_kernels_compile_for_an_h100_and_spill_no_register() -> None:
     assert {kernel["name"] for kernel in kernels} == {
         "region_forward", "query_forward", "region_backward", "query_backward", "finish_head", "output_delta",
         "route_blocks", "rotate_rows", "plan_groups", "place_regions", "sort_pairs", "mean_rows", "join_units",
-        "gate_rows", "gate_rows_backward",
+        "gate_rows", "gate_rows_backward", "norm_rows", "norm_rows_backward", "sum_rows", "replace_by_gradient",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["spilled_bytes"] == 0, kernel
